@@ -1,0 +1,171 @@
+"""The command line: `fit`, `validate`, `test`, `predict` through LightningCLI, and `export`.
+
+A user's mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback instead.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dpo_lightning.datamodule import PreferenceDataModule
+from dpo_lightning.errors import UserError
+from dpo_lightning.export import ExportCallback, export_policy
+from dpo_lightning.hub import first_line
+from dpo_lightning.module import DPOModule
+from dpo_lightning.replies import RepliesCallback, ReplyWriter
+
+USER_ERROR_EXIT = 2
+
+
+class OneLineErrorParser(LightningArgumentParser):
+    """A parser whose errors are one line instead of the error and all usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Raises UserError with the message on one line."""
+        raise UserError(" ".join(message.split())) from ex
+
+
+class DPOCLI(LightningCLI):
+    """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.filename": "step{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": True,
+            }
+        )
+        parser.add_lightning_class_args(RepliesCallback, "replies")
+        parser.add_lightning_class_args(ExportCallback, "export")
+        parser.add_lightning_class_args(ReplyWriter, "predictions")
+
+    def before_instantiate_classes(self) -> None:
+        """Fills in what follows from the rest of the config: tokenizer and precision."""
+        config = self.config[self.subcommand]
+        if config.data.tokenizer is None:
+            config.data.tokenizer = config.model.name_or_path
+        if config.trainer.precision is None:
+            config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
+            rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
+        if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
+            config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
+
+    def _parse_ckpt_path(self) -> None:
+        """As Lightning's (a checkpoint brings its model's settings along), but says so and checks that it is there."""
+        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
+        if not ckpt_path or ckpt_path in ("last", "best", "hpc"):
+            return
+        if not Path(ckpt_path).exists():
+            raise UserError(f"--ckpt_path '{ckpt_path}': there is no such file")
+        given = self.config[self.config.subcommand].model.as_dict()
+        try:
+            super()._parse_ckpt_path()
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file fails anywhere in torch.load
+            raise UserError(f"--ckpt_path '{ckpt_path}' is not a readable checkpoint: {first_line(error)}") from error
+        loaded = self.config[self.config.subcommand].model.as_dict()
+        if changed := [f"{key} = {loaded[key]!r}" for key in loaded if loaded[key] != given.get(key)]:
+            rank_zero_info(f"model settings taken from {ckpt_path}: {', '.join(changed)}")
+
+
+def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
+    """The Trainer precision that is fast on this hardware without harm to training, and why."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "this GPU computes in bfloat16"
+        return "32-true", "this GPU does not compute in bfloat16"
+    flags = cpu_flags()
+    if fast := sorted(flags & {"amx_bf16", "avx512_bf16"}):
+        return "bf16-mixed", f"this CPU computes in bfloat16: {', '.join(fast)}"
+    return "32-true", "this CPU has no bfloat16 arithmetic (amx_bf16, avx512_bf16)"
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set flags of this CPU, empty where the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def run_lightning(args: Sequence[str]) -> DPOCLI:
+    """Runs a Trainer command."""
+    return DPOCLI(
+        DPOModule,
+        PreferenceDataModule,
+        args=list(args),
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        parser_class=OneLineErrorParser,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+def export(ckpt_path: str, output_dir: str, merge: bool = False) -> None:
+    """Writes the model of a checkpoint as a Hugging Face folder.
+
+    Args:
+        ckpt_path: a checkpoint written by `fit`.
+        output_dir: folder to write.
+        merge: with LoRA, write a complete model instead of the adapter.
+    """
+    if not Path(ckpt_path).is_file():
+        raise UserError(f"--ckpt_path '{ckpt_path}': there is no such file")
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        model_settings = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
+        tokenizer = checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]["tokenizer"]
+    except Exception as error:  # a damaged or foreign file fails anywhere in torch.load
+        raise UserError(
+            f"--ckpt_path '{ckpt_path}' is not a checkpoint of dpo-lightning: {first_line(error)}"
+        ) from error
+    model_settings = {key: value for key, value in model_settings.items() if not key.startswith("_")}
+    module = DPOModule(**model_settings)
+    module.load_state_dict(checkpoint["state_dict"])
+    data = PreferenceDataModule(tokenizer, trust_remote_code=module.hparams.trust_remote_code)
+    export_policy(module, data.tokenizer, output_dir, merge)
+    print(f"model written to {output_dir}")
+
+
+COMMANDS = {"export": export}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    # The tokenizers' threads and forked loader workers would warn about each other.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.argv = sys.argv[:1]  # LightningCLI warns about being given arguments while some stand there too
+    try:
+        if args and args[0] in COMMANDS:
+            from jsonargparse import auto_cli
+
+            auto_cli(COMMANDS[args[0]], args=args[1:], parser_class=OneLineErrorParser, as_positional=False)
+        else:
+            run_lightning(args)
+    except (UserError, MisconfigurationException) as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Name -> something loaded from a local folder or the Hugging Face hub, with errors that fit on a line.
+
+Without a network the hub's client retries for most of a minute. One short probe decides first, and where it fails
+the client is switched to its offline mode: what is in the local cache still loads, the rest fails at once.
+"""
+
+import functools
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from dpo_lightning.errors import UserError
+
+PROBE_SECONDS = 5.0
+T = TypeVar("T")
+
+
+def from_hub_or_folder(kind: str, name: str, load: Callable[..., T], **kwargs: Any) -> T:
+    """Calls `load(name, **kwargs)` for a folder or a hub id and turns its failure into one line.
+
+    Args:
+        kind: what is loaded ("model", "tokenizer", "dataset"), for messages.
+        name: a local folder, or else a hub id.
+
+    Raises:
+        UserError: no such folder, a folder that cannot be loaded, an unknown hub id, or no way to reach the hub.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        try:
+            return load(str(folder), **kwargs)
+        except Exception as error:  # the loaders raise anything from OSError to KeyError on a damaged folder
+            raise UserError(f"{kind} folder '{name}' cannot be loaded: {first_line(error)}") from error
+    if looks_local(name):
+        raise UserError(f"{kind} '{name}' is a local path, but there is no such folder")
+    reachable = switch_offline_if_unreachable()
+    try:
+        return load(name, **kwargs)
+    except Exception as error:
+        if reachable:
+            raise UserError(f"{kind} '{name}' cannot be loaded from the hub: {first_line(error)}") from error
+        raise UserError(
+            f"{kind} '{name}' is not a local folder and not in the local cache, and the Hugging Face hub cannot be "
+            f"reached; either run `python cli.py download` on a connected machine and add "
+            f"`--config configs/local.yaml` here, or give the path of a local {kind} folder instead of the name"
+        ) from error
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be meant as a path: hub ids are `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+@functools.cache
+def switch_offline_if_unreachable() -> bool:
+    """Probes the hub once per process and goes offline if it does not answer; returns whether it does."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
+        import datasets.config
+
+        # Child processes read the variable, what is already imported reads the constants.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def _answers(endpoint: str) -> bool:
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # only the proxy can tell
+    url = urlsplit(endpoint)
+    try:
+        with socket.create_connection(
+            (url.hostname, url.port or (443 if url.scheme == "https" else 80)), PROBE_SECONDS
+        ):
+            return True
+    except OSError:
+        return False
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

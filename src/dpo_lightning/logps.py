@@ -1,0 +1,194 @@
+"""model + PairBatch -> PairLogps: one forward, the LM head only where a completion token is predicted.
+
+Whether a model may read a pair's prompt once (the shared layout of `batching`) is decided here too: from its
+config, and by one comparison with ordinary forwards on real pairs (`choose_scoring`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dpo_lightning.batching import PADDING, PROMPT, EncodedPair, PairBatch, collate, to_pairs, to_separate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Model types whose attention takes a ready-made [B, 1, T, T] mask and explicit position ids; each was compared with
+# separate forwards. Anything else reads the two sequences of a pair apart.
+SHARED_PREFIX_MODEL_TYPES = frozenset(
+    "gpt2 llama qwen2 qwen3 qwen3_moe gemma gemma2 mistral mixtral gpt_neox opt falcon phi phi3 gpt_bigcode starcoder2 "
+    "stablelm olmo2 granite cohere smollm3 biogpt deepseek_v3 gptj codegen xglm".split()
+)
+HEAD_CHUNK = 1024  # predicted tokens whose [chunk, V] logits exist at a time
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities of B pairs' completion tokens under one model, float32."""
+
+    token_logps: Tensor  # [N] nats, in the order of the batch's targets
+    sequence: Tensor  # [N] int64 in [0, 2B): see PairBatch
+    num_pairs: int  # B
+
+    def _per_side(self, values: Tensor) -> Tensor:
+        return values.new_zeros(2 * self.num_pairs).index_add(0, self.sequence, values).view(-1, 2)
+
+    @property
+    def sums(self) -> Tensor:
+        """Summed log-probabilities, [B, 2]: chosen, rejected."""
+        return self._per_side(self.token_logps)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of completion tokens, EOS counted, [B, 2] float32."""
+        return self._per_side(torch.ones_like(self.token_logps))
+
+
+class Scoring(NamedTuple):
+    """How log-probs are computed for a model: the fast way unless it is known or found to be wrong."""
+
+    shared: bool = True  # a pair's prompt is read once
+    gathered: bool = True  # the head runs only at predicting positions; else the model's own full logits are used
+    window: int | None = None  # rows that reach past this sliding window are read apart
+    reason: str = ""  # why it is not the fast way
+
+
+FAST = Scoring()
+
+
+def pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scoring = FAST) -> PairLogps:
+    """Log-probabilities of every completion token, with gradients where the model has them.
+
+    Args:
+        model: a causal LM of transformers (with adapters injected or not), dropout off.
+        batch: shared pairs on the model's device.
+        scoring: what `choose_scoring` found for this model.
+    """
+    shared = scoring.shared and (scoring.window is None or int(batch.position_ids.max()) < scoring.window)
+    if not shared:
+        batch = to_separate(batch)
+    if not scoring.gathered:
+        logits = model(**_inputs(model, batch), use_cache=False).logits.flatten(0, 1)[batch.predict_index]
+        return PairLogps(_target_logps(logits, batch.targets), batch.sequence, batch.num_pairs)
+    hidden = model.base_model(**_inputs(model, batch), use_cache=False)[0]
+    hidden = hidden.flatten(0, 1)[batch.predict_index]
+    return PairLogps(head_logps(model, hidden, batch.targets), batch.sequence, batch.num_pairs)
+
+
+def _inputs(model: "PreTrainedModel", batch: PairBatch) -> dict[str, Tensor]:
+    if not batch.shared:
+        return {"input_ids": batch.input_ids, "attention_mask": (batch.segment_ids != PADDING).long()}
+    mask = shared_prefix_mask(batch.segment_ids)
+    if model.config._attn_implementation == "eager":
+        # Eager attention adds its mask; a bool one would silently mean "+1 where attended".
+        dtype = (
+            torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype
+        )
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
+
+
+def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
+    """Who attends to whom, bool [B, 1, T, T] (True = attends): causal, to the prompt and to one's own segment.
+
+    Padding attends to itself too, since a row of the mask without a True would make the softmax NaN.
+    """
+    width = segment_ids.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=segment_ids.device).tril_()
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    return (causal & ((key == PROMPT) | (key == query)))[:, None]
+
+
+def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities [N] float32 of `targets` [N] from hidden states [N, H], the head applied in chunks.
+
+    With several chunks each one's logits are computed again in the backward pass, so that only one chunk's
+    [HEAD_CHUNK, V] logits are ever held.
+    """
+    if len(targets) <= HEAD_CHUNK:
+        return _target_logps(_logits(model, hidden), targets)
+
+    def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return _target_logps(_logits(model, hidden), targets)
+
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+# ---------------------------------------------------------------------- may this model share the prompt?
+
+
+def scoring_from_config(config: "PretrainedConfig") -> Scoring:
+    """What the config alone says: recurrent models, ALiBi and unknown types read pairs apart."""
+    if config.model_type not in SHARED_PREFIX_MODEL_TYPES:
+        return Scoring(
+            shared=False, reason=f"models of type '{config.model_type}' are not known to share a prompt exactly"
+        )
+    if getattr(config, "alibi", False):
+        return Scoring(shared=False, reason="ALiBi counts distance in columns, not in position ids")
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", None) is False:
+        window = None
+    return Scoring(window=window)
+
+
+@torch.no_grad()
+def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4) -> Scoring:
+    """The fastest way to score this model that agrees with its own full logits on real pairs.
+
+    A few pairs of `batch` are probed, with real completions on both sides, so that a mask that is ignored shows even
+    where the data's rejected completions are empty. Run without autocast, which would blur the comparison.
+    """
+    scoring = scoring_from_config(model.config)
+    pairs = sorted(to_pairs(batch), key=lambda pair: len(pair.prompt_ids) + len(pair.chosen_ids))[-max_pairs:]
+    swapped = [
+        EncodedPair(a.prompt_ids, a.chosen_ids, b.chosen_ids) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)
+    ]
+    device = batch.input_ids.device
+    probe = PairBatch(*(tensor.to(device) for tensor in collate(swapped, range(len(swapped)))))
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+
+    def agrees(candidate: Scoring) -> bool:
+        try:
+            found = pair_logps(model, probe, candidate).token_logps
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            return False  # models with their own idea of masks refuse a 4D one
+        return torch.allclose(found, truth, rtol=tolerance, atol=tolerance)
+
+    with torch.autocast(device.type, enabled=False), evaluating(model):
+        truth = pair_logps(model, probe, Scoring(shared=False, gathered=False)).token_logps
+        if scoring.shared and agrees(scoring):
+            return scoring
+        reason = scoring.reason or "its log-probs with a shared prompt differ from those of separate forwards"
+        return Scoring(shared=False, gathered=agrees(Scoring(shared=False)), reason=reason)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

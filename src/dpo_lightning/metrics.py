@@ -1,0 +1,68 @@
+"""Per-pair losses and log-probs -> the metrics of preference training, weighted by pairs.
+
+Sums and counts are kept, so a short last batch weighs what it should, and several ranks add up to what one would see.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dpo_lightning.logps import PairLogps
+
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",  # beta * log-ratio of the chosen completion
+    "rewards/rejected",
+    "rewards/margins",  # chosen - rejected
+    "rewards/accuracies",  # share of pairs with a positive margin
+    "rewards/displaced",  # share of pairs whose chosen log-prob fell below the reference's
+    "logps/chosen",  # summed over the completion, nats
+    "logps/rejected",
+    "kl",
+)
+
+
+class PairMetrics(Metric):
+    """Means over pairs of `PAIR_METRICS`, under TRL's names.
+
+    `kl` estimates, per pair, how far the policy is from the reference on the data's completion tokens: the mean of
+    half the squared log-ratio (the k2 estimator of Schulman 2020, "Approximating KL divergence"), in nats per token.
+    The tokens are the data's, not samples, so read it as a distance that starts at 0.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    pairs: Tensor
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.add_state("sums", torch.zeros(len(PAIR_METRICS)), dist_reduce_fx="sum")
+        self.add_state("pairs", torch.zeros(()), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, losses: Tensor, policy: PairLogps, reference: PairLogps) -> None:
+        """Adds a batch: `losses` [B] and both models' log-probs of the same B pairs."""
+        logps, lengths = policy.sums, policy.lengths
+        rewards = self.beta * (logps - reference.sums)
+        chosen, rejected = rewards.unbind(1)
+        distance = policy._replace(token_logps=0.5 * (policy.token_logps - reference.token_logps).square())
+        values = (
+            losses,
+            chosen,
+            rejected,
+            chosen - rejected,
+            (chosen > rejected).float(),
+            (chosen < 0).float(),
+            logps[:, 0],
+            logps[:, 1],
+            distance.sums.sum(1) / lengths.sum(1),
+        )
+        self.sums += torch.stack(values).sum(1)
+        self.pairs += len(losses)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Name -> mean over all pairs seen, float32; empty where none was seen."""
+        if self.pairs == 0:
+            return {}
+        return dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+
+from dpo_lightning.batching import (
+    EncodedPair,
+    LengthGroupedBatchSampler,
+    collate,
+    collate_prompts,
+    to_pairs,
+    to_separate,
+)
+from dpo_lightning.errors import UserError
+from dpo_lightning.logps import shared_prefix_mask
+
+PAIRS = [EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])]
+
+
+def test_collate_gives_the_tensors_of_its_docstring():
+    batch = collate(PAIRS, [30, 40])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 7, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert batch.segment_ids.tolist() == [[0, 0, 1, 1, 2], [0, 1, -1, -1, -1]]
+    assert batch.predict_index.tolist() == [1, 2, 3, 1, 4, 5, 6, 5]
+    assert batch.targets.tolist() == [7, 8, 2, 9, 2, 7, 2, 2]
+    assert batch.sequence.tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
+    assert batch.pair_ids.tolist() == [30, 40]
+    assert batch.num_pairs == 2 and batch.shared
+
+
+def test_separate_rows_are_ordinary_sequences():
+    batch = to_separate(collate(PAIRS, [0, 1]))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [5, 7, 0, 0], [5, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert batch.segment_ids.tolist() == [[0, 0, 1, 1], [0, 0, 2, -1], [0, 1, -1, -1], [0, -1, -1, -1]]
+    # Each target follows its predicting token: 7, 8, EOS after 6, 7, 8; 9, EOS after 6, 9; 7, EOS after 5, 7; EOS after 5.
+    assert batch.input_ids.flatten()[batch.predict_index].tolist() == [6, 7, 8, 6, 9, 5, 7, 5]
+    assert (batch.predict_index // 4 == batch.sequence).all()
+    assert not batch.shared and to_separate(batch) is batch
+
+
+def test_pairs_survive_the_batch():
+    assert to_pairs(collate(PAIRS, [0, 1])) == PAIRS
+
+
+def test_mask_lets_rejected_see_the_prompt_but_not_the_chosen():
+    mask = shared_prefix_mask(collate(PAIRS, [0, 1]).segment_ids)[:, 0].int()
+    assert mask[0].tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert mask.any(-1).all(), "a row that attends to nothing makes the softmax NaN"
+
+
+def test_prompts_are_padded_on_the_left():
+    batch = collate_prompts([[5, 6], [7]], [3, 4])
+    assert batch.input_ids.tolist() == [[5, 6], [0, 7]]
+    assert batch.attention_mask.tolist() == [[1, 1], [0, 1]]
+    assert batch.pair_ids.tolist() == [3, 4]
+
+
+def lengths(n):
+    return np.random.default_rng(0).integers(10, 200, n)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 33, 1000])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_pair_is_handed_out_once_and_ranks_have_equally_many_batches(n, world, shuffle):
+    if n < world:
+        pytest.skip("fewer pairs than ranks")
+    ranks = [LengthGroupedBatchSampler(lengths(n), 4, shuffle, 7, rank, world) for rank in range(world)]
+    batches = [list(sampler) for sampler in ranks]
+    assert sorted(i for rank in batches for batch in rank for i in batch) == list(range(n))
+    assert {len(rank) for rank in batches} == {len(ranks[0])}
+    assert all(batch for rank in batches for batch in rank)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = LengthGroupedBatchSampler(lengths(100), 8, True, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_unshuffled_keeps_the_datas_order():
+    assert list(LengthGroupedBatchSampler(lengths(10), 4, False)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_grouping_by_length_saves_padding_without_sorting_the_run():
+    n = lengths(5000)
+    batches = list(LengthGroupedBatchSampler(n, 16, True))
+    padded = sum(len(batch) * n[batch].max() for batch in batches)
+    assert n.sum() / padded > 0.95
+    means = np.array([n[batch].mean() for batch in batches])
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
+
+
+def test_too_few_pairs_for_the_ranks_is_said():
+    with pytest.raises(UserError, match="2 pairs cannot be shared out among 3 processes"):
+        LengthGroupedBatchSampler([1, 2], 4, False, num_replicas=3)
+
+
+def test_batches_are_int64():
+    assert all(tensor.dtype == torch.int64 for tensor in collate(PAIRS, [0, 1]))
