@@ -19,6 +19,8 @@ from lightning.pytorch import Trainer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it does
+
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder ../shared with real rows is not here")
@@ -40,7 +42,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE like GPT-2's: EOS, no pad token, no BOS added."""
     bpe = ByteLevelBPETokenizer()
     texts = [" ".join(row.values()) for row in ROWS]
-    bpe.train_from_iterator(texts, vocab_size=400, min_frequency=1, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(
+        texts, vocab_size=400, min_frequency=1, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>", model_max_length=128
     )

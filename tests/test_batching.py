@@ -33,7 +33,7 @@ def test_separate_rows_are_ordinary_sequences():
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [5, 7, 0, 0], [5, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
     assert batch.segment_ids.tolist() == [[0, 0, 1, 1], [0, 0, 2, -1], [0, 1, -1, -1], [0, -1, -1, -1]]
-    # Each target follows its predicting token: 7, 8, EOS after 6, 7, 8; 9, EOS after 6, 9; 7, EOS after 5, 7; EOS after 5.
+    # Targets 7, 8, EOS follow 6, 7, 8; then 9, EOS follow 6, 9; 7, EOS follow 5, 7; and EOS follows 5.
     assert batch.input_ids.flatten()[batch.predict_index].tolist() == [6, 7, 8, 6, 9, 5, 7, 5]
     assert (batch.predict_index // 4 == batch.sequence).all()
     assert not batch.shared and to_separate(batch) is batch

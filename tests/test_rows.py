@@ -56,7 +56,11 @@ def test_prediction_needs_no_completions():
     ("columns", "name", "message"),
     [
         (["text"], None, "f: columns 'text' fit no data format (sql_create_context needs question, context, answer;"),
-        (["question", "context"], "sql_create_context", "f: column 'answer' is missing for format 'sql_create_context'"),
+        (
+            ["question", "context"],
+            "sql_create_context",
+            "f: column 'answer' is missing for format 'sql_create_context'",
+        ),
         (["prompt"], "alpaca", "unknown data format 'alpaca'"),
     ],
 )
@@ -108,5 +112,5 @@ def test_shuffled_partners_are_not_always_the_same_text():
 
 
 def test_shuffled_partners_need_other_texts():
-    with pytest.raises(UserError, match="3 of 4 rows have the same one"):
+    with pytest.raises(UserError, match="3 of 4 have the same one"):
         shuffled_partners(["a", "a", "a", "b"], seed=0, source="f")

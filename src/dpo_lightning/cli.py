@@ -1,21 +1,25 @@
-"""The command line: `fit`, `validate`, `test`, `predict` through LightningCLI, and `export`.
+"""The command line: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download` and `export`.
 
 A user's mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback instead.
 """
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.datamodule import PreferenceDataModule
+from dpo_lightning.download import download
 from dpo_lightning.errors import UserError
 from dpo_lightning.export import ExportCallback, export_policy
 from dpo_lightning.hub import first_line
@@ -23,6 +27,7 @@ from dpo_lightning.module import DPOModule
 from dpo_lightning.replies import RepliesCallback, ReplyWriter
 
 USER_ERROR_EXIT = 2
+INTERRUPTED_EXIT = 130  # as shells report SIGINT
 
 
 class OneLineErrorParser(LightningArgumentParser):
@@ -53,7 +58,7 @@ class DPOCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fills in what follows from the rest of the config: tokenizer and precision."""
-        config = self.config[self.subcommand]
+        config = self.config[self.subcommand] if self.subcommand else self.config
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.name_or_path
         if config.trainer.precision is None:
@@ -62,21 +67,29 @@ class DPOCLI(LightningCLI):
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As LightningCLI's, with the Trainer's refusals as UserError."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
+
     def _parse_ckpt_path(self) -> None:
         """As Lightning's (a checkpoint brings its model's settings along), but says so and checks that it is there."""
-        ckpt_path = self.config[self.config.subcommand].get("ckpt_path")
+        command = self.config.get("subcommand")
+        ckpt_path = command and self.config[command].get("ckpt_path")
         if not ckpt_path or ckpt_path in ("last", "best", "hpc"):
             return
         if not Path(ckpt_path).exists():
             raise UserError(f"--ckpt_path '{ckpt_path}': there is no such file")
-        given = self.config[self.config.subcommand].model.as_dict()
+        given = self.config[command].model.as_dict()
         try:
             super()._parse_ckpt_path()
         except UserError:
             raise
         except Exception as error:  # a damaged file fails anywhere in torch.load
             raise UserError(f"--ckpt_path '{ckpt_path}' is not a readable checkpoint: {first_line(error)}") from error
-        loaded = self.config[self.config.subcommand].model.as_dict()
+        loaded = self.config[command].model.as_dict()
         if changed := [f"{key} = {loaded[key]!r}" for key in loaded if loaded[key] != given.get(key)]:
             rank_zero_info(f"model settings taken from {ckpt_path}: {', '.join(changed)}")
 
@@ -102,17 +115,46 @@ def cpu_flags() -> set[str]:
     return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
 
 
-def run_lightning(args: Sequence[str]) -> DPOCLI:
-    """Runs a Trainer command."""
-    return DPOCLI(
+class DownloadCLI(DPOCLI):
+    """The same configuration without a Trainer command, and where to download to."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `output_dir`."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output_dir", type=str, default=".", help="folder to write into")
+
+
+def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
+    """Parses a configuration and, with `run`, runs the Trainer command in it."""
+    return cli(
         DPOModule,
         PreferenceDataModule,
         args=list(args),
+        run=run,
         seed_everything_default=42,
         auto_configure_optimizers=False,
         parser_class=OneLineErrorParser,
         save_config_kwargs={"overwrite": True},
     )
+
+
+def run_trainer(args: Sequence[str]) -> None:
+    """`fit`, `validate`, `test`, `predict`."""
+    configured(DPOCLI, args, run=True)
+
+
+def run_download(args: Sequence[str]) -> None:
+    """`download`: the tokenizer, model and data sets that a configuration names, for use without a network."""
+    config = configured(DownloadCLI, args, run=False).config
+    for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
+        print(f"{kind} written to {name}")
+
+
+def run_export(args: Sequence[str]) -> None:
+    """`export`: a checkpoint as a Hugging Face folder."""
+    from jsonargparse import auto_cli
+
+    auto_cli(export, args=list(args), parser_class=OneLineErrorParser, as_positional=False)
 
 
 def export(ckpt_path: str, output_dir: str, merge: bool = False) -> None:
@@ -141,7 +183,7 @@ def export(ckpt_path: str, output_dir: str, merge: bool = False) -> None:
     print(f"model written to {output_dir}")
 
 
-COMMANDS = {"export": export}
+COMMANDS = {"download": run_download, "export": run_export}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -149,22 +191,33 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    # The tokenizers' threads and forked loader workers would warn about each other.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     sys.argv = sys.argv[:1]  # LightningCLI warns about being given arguments while some stand there too
+    keep_quiet()
     try:
         if args and args[0] in COMMANDS:
-            from jsonargparse import auto_cli
-
-            auto_cli(COMMANDS[args[0]], args=args[1:], parser_class=OneLineErrorParser, as_positional=False)
+            COMMANDS[args[0]](args[1:])
         else:
-            run_lightning(args)
+            run_trainer(args)
     except (UserError, MisconfigurationException) as error:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED_EXIT
     return 0
+
+
+def keep_quiet() -> None:
+    """Drops what libraries say that is neither about this run nor for its user."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else loader workers and tokenizers warn of each other
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader`"))
+    )
 
 
 if __name__ == "__main__":

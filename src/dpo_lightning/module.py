@@ -3,6 +3,7 @@
 The step is the same in training, validation and testing: log-probs of policy and reference, their loss, metrics.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +89,10 @@ class DPOModule(LightningModule):
         self.reference: Reference | None = None
         self.scoring: Scoring | None = None
         self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
-        self._logged_step = 0
         self._grad_norm: Tensor | None = None
+        self._logged_step = 0
+        self._step_began: float | None = None
+        self._seconds, self._pairs = 0.0, 0  # of optimizer steps since the last log
 
     # ------------------------------------------------------------------ models
 
@@ -103,6 +106,18 @@ class DPOModule(LightningModule):
         )
         assert_no_dropout(self.policy)
         self.reference = FrozenCopy(self.policy) if h.lora is None else AdapterOff(self.policy)
+
+    def setup(self, stage: str) -> None:
+        """Checks that the data's longest sequences fit the model.
+
+        Raises:
+            UserError: `data.max_length` beyond the model's positions.
+        """
+        self.configure_model()
+        longest = getattr(self.trainer.datamodule, "max_length", 0)
+        positions = getattr(self.causal_lm.config, "max_position_embeddings", None)
+        if positions and longest > positions:
+            raise UserError(f"data.max_length is {longest}, but this model has {positions} positions: lower it to that")
 
     @property
     def causal_lm(self) -> "PreTrainedModel":
@@ -156,6 +171,18 @@ class DPOModule(LightningModule):
 
     # ------------------------------------------------------------------ logging
 
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        """Starts the clock of an optimizer step at its first batch."""
+        self._pairs += batch.num_pairs * self.trainer.world_size
+        if self._step_began is None:
+            self._step_began = time.perf_counter()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and stops the clock: validation and replies, which come between steps, are not counted."""
+        super().optimizer_step(*args, **kwargs)
+        self._seconds += time.perf_counter() - self._step_began
+        self._step_began = None
+
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """Logs the metrics of the pairs since the last time, every `log_every_n_steps` optimizer steps."""
         step = self.global_step
@@ -164,6 +191,8 @@ class DPOModule(LightningModule):
             self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])
             if self._grad_norm is not None:
                 self.log("train/grad_norm", self._grad_norm)
+            self.log("train/pairs_per_second", self._pairs / self._seconds, prog_bar=True)
+            self._seconds, self._pairs = 0.0, 0
             self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -228,7 +257,7 @@ class DPOModule(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What training changes: all weights, or with LoRA the adapter alone."""
         state = super().state_dict(*args, **kwargs)
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied head has its weight's name too
             if not parameter.requires_grad:
                 state.pop(name, None)
         return state

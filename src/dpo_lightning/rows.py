@@ -151,7 +151,7 @@ def shuffled_partners(texts: Sequence[str], seed: int, source: str) -> np.ndarra
     turn = int(counts.max())
     if 2 * turn > len(texts):
         raise UserError(
-            f"{source}: rejected 'shuffled' needs other rows' answers, but {turn} of {len(texts)} rows have the same one"
+            f"{source}: rejected: shuffled needs other rows' answers, but {turn} of {len(texts)} have the same one"
         )
     rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random(len(texts)), rng.permutation(len(groups))[inverse]))

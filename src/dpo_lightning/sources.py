@@ -1,5 +1,6 @@
 """Name of a data set -> its rows: a .jsonl/.json/.csv/.parquet file, a folder written by `save_to_disk`, a hub id."""
 
+import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,13 +75,21 @@ def open_source(name: str, stage: str) -> Source:
     if path.is_file():
         return _open_file(name, path)
     base, _, split = name.partition(":")
-    if Path(base).expanduser().is_dir():
-        dataset = from_hub_or_folder("dataset", base, _load_from_disk)
-    elif path.suffix in FILE_TYPES or looks_local(name):
+    return _from_dataset(name, _pick_split(load_dataset_named(base), name, split, stage))
+
+
+def load_dataset_named(name: str) -> Any:
+    """The Dataset or DatasetDict of a folder written by `save_to_disk`, or else of a hub id.
+
+    Raises:
+        UserError: a folder that is not there or cannot be loaded, an unknown hub id, an unreachable hub.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    if Path(name).suffix in FILE_TYPES or (looks_local(name) and not Path(name).expanduser().is_dir()):
         raise UserError(f"data set '{name}': there is no such file or folder")
-    else:
-        dataset = from_hub_or_folder("dataset", base, _load_from_hub, split=split if "[" in split else None)
-    return _from_dataset(name, _pick_split(dataset, name, split, stage))
+    local = Path(name).expanduser().is_dir()
+    return from_hub_or_folder("dataset", name, load_from_disk if local else load_dataset)
 
 
 def _open_file(name: str, path: Path) -> Source:
@@ -98,13 +107,16 @@ def _open_file(name: str, path: Path) -> Source:
         return Source(name, list(columns), JSONLRows(path), digest.hexdigest())
     if path.suffix not in FILE_TYPES:
         raise UserError(f"data set '{name}': files of type {', '.join(FILE_TYPES)} can be read, not '{path.suffix}'")
-    from datasets import load_dataset
+    from datasets import Features, Value, load_dataset
 
-    # Read as text, an all-digits answer stays an answer.
-    options = {"dtype": str, "keep_default_na": False} if path.suffix == ".csv" else {}
     try:
+        options: dict[str, Any] = {}
+        if path.suffix == ".csv":  # read as text, so that an all-digits answer stays an answer
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                header = next(csv.reader(file))
+            options = {"features": Features(dict.fromkeys(header, Value("string"))), "keep_default_na": False}
         dataset = load_dataset(path.suffix[1:], data_files=str(path), split="train", **options)
-    except Exception as error:  # pyarrow's and pandas' own errors, wrapped by datasets
+    except Exception as error:  # csv's, pyarrow's and pandas' own errors, wrapped by datasets
         raise UserError(f"data set '{name}' cannot be read: {first_line(error.__cause__ or error)}") from error
     return _from_dataset(name, dataset)
 
@@ -113,18 +125,6 @@ def _from_dataset(name: str, dataset: Any) -> Source:
     if len(dataset) == 0:
         raise UserError(f"data set '{name}' holds no rows")
     return Source(name, dataset.column_names, dataset, dataset._fingerprint)
-
-
-def _load_from_disk(folder: str) -> Any:
-    from datasets import load_from_disk
-
-    return load_from_disk(folder)
-
-
-def _load_from_hub(name: str, split: str | None) -> Any:
-    from datasets import load_dataset
-
-    return load_dataset(name, split=split)
 
 
 def _pick_split(dataset: Any, name: str, split: str, stage: str) -> Any:

@@ -1,0 +1,189 @@
+import logging
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+)
+
+from dpo_lightning import logps
+from dpo_lightning.batching import EncodedPair, collate, to_separate
+from dpo_lightning.logps import Scoring, choose_scoring, head_logps, pair_logps, scoring_from_config
+
+VOCABULARY = 97
+# A large initial spread: with the usual 0.02 a tiny model hardly looks at its context and any mask would pass.
+BASE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPREAD = BASE | {"initializer_range": 0.4, "intermediate_size": 64, "max_position_embeddings": 64}
+GROUPED = SPREAD | {"num_key_value_heads": 2}
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "gpt_neox": GPTNeoXConfig(**SPREAD),
+    "opt": OPTConfig(**BASE, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.3),
+    "phi": PhiConfig(**SPREAD),
+    "cohere": CohereConfig(**GROUPED),  # scales its logits
+    "granite": GraniteConfig(**GROUPED, logits_scaling=4.0),  # divides them
+    "gemma2": Gemma2Config(**GROUPED, head_dim=8),  # caps them
+    "mistral": MistralConfig(**GROUPED, sliding_window=8),
+    "mamba": MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3
+    ),
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
+}
+SHARES = ("gpt2", "llama", "qwen2", "gpt_neox", "opt", "phi")
+BY_FULL_LOGITS = Scoring(shared=False, gathered=False)
+
+
+def make_model(name, attention="eager"):
+    torch.manual_seed(0)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention).eval()
+
+
+def make_batch(pairs=5):
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length):
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    return collate([EncodedPair(ids(3 + 2 * i), ids(2 + i), ids(1 + 3 * i % 5)) for i in range(pairs)], range(pairs))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", SHARES)
+@torch.no_grad()
+def test_shared_prefix_equals_separate_forwards(name, attention):
+    model, batch = make_model(name, attention), make_batch()
+    scoring = choose_scoring(model, batch)
+    assert scoring.shared and scoring.gathered
+    shared, truth = pair_logps(model, batch, scoring), pair_logps(model, batch, BY_FULL_LOGITS)
+    assert (shared.sums - truth.sums).abs().max() <= 1e-4
+    assert truth.sums.std() > 1, "the log-probs must differ enough for the comparison to mean something"
+
+
+def test_gradients_are_equal_too():
+    model, batch = make_model("gpt2"), make_batch()
+    gradients = []
+    for scoring in (Scoring(), BY_FULL_LOGITS):
+        model.zero_grad()
+        sums = pair_logps(model, batch, scoring).sums
+        (sums[:, 0] - sums[:, 1]).sigmoid().log().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cohere", "granite", "gemma2"])
+@torch.no_grad()
+def test_heads_that_change_their_logits_are_followed(name):
+    model, batch = make_model(name), make_batch()
+    scoring = choose_scoring(model, batch)
+    assert scoring.gathered
+    torch.testing.assert_close(
+        pair_logps(model, batch, scoring).sums, pair_logps(model, batch, BY_FULL_LOGITS).sums, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom"])
+@torch.no_grad()
+def test_models_that_cannot_share_fall_back_and_say_so(name):
+    model, batch = make_model(name), make_batch()
+    scoring = choose_scoring(model, batch)
+    assert not scoring.shared
+    assert name in scoring.reason
+    torch.testing.assert_close(pair_logps(model, batch, scoring).sums, pair_logps(model, batch, BY_FULL_LOGITS).sums)
+
+
+@torch.no_grad()
+def test_a_model_that_is_wrongly_listed_is_found_out(monkeypatch):
+    # The mask would be ignored or refused: the comparison on real pairs must notice either.
+    monkeypatch.setattr(logps, "SHARED_PREFIX_MODEL_TYPES", {"mamba", "bloom"})
+    for name in ("mamba", "bloom"):
+        scoring = choose_scoring(make_model(name), make_batch())
+        assert not scoring.shared
+        assert "differ from those of separate forwards" in scoring.reason
+
+
+@torch.no_grad()
+def test_an_empty_rejected_does_not_blind_the_check(monkeypatch):
+    # With EOS alone rejected a row is plainly causal, so only probing with real completions can show a wrong mask.
+    monkeypatch.setattr(
+        logps,
+        "shared_prefix_mask",
+        lambda segments: (
+            torch.ones(1, 1, 1, 1).bool().expand(len(segments), 1, segments.shape[1], segments.shape[1]).tril()
+        ),
+    )
+    batch = collate([EncodedPair([5, 6 + i], [7, 8 + i, 2], [2]) for i in range(3)], range(3))
+    assert not choose_scoring(make_model("gpt2"), batch).shared
+
+
+@torch.no_grad()
+def test_rows_longer_than_a_sliding_window_are_read_apart(monkeypatch):
+    model = make_model("mistral")
+    scoring = scoring_from_config(model.config)
+    assert scoring == Scoring(window=8)
+    short = collate([EncodedPair([5, 6, 7], [8, 9, 2], [4, 2])], [0])
+    layouts = []
+    monkeypatch.setattr(logps, "to_separate", lambda batch: layouts.append("apart") or to_separate(batch))
+    for batch in (short, make_batch()):
+        found = pair_logps(model, batch, scoring).sums
+        layouts.append("|")
+        torch.testing.assert_close(found, pair_logps(model, batch, BY_FULL_LOGITS).sums, rtol=1e-4, atol=1e-4)
+    assert layouts == ["|", "apart", "apart", "|", "apart"]
+
+
+def test_alibi_and_switched_off_windows_are_read_from_the_config():
+    assert not scoring_from_config(type(CONFIGS["gpt2"])(alibi=True)).shared
+    assert scoring_from_config(Qwen2Config(**GROUPED, sliding_window=8, use_sliding_window=False)).window is None
+
+
+def test_head_in_chunks_equals_head_at_once(monkeypatch):
+    model = make_model("gpt2")
+    hidden = torch.randn(50, 32, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (50,))
+    results = []
+    for chunk in (50, 7):
+        monkeypatch.setattr(logps, "HEAD_CHUNK", chunk)
+        model.zero_grad()
+        hidden.grad = None
+        values = head_logps(model, hidden, targets)
+        (values * torch.arange(50)).sum().backward()
+        results.append((values.detach(), hidden.grad.clone(), model.lm_head.weight.grad.clone()))
+    for at_once, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(at_once, chunked, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_sees_only_predicting_positions():
+    model, batch = make_model("llama"), make_batch()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    pair_logps(model, batch)
+    assert seen == [(batch.targets.numel(), VOCABULARY)]
+
+
+def test_lengths_count_eos():
+    batch = collate([EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])], [0, 1])
+    assert pair_logps(make_model("gpt2"), batch).lengths.tolist() == [[3, 2], [2, 1]]
+
+
+@torch.no_grad()
+def test_bfloat16_autocast_stays_close_and_sums_in_float32():
+    model, batch = make_model("gpt2"), make_batch()
+    exact = pair_logps(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = pair_logps(model, batch)
+    assert rounded.token_logps.dtype == torch.float32
+    assert (exact.token_logps - rounded.token_logps).abs().max() < 0.2

@@ -1,0 +1,80 @@
+"""The same tiny GPT-2, the same rows in the same order, the same AdamW: our losses are TRL's."""
+
+import pytest
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM
+
+from conftest import ROWS
+from dpo_lightning import DPOModule, PreferenceDataModule
+from test_module import Record
+
+STEPS, BATCH, RATE = 20, 2, 1e-3
+
+
+@pytest.fixture
+def rows():
+    """Rows as prompt, chosen, rejected: every second rejected is another row's answer, the others are empty."""
+    return [
+        {
+            "prompt": f"{row['context']}\nQuestion: {row['question']}\nAnswer:",
+            "chosen": " " + row["answer"],
+            "rejected": " " + ROWS[i - 1]["answer"] if i % 2 else "",
+        }
+        for i, row in enumerate(ROWS[: STEPS * BATCH])
+    ]
+
+
+def trl_losses(rows, model_folder, tokenizer, output, **settings):
+    from trl import DPOConfig, DPOTrainer
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return SequentialSampler(self.train_dataset)
+
+    config = DPOConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=BATCH,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        num_train_epochs=1,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = InOrder(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["sigmoid"], "beta": 0.1},
+        # (TRL 1.16's sigmoid ignores label_smoothing, so conservative DPO stands in test_losses.py alone.)
+        {"loss_type": ["hinge"], "beta": 0.3},
+        {"loss_type": ["ipo"], "beta": 0.1},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1], "beta": 0.1},
+    ],
+    ids=lambda settings: "+".join(settings["loss_type"]),
+)
+def test_first_20_losses_agree(rows, settings, model_folder, tokenizer, write_rows, quiet_trainer, tmp_path):
+    module = DPOModule(str(model_folder), learning_rate=RATE, warmup_steps=0, lr_scheduler_type="constant", **settings)
+    record = Record(module)
+    data = PreferenceDataModule(tokenizer, write_rows(rows), batch_size=BATCH, shuffle=False, val_size=0, test_size=0)
+    quiet_trainer(gradient_clip_val=1.0).fit(module, data)
+    theirs = trl_losses(rows, model_folder, tokenizer, tmp_path / "trl", **settings)
+    assert len(record.losses) == len(theirs) == STEPS
+    assert record.losses == pytest.approx(theirs, abs=1e-4)
+    assert abs(theirs[-1] - theirs[0]) > 1e-2, "the run must have learnt something to compare"
