@@ -81,7 +81,7 @@ def test_lora_overlay_writes_an_adapter_and_its_checkpoint_needs_no_overlay(run,
     assert (folder / "huggingface" / "model.safetensors").is_file()
     assert all("lora_" in key for key in torch.load(last, weights_only=True)["state_dict"])
     assert run("test", "--ckpt_path", str(last)) == 0
-    assert "lora = {'lora_alpha': 32, 'r': 16, 'target_modules': 'all-linear'}" in caplog.text
+    assert "lora = {'r': 16, 'lora_alpha': 32, 'target_modules': 'all-linear'}" in caplog.text
 
 
 def test_a_second_run_gets_a_folder_of_its_own(run, tmp_path):

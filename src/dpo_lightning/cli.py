@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -68,7 +69,11 @@ class DPOCLI(LightningCLI):
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As LightningCLI's, with the Trainer's refusals as UserError."""
+        """As LightningCLI's, with TensorBoard's hparams free for real metrics and refusals as UserError."""
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.logger in (None, True):
+            folder = trainer.default_root_dir or "."
+            kwargs["logger"] = TensorBoardLogger(folder, name="lightning_logs", default_hp_metric=False)
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
