@@ -1,0 +1,102 @@
+"""What the READMEs and configs say is true: every command parses, every path and target is there."""
+
+import inspect
+import re
+import shlex
+
+import pytest
+import yaml
+
+from conftest import REPO
+from dpo_lightning import cli
+from dpo_lightning.cli import DPOCLI, DownloadCLI, configured
+
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+READMES = sorted(REPO.glob("README*.md"))
+COMMAND = re.compile(r"^(?:    )?((?:python|make|tensorboard|dpo-lightning|git|pip) [^\n#]*)", re.M)
+
+
+def commands(readme):
+    """Commands in indented or fenced blocks, comments stripped."""
+    return [match.strip() for match in COMMAND.findall(readme.read_text())]
+
+
+def parse_only(cli_class, args, run):
+    """Parses as the command would, runs nothing."""
+
+    class ParseOnly(cli_class):
+        def _parse_ckpt_path(self):
+            pass
+
+        def instantiate_classes(self):
+            pass
+
+        def _run_subcommand(self, subcommand):
+            pass
+
+    return configured(ParseOnly, args, run)
+
+
+def check_cli(command, args):
+    if command == "download":
+        parse_only(DownloadCLI, args, run=False)
+    elif command == "export":
+        assert set(args[::2]) == {"--ckpt_path", "--output_dir"}
+    else:
+        parse_only(DPOCLI, [command, *args], run=True)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_every_command_of_a_readme_works(readme, monkeypatch):
+    monkeypatch.chdir(REPO)
+    targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), re.M))
+    found = commands(readme)
+    assert len(found) >= 8
+    for line in found:
+        program, *args = shlex.split(line)
+        if program == "make":
+            assert set(args) <= targets, line
+        elif program == "tensorboard":
+            assert args == ["--logdir", "lightning_logs"], line
+        elif args[0] == "cli.py":
+            check_cli(args[1], args[2:])
+        else:
+            assert args[:2] == ["-m", "pip"] or args[:2] == ["-m", "dpo_lightning.demo.build"], line
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_every_path_of_a_readme_is_there(readme):
+    text = readme.read_text()
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r'src="(?!http)([^"]+)"', text)
+    named = re.findall(r"(?:configs|tests|src|benchmarks|docs)/[\w./-]*\w", text)
+    for path in linked + named:
+        assert (REPO / path).exists(), path
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_config_parses_alone_or_over_gpt2(config, monkeypatch):
+    monkeypatch.chdir(REPO)
+    base = [] if "Overlay" not in config.read_text() else ["--config", "configs/gpt2.yaml"]
+    parse_only(DPOCLI, ["fit", *base, "--config", str(config)], run=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_key_has_a_comment_and_the_three_that_matter_are_there(config):
+    for number, line in enumerate(config.read_text().splitlines(), 1):
+        if re.match(r"\s*[\w-]+: *\S", line):
+            assert re.search(r" # \S", line), f"{config.name}:{number}: {line}"
+    settings = yaml.safe_load(config.read_text())
+    assert {"beta", "learning_rate"} <= set(settings["model"])
+    assert "batch_size" in settings["data"]
+
+
+def test_gpt2_config_names_every_setting_of_module_and_data():
+    settings = yaml.safe_load((REPO / "configs" / "gpt2.yaml").read_text())
+    for section, target in (("model", cli.DPOModule), ("data", cli.PreferenceDataModule)):
+        assert set(settings[section]) == set(inspect.signature(target.__init__).parameters) - {"self"}
+
+
+def test_make_help_lists_every_target():
+    makefile = (REPO / "Makefile").read_text()
+    phony = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split())
+    assert phony == set(re.findall(r"^([a-z]+):.*##", makefile, re.M))
