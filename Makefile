@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test slow lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -13,7 +13,10 @@ demo: $(VENV)/.installed  ## set-up and training on shipped data: SQL in about a
 
 test: $(VENV)/.installed-test  ## set-up and all tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.installed-test  ## the checks on a real model, where its files can be had
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-test  ## ruff: style and obvious mistakes
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.logps import Scoring
 from test_module import Record
 
 STEPS, BATCH, RATE = 20, 2, 1e-3
@@ -25,7 +26,7 @@ def rows():
     ]
 
 
-def trl_losses(rows, model_folder, tokenizer, output, **settings):
+def trl_losses(rows, model_folder, tokenizer, output, model=None, **settings):
     from trl import DPOConfig, DPOTrainer
 
     class InOrder(DPOTrainer):
@@ -49,7 +50,7 @@ def trl_losses(rows, model_folder, tokenizer, output, **settings):
         **settings,
     )
     trainer = InOrder(
-        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        model=model or AutoModelForCausalLM.from_pretrained(model_folder),
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -78,3 +79,37 @@ def test_first_20_losses_agree(rows, settings, model_folder, tokenizer, write_ro
     assert len(record.losses) == len(theirs) == STEPS
     assert record.losses == pytest.approx(theirs, abs=1e-4)
     assert abs(theirs[-1] - theirs[0]) > 1e-2, "the run must have learnt something to compare"
+
+
+def count_tokens(model):
+    """Counts the positions that go through the transformer's blocks and through the LM head of a model."""
+    counts = {"blocks": 0, "head": 0}
+
+    def count(name):
+        def hook(module, args, kwargs):
+            states = args[0] if args else kwargs["hidden_states"]
+            counts[name] += states.shape[:-1].numel()
+
+        return hook
+
+    model.transformer.h[0].register_forward_pre_hook(count("blocks"), with_kwargs=True)
+    model.lm_head.register_forward_pre_hook(count("head"), with_kwargs=True)
+    return counts
+
+
+def test_the_same_pairs_take_half_the_tokens(rows, model_folder, tokenizer, write_rows, quiet_trainer, tmp_path):
+    """With an empty rejected completion the policy reads about half the positions that TRL's reads."""
+    rows = [row | {"rejected": ""} for row in rows]
+    module = DPOModule(str(model_folder), warmup_steps=0)
+    module.configure_model()
+    module.scoring = Scoring()  # chosen already: the comparison before the first step is not part of training
+    ours = count_tokens(module.policy)
+    data = PreferenceDataModule(tokenizer, write_rows(rows), batch_size=BATCH, shuffle=False, val_size=0, test_size=0)
+    quiet_trainer().fit(module, data)
+    policy = AutoModelForCausalLM.from_pretrained(model_folder)
+    theirs = count_tokens(policy)
+    trl_losses(rows, model_folder, tokenizer, tmp_path / "trl", model=policy, loss_type=["sigmoid"], beta=0.1)
+    print(f"positions of {len(rows)} pairs: ours {ours}, TRL's {theirs}")
+    assert ours["blocks"] < 0.6 * theirs["blocks"]
+    targets = sum(len(tokenizer(row["chosen"])["input_ids"]) + 2 for row in rows)
+    assert ours["head"] == targets
