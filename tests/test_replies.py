@@ -7,8 +7,13 @@ from transformers import AutoModelForCausalLM
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.batching import collate_prompts
 from dpo_lightning.errors import UserError
-from dpo_lightning.replies import RepliesCallback, Reply, ReplyWriter, fold, generate, judge, show_replies
+from dpo_lightning.evaluation import EvaluationCallback
+from dpo_lightning.predictions import ReplyWriter
+from dpo_lightning.replies import RepliesCallback, Reply, generate, judge, shares
+from dpo_lightning.reply_metrics import ReplyMetrics
+from dpo_lightning.reply_views import fold, show_replies
 from dpo_lightning.rows import PreferencePair
+from dpo_lightning.sql import SQLMetrics
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +63,29 @@ def test_a_prompt_that_leaves_no_room_is_cut_from_the_left(model, tokenizer):
     assert full == generate(model, collate_prompts([prompt[16:]], [0]), tokenizer, 16)
 
 
+PAIRS = [
+    PreferencePair("p", " SELECT a FROM t", "", "CREATE TABLE t (a INT)"),
+    PreferencePair("p", " SELECT b FROM u", "", "CREATE TABLE u (b INT)"),
+    PreferencePair("p", " SELECT a FROM t", "", "this context is no SQL"),
+]
+TEXTS = (" SELECT a FROM t", " SELECT a FROM t", "select A from t")
+
+
 def test_judging_uses_each_pairs_own_context():
-    pairs = [
-        PreferencePair("p", " SELECT a FROM t", "", "CREATE TABLE t (a INT)"),
-        PreferencePair("p", " SELECT b FROM u", "", "CREATE TABLE u (b INT)"),
-        PreferencePair("p", "no SQL here", ""),
-    ]
-    replies = [Reply(text, [1, 2], True) for text in (" SELECT a FROM t", " SELECT a FROM t", "hello")]
-    shares = judge(replies, pairs)
-    assert shares["sql/valid"] == 0.5
-    assert shares["reply/eos_rate"] == 1.0
-    assert "sql/valid" not in judge(replies[2:], pairs[2:])
+    judged = [judge(Reply(text, [1, 2], True), pair) for text, pair in zip(TEXTS, PAIRS, strict=True)]
+    assert [flags["sql/valid"] for flags in judged] == [1.0, 0.0, None]
+    assert "sql/valid" not in judge(Reply("hello", [1], False), PreferencePair("p", "no SQL here", ""))
+
+
+def test_shares_are_those_of_the_metrics():
+    replies = [Reply(text, [1, 2, 1, 2, 1, 2], True) for text in TEXTS]
+    found = shares([judge(reply, pair) for reply, pair in zip(replies, PAIRS, strict=True)])
+    sql, general = SQLMetrics(), ReplyMetrics()
+    sql.update(list(TEXTS), [pair.chosen.strip() for pair in PAIRS], [pair.context for pair in PAIRS])
+    general.update([reply.token_ids for reply in replies], [reply.stopped for reply in replies])
+    expected = {name: value.item() for name, value in (sql.compute() | general.compute()).items()}
+    assert found == pytest.approx({name: expected[name] for name in found})
+    assert set(expected) - set(found) == {"sql/unjudged"}
 
 
 def test_shown_replies_cannot_style_the_console(capsys):
@@ -106,7 +123,7 @@ def test_accumulated_batches_show_a_step_once(run, quiet_trainer, capsys):
 
 
 def test_testing_judges_the_whole_split(run, quiet_trainer):
-    trainer = quiet_trainer(callbacks=[RepliesCallback()])
+    trainer = quiet_trainer(callbacks=[EvaluationCallback()])
     (result,) = trainer.test(*run, verbose=False)
     assert {"test/loss", "test/sql/valid", "test/reply/eos_rate", "test/reply/length"} <= set(result)
     assert result["test/sql/valid"] == 0.0

@@ -22,13 +22,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from dpo_lightning.datamodule import PreferenceDataModule
 from dpo_lightning.download import download
 from dpo_lightning.errors import UserError
+from dpo_lightning.evaluation import EvaluationCallback
 from dpo_lightning.export import ExportCallback, export_policy
+from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.hub import first_line
 from dpo_lightning.module import DPOModule
-from dpo_lightning.replies import RepliesCallback, ReplyWriter
+from dpo_lightning.predictions import ReplyWriter
+from dpo_lightning.replies import RepliesCallback
+from dpo_lightning.reporting import ReportCallback
+from dpo_lightning.storyboard import StoryboardCallback
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
+CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback)  # those without settings
 
 
 class OneLineErrorParser(LightningArgumentParser):
@@ -131,13 +137,15 @@ class DownloadCLI(DPOCLI):
 
 def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
     """Parses a configuration and, with `run`, runs the Trainer command in it."""
+    # Not as an argument: Lightning starts the processes of further devices with this process's own command line.
+    sys.argv[1:] = args
     return cli(
         DPOModule,
         PreferenceDataModule,
-        args=list(args),
         run=run,
         seed_everything_default=42,
         auto_configure_optimizers=False,
+        trainer_defaults={"callbacks": [callback() for callback in CALLBACKS]},
         parser_class=OneLineErrorParser,
         save_config_kwargs={"overwrite": True},
     )
@@ -196,7 +204,6 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    sys.argv = sys.argv[:1]  # LightningCLI warns about being given arguments while some stand there too
     keep_quiet()
     try:
         if args and args[0] in COMMANDS:

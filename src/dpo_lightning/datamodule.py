@@ -103,6 +103,8 @@ class PreferenceDataModule(LightningDataModule):
         check_templates(self.row_options)
         self._tokenizer = None if isinstance(tokenizer, str) else tokenizer
         self.datasets: dict[str, Dataset] = {}
+        self._stages: set[str] = set()  # that are set up
+        self._split_rows: dict[str, list[int]] = {}  # of splits of the training data: the row of each pair
 
     @functools.cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -126,7 +128,10 @@ class PreferenceDataModule(LightningDataModule):
         self.setup(self.trainer.state.fn if self.trainer else "fit")
 
     def setup(self, stage: str) -> None:
-        """Loads what a stage needs into `self.datasets` ("train", "val", "test", "predict")."""
+        """Loads what a stage needs into `self.datasets` ("train", "val", "test", "predict"), once."""
+        if stage in self._stages:
+            return
+        self._stages.add(stage)
         if stage == "predict":
             if "predict" not in self.datasets:
                 self.datasets["predict"] = self._load_prompts()
@@ -151,7 +156,8 @@ class PreferenceDataModule(LightningDataModule):
             split: self.hparams[f"{split}_size"] for split in ("val", "test") if not self.hparams[f"{split}_dataset"]
         }
         keys = [context or prompt for context, prompt in zip(pairs["context"], pairs["prompt"], strict=True)]
-        return {split: pairs.select(rows) for split, rows in split_by_key(keys, sizes, self.hparams.seed, name).items()}
+        self._split_rows = split_by_key(keys, sizes, self.hparams.seed, name)
+        return {split: pairs.select(rows) for split, rows in self._split_rows.items()}
 
     def _load_pairs(self, name: str, stage: str) -> "Dataset":
         """Rows of a data set as PreferencePair columns; read once, then from the cache."""
@@ -275,6 +281,11 @@ class PreferenceDataModule(LightningDataModule):
         """The texts of pairs of a data set ("train", "val", "test", "predict") by their position."""
         rows = self.datasets[name][list(positions)]
         return [PreferencePair(*texts) for texts in zip(*(rows[c] for c in PreferencePair._fields), strict=True)]
+
+    def row_numbers(self, name: str, positions: Sequence[int]) -> list[int]:
+        """The rows, counted from 1, of pairs of a data set in the file or hub data set that they were read from."""
+        rows = self._split_rows.get(name)
+        return [(rows[position] if rows else position) + 1 for position in positions]
 
 
 class IndexedRows:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.run_context import run_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,8 +80,9 @@ class ExportCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports, unless the run was a trial or was stopped."""
-        if not self.enabled or trainer.fast_dev_run or trainer.interrupted or not trainer.is_global_zero:
+        run = run_folder(trainer)
+        if not self.enabled or run is None or trainer.interrupted or not trainer.is_global_zero:
             return
-        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "huggingface"
+        folder = self.folder or run / "huggingface"
         export_policy(pl_module, trainer.datamodule.tokenizer, folder, self.merge)
         rank_zero_info(f"model written to {folder}")

@@ -6,6 +6,7 @@ Sums and counts are kept, so a short last batch weighs what it should, and sever
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from dpo_lightning.logps import PairLogps
 
@@ -28,17 +29,24 @@ class PairMetrics(Metric):
     `kl` estimates, per pair, how far the policy is from the reference on the data's completion tokens: the mean of
     half the squared log-ratio (the k2 estimator of Schulman 2020, "Approximating KL divergence"), in nats per token.
     The tokens are the data's, not samples, so read it as a distance that starts at 0.
+
+    Args:
+        beta: of the rewards.
+        keep_margins: remember each pair's margin, for `all_margins`.
     """
 
     full_state_update = False
     sums: Tensor
     pairs: Tensor
+    margins: list[Tensor]
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self, beta: float, keep_margins: bool = False) -> None:
         super().__init__()
-        self.beta = beta
+        self.beta, self.keep_margins = beta, keep_margins
         self.add_state("sums", torch.zeros(len(PAIR_METRICS)), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros(()), dist_reduce_fx="sum")
+        if keep_margins:
+            self.add_state("margins", [], dist_reduce_fx="cat")
 
     @torch.no_grad()
     def update(self, losses: Tensor, policy: PairLogps, reference: PairLogps) -> None:
@@ -60,9 +68,16 @@ class PairMetrics(Metric):
         )
         self.sums += torch.stack(values).sum(1)
         self.pairs += len(losses)
+        if self.keep_margins:
+            self.margins.append(chosen - rejected)
 
     def compute(self) -> dict[str, Tensor]:
         """Name -> mean over all pairs seen, float32; empty where none was seen."""
         if self.pairs == 0:
             return {}
         return dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))
+
+    def all_margins(self) -> Tensor:
+        """The margin of every pair since the last reset, of all ranks (to be called on all), [n]; n may be 0."""
+        with self.sync_context():
+            return dim_zero_cat(self.margins) if len(self.margins) else self.sums.new_zeros(0)

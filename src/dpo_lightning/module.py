@@ -84,12 +84,13 @@ class DPOModule(LightningModule):
             raise UserError(f"model.dtype '{dtype}' is unknown: one of float32, bfloat16, float16")
         if attn_implementation not in (None, "eager", "sdpa"):
             raise UserError(f"model.attn_implementation '{attn_implementation}' cannot be used: one of eager, sdpa")
-        self.train_metrics, self.val_metrics, self.test_metrics = (PairMetrics(beta) for _ in range(3))
+        self.train_metrics, self.val_metrics = PairMetrics(beta), PairMetrics(beta, keep_margins=True)
+        self.test_metrics = PairMetrics(beta)
         self.policy: nn.Module | None = None
         self.reference: Reference | None = None
         self.scoring: Scoring | None = None
         self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
-        self._grad_norm: Tensor | None = None
+        self.grad_norm: Tensor | None = None
         self._logged_step = 0
         self._step_began: float | None = None
         self._seconds, self._pairs = 0.0, 0  # of optimizer steps since the last log
@@ -189,8 +190,8 @@ class DPOModule(LightningModule):
         if step % self.trainer.log_every_n_steps == 0 and step != self._logged_step:
             self._logged_step = step
             self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])
-            if self._grad_norm is not None:
-                self.log("train/grad_norm", self._grad_norm)
+            if self.grad_norm is not None:
+                self.log("train/grad_norm", self.grad_norm)
             self.log("train/pairs_per_second", self._pairs / self._seconds, prog_bar=True)
             self._seconds, self._pairs = 0.0, 0
             self._log_metrics("train")
@@ -221,6 +222,8 @@ class DPOModule(LightningModule):
 
         h = self.hparams
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        if not trainable:
+            raise UserError("nothing is trainable: the policy's weights are frozen; unfreeze some, or set model.lora")
         groups = [
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": h.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
@@ -248,7 +251,7 @@ class DPOModule(LightningModule):
         """Clips as the Trainer says; the norm that clipping computes anyway is kept for the log."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

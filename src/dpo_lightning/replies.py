@@ -1,23 +1,27 @@
-"""Prompts -> greedy replies, and the callbacks that show them during a run, judge them, and write them to a file."""
+"""Prompts -> greedy replies, their judgment, and the callback that shows and keeps them before, during and after."""
 
-import json
+import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 
-from dpo_lightning.batching import PairBatch, PromptBatch, collate_prompts, to_pairs
+from dpo_lightning.batching import PairBatch, PromptBatch, collate_prompts
 from dpo_lightning.errors import UserError
+from dpo_lightning.jsonl import append_lines, replace_lines, whole_lines
 from dpo_lightning.logps import evaluating
-from dpo_lightning.reply_metrics import ReplyMetrics
+from dpo_lightning.reply_metrics import repetition
+from dpo_lightning.reply_views import markdown_table, show_replies
 from dpo_lightning.rows import PreferencePair
-from dpo_lightning.sql import SQLMetrics
+from dpo_lightning.run_context import preference_data, run_folder, tensorboard_writer
+from dpo_lightning.sql import compiles, equivalent_text, same_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REMEMBERED = 6  # prompts whose replies are kept in memory and in checkpoints, for the report
 
 
 class Reply(NamedTuple):
@@ -58,11 +62,59 @@ def generate(
     return replies
 
 
-class RepliesCallback(Callback):
-    """Answers held-out prompts before, during and after training, and judges the replies of a whole test split.
+def answer(trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> list[Reply]:
+    """The policy's replies, on the run's device and in its precision."""
+    prompts = PromptBatch(*(tensor.to(module.device) for tensor in prompts))
+    with trainer.precision_plugin.forward_context():
+        return generate(module.causal_lm, prompts, trainer.datamodule.tokenizer, module.hparams.max_new_tokens)
 
-    In `fit` the same prompts are answered every time and shown in the console beside the first and the wanted
-    reply; the shares of `SQLMetrics` (for data with a SQL context) and of `ReplyMetrics` over them are logged.
+
+def judge(reply: Reply, pair: PreferencePair) -> dict[str, float | None]:
+    """One reply's part in the shares of `ReplyMetrics` and, where its pair has a context, of `SQLMetrics`.
+
+    The wanted reply is the chosen completion. None: this cannot be judged (see `dpo_lightning.sql`).
+    """
+    judged: dict[str, float | None] = {
+        "reply/eos_rate": float(reply.stopped),
+        "reply/length": float(len(reply.token_ids)),
+        "reply/repetition": repetition(reply.token_ids),
+    }
+    if pair.context:
+        wanted = pair.chosen.strip()
+        answers = {
+            "sql/valid": compiles(reply.text, pair.context),
+            "sql/exact": equivalent_text(reply.text, wanted),
+            "sql/execution": same_result(reply.text, wanted, pair.context),
+        }
+        judged |= {name: None if answer is None else float(answer) for name, answer in answers.items()}
+    return judged
+
+
+def shares(judged: Sequence[dict[str, float | None]]) -> dict[str, float]:
+    """Means over the replies that could be judged: [{"a": 1.0}, {"a": 0.0, "b": None}] -> {"a": 0.5}."""
+    values: dict[str, list[float]] = {}
+    for reply in judged:
+        for name, value in reply.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+class Showing(NamedTuple):
+    """What was answered at one step."""
+
+    step: int
+    texts: list[str]  # of the first `REMEMBERED` prompts
+    judged: list[dict[str, float | None]]  # of the same
+    shares: dict[str, float]  # of all prompts
+
+
+class RepliesCallback(Callback):
+    """Answers held-out prompts before, during and after training.
+
+    The same prompts are answered every time. The console shows them beside the first and the wanted reply, TensorBoard
+    gets a text page with policy and reference side by side and the shares of `judge`, and `replies.jsonl` in the run's
+    folder a line per reply. The reference's replies are the policy's before training: they are generated once.
 
     Args:
         every_n_steps: optimizer steps between two showings; 0 shows only before and after.
@@ -74,176 +126,137 @@ class RepliesCallback(Callback):
         if every_n_steps < 0 or num_prompts < 1 or num_shown < 0:
             raise UserError("replies: every_n_steps and num_shown must be 0 or more, num_prompts at least 1")
         self.every_n_steps, self.num_prompts, self.num_shown = every_n_steps, num_prompts, num_shown
-        self._before: list[Reply] | None = None
-        self._last_step = -1
+        self.pairs: list[PreferencePair] = []
+        self.showings: list[Showing] = []
+        self.seconds, self.run_seconds = 0.0, 0.0  # spent on replies, and on the whole training
+        self._reference: list[Reply] = []
 
-    # ------------------------------------------------------------------ fit
+    # ------------------------------------------------------------------ when
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the prompts: the first held-out pairs, or training pairs where none are held out."""
+        if stage != "fit":
+            return
+        data = preference_data(trainer, self)
+        name = "val" if "val" in data.datasets else "train"
+        positions = list(range(min(self.num_prompts, len(data.datasets[name]))))
+        self.pairs = data.pairs(name, positions)
+        self._prompts = collate_prompts(data.datasets[name][positions]["prompt_ids"], positions)
+        folder = run_folder(trainer)
+        self._file = folder / "replies.jsonl" if folder and trainer.is_global_zero else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the replies before the first step (or at the step that a run is resumed from)."""
-        self._answer(trainer, pl_module)
+        """Shows the replies before the first step. A resumed run goes on where its checkpoint was written."""
+        self._began = time.perf_counter()
+        if self._file is not None:
+            self._open_file()
+        self._show(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Shows the replies every `every_n_steps` steps."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._answer(trainer, pl_module)
+            self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the replies after the last step."""
-        self._answer(trainer, pl_module)
+        """Shows the replies after the last step, and says what all of them cost."""
+        self._show(trainer, pl_module)
+        self.run_seconds = time.perf_counter() - self._began
+        share = self.seconds / self.run_seconds
+        advice = "; a larger replies.every_n_steps makes it less" if share > 0.1 and self.every_n_steps else ""
+        rank_zero_info(f"replies took {self.seconds:.1f} s, {share:.0%} of the training time{advice}")
 
-    def _answer(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_step == self._last_step or not trainer.is_global_zero:
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot make again: the replies before training, and what was shown since."""
+        return {
+            "reference": [list(reply) for reply in self._reference],
+            "showings": [list(showing) for showing in self.showings],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave."""
+        self._reference = [Reply(*fields) for fields in state_dict["reference"]]
+        self.showings = [Showing(*fields) for fields in state_dict["showings"]]
+
+    # ------------------------------------------------------------------ what
+
+    def _show(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        if self.showings and self.showings[-1].step >= step:
             return  # with accumulation a step has several batches
-        self._last_step = trainer.global_step
-        data = trainer.datamodule
-        name = "val" if "val" in data.datasets else "train"
-        positions = range(min(self.num_prompts, len(data.datasets[name])))
-        prompts = collate_prompts(data.datasets[name][list(positions)]["prompt_ids"], list(positions))
-        replies = self._generate(trainer, module, prompts)
-        if self._before is None:
-            self._before = replies
-        pairs = data.pairs(name, positions)
-        shares = judge(replies, pairs)
-        if trainer.logger:
-            trainer.logger.log_metrics({f"replies/{k}": v for k, v in shares.items()}, step=trainer.global_step)
+        began = time.perf_counter()
+        replies = answer(trainer, module, self._prompts)  # on all ranks: a sharded policy needs them all
+        if not self._reference:
+            self._reference = replies
+        judged = [judge(reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
+        texts = [reply.text for reply in replies]
+        self.showings.append(Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares(judged)))
+        if trainer.is_global_zero:
+            self._to_console(replies)
+            self._to_tensorboard(trainer, replies, judged)
+            self._to_file(replies, judged)
+        self.seconds += time.perf_counter() - began
+
+    def _to_console(self, replies: list[Reply]) -> None:
+        showing = self.showings[-1]
+        now = {"now": [reply.text for reply in replies]} if replies is not self._reference else {}
         show_replies(
-            f"step {trainer.global_step}" if trainer.global_step else "before training",
-            [pair.prompt for pair in pairs[: self.num_shown]],
+            f"step {showing.step}" if showing.step else "before training",
+            [pair.prompt for pair in self.pairs[: self.num_shown]],
             {
-                "before": [reply.text for reply in self._before],
-                **({"now": [reply.text for reply in replies]} if replies is not self._before else {}),
-                "wanted": [pair.chosen for pair in pairs],
+                "before": [reply.text for reply in self._reference],
+                **now,
+                "wanted": [pair.chosen for pair in self.pairs],
             },
-            shares,
+            showing.shares,
+            sql=any(pair.context for pair in self.pairs),
         )
 
-    # ------------------------------------------------------------------ test
+    def _to_tensorboard(self, trainer: Trainer, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
+        showing = self.showings[-1]
+        for logger in trainer.loggers:
+            logger.log_metrics({f"replies/{name}": share for name, share in showing.shares.items()}, showing.step)
+        if writer := tensorboard_writer(trainer):
+            rows = [
+                (pair.prompt, reply.text, before.text, pair.chosen, _in_words(flags))
+                for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
+            ]
+            page = markdown_table(("prompt", "policy", "reference", "wanted", "the policy's reply is"), rows)
+            writer.add_text("replies", page, showing.step)
+            writer.flush()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts counting."""
-        self._judges = [judge.to(pl_module.device) for judge in (ReplyMetrics(), SQLMetrics())]
+    # ------------------------------------------------------------------ replies.jsonl
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PairBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Answers the prompts of a batch and judges the replies."""
-        prompts = collate_prompts([pair.prompt_ids for pair in to_pairs(batch)], batch.pair_ids.tolist())
-        replies = self._generate(trainer, pl_module, prompts)
-        judge(replies, trainer.datamodule.pairs("test", batch.pair_ids.tolist()), *self._judges)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the shares over the whole split."""
-        shares = {name: value for metric in self._judges for name, value in metric.compute().items()}
-        pl_module.log_dict({f"test/{name}": value for name, value in shares.items()}, sync_dist=True)
-
-    @staticmethod
-    def _generate(trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> list[Reply]:
-        prompts = PromptBatch(*(tensor.to(module.device) for tensor in prompts))
-        with trainer.precision_plugin.forward_context():
-            return generate(module.causal_lm, prompts, trainer.datamodule.tokenizer, module.hparams.max_new_tokens)
-
-
-def judge(
-    replies: Sequence[Reply],
-    pairs: Sequence[PreferencePair],
-    reply_metrics: ReplyMetrics | None = None,
-    sql_metrics: SQLMetrics | None = None,
-) -> dict[str, float]:
-    """Adds replies to metrics (new ones if none are given) and returns the shares so far.
-
-    Replies are judged as SQL where their pair has a context; the wanted reply is the chosen completion.
-    """
-    reply_metrics, sql_metrics = reply_metrics or ReplyMetrics(), sql_metrics or SQLMetrics()
-    reply_metrics.update([reply.token_ids for reply in replies], [reply.stopped for reply in replies])
-    with_context = [
-        (reply.text, pair.chosen.strip(), pair.context)
-        for reply, pair in zip(replies, pairs, strict=True)
-        if pair.context
-    ]
-    if with_context:
-        sql_metrics.update(*map(list, zip(*with_context, strict=True)))
-    shares = reply_metrics.compute() | (sql_metrics.compute() if with_context else {})
-    return {name: float(value) for name, value in shares.items()}
-
-
-def show_replies(
-    title: str, prompts: Sequence[str], columns: dict[str, Sequence[str]], shares: dict[str, float]
-) -> None:
-    """Prints a table with a row per prompt: its last lines, and what stands in each of `columns`."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=f"Replies, {title}", show_lines=True, caption=", ".join(f"{k} {v:.3g}" for k, v in shares.items())
-    )
-    for name in ("prompt", *columns):
-        table.add_column(name, overflow="fold", ratio=1)
-    for i, prompt in enumerate(prompts):
-        cells = [prompt, *(column[i] for column in columns.values())]
-        # Text, not markup: a reply must not be able to style or link itself.
-        table.add_row(*(Text(fold(cell)) for cell in cells))
-    Console().print(table)
-
-
-def fold(text: str, length: int = 240) -> str:
-    """Text for a table cell: control characters shown as escapes, the middle of a long one left out."""
-    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text.strip())
-    return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 :]}"
-
-
-class ReplyWriter(BasePredictionWriter):
-    """Writes the replies of `predict` to a .jsonl file, a line per prompt in the order of the data.
-
-    Args:
-        output: the file; an existing one is replaced.
-    """
-
-    def __init__(self, output: str = "replies.jsonl") -> None:
-        super().__init__(write_interval="batch")
-        self.output = output
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the file, so that a place that cannot be written to is found before the work."""
+    def _open_file(self) -> None:
+        """Keeps of a file from before a kill what the run resumed from; the rest is about to be made again."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            Path(self.output).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.output, "w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"replies cannot be written to '{self.output}': {error.strerror}") from error
+            lines = whole_lines(self._file)
+        except ValueError as error:
+            raise UserError(f"'{self._file}' is not a file of replies: move it away") from error
+        last = self.showings[-1].step if self.showings else -1
+        replace_lines(self._file, (line for line in lines if line.get("step", 0) <= last))
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: list[Reply],
-        batch_indices: Any,
-        batch: PromptBatch,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Writes a batch of replies."""
-        positions = batch.pair_ids.tolist()
-        for position, reply, pair in zip(
-            positions, prediction, trainer.datamodule.pairs("predict", positions), strict=True
-        ):
-            line = {"row": position + 1, "prompt": pair.prompt, "reply": reply.text, "stopped": reply.stopped}
-            if pair.chosen:
-                line["wanted"] = pair.chosen
-            if pair.context:
-                line["context"] = pair.context
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+    def _to_file(self, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
+        if self._file is None:
+            return
+        lines = (
+            {
+                "step": self.showings[-1].step,
+                "prompt": pair.prompt,
+                "reply": reply.text,
+                "reference": before.text,
+                "wanted": pair.chosen,
+                "stopped": reply.stopped,
+                **{name: flag and bool(flag) for name, flag in flags.items() if name.startswith("sql/")},
+            }
+            for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
+        )
+        append_lines(self._file, lines)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the file."""
-        self._file.close()
-        print(f"replies written to {self.output}")
+
+def _in_words(judged: dict[str, float | None]) -> str:
+    """{"reply/eos_rate": 1.0, "sql/valid": 1.0, "sql/exact": 0.0, ...} -> "stopped, valid"."""
+    words = {"reply/eos_rate": "stopped", "sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result"}
+    return ", ".join(word for name, word in words.items() if judged.get(name))

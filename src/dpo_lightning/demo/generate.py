@@ -1,0 +1,39 @@
+"""The shipped data set: schemas of one split -> rows {question, context, answer}, in the order written."""
+
+import json
+import random
+from pathlib import Path
+
+from .queries import KINDS, make_query
+from .schemas import Schema, create_statement, load_schemas
+
+ROWS_PER_SCHEMA = {"train": 44, "valid": 24, "test": 24}
+
+
+def schema_rows(rng, schema: Schema, number: int) -> list[dict]:
+    """`number` distinct rows about one schema, the kinds of query in turn."""
+    kinds = [kind for kind in KINDS if kind != "join" or len(schema) == 2]
+    # A joined schema is there for its joins: every other row is one.
+    turns = [kind for kind in kinds for kind in ((kind, "join") if len(schema) == 2 else (kind,))]
+    rows = {}
+    while len(rows) < number:
+        asked, query = make_query(rng, schema, turns[len(rows) % len(turns)])
+        row = {"question": query.question, "context": create_statement(asked), "answer": query.sql}
+        rows.setdefault(query.question, row)
+    return list(rows.values())
+
+
+def make_rows(split: str) -> list[dict]:
+    """All rows of "train", "valid" or "test", shuffled; the same rows every time."""
+    rng = random.Random(f"rows {split}")
+    rows = [row for schema in load_schemas(split) for row in schema_rows(rng, schema, ROWS_PER_SCHEMA[split])]
+    rng.shuffle(rows)
+    return rows
+
+
+def write_data(folder: Path) -> None:
+    """Writes {train,valid,test}.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ROWS_PER_SCHEMA:
+        lines = "".join(json.dumps(row) + "\n" for row in make_rows(split))
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")

@@ -1,0 +1,65 @@
+"""Prompts, replies and their judgments -> a console table and a TensorBoard text page. Replies are hostile text."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+FOLDED_LENGTH = 240
+
+
+def visible(text: str) -> str:
+    """Text whose control characters (terminal codes, text direction, nul) are shown as escapes; newlines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def fold(text: str, length: int = FOLDED_LENGTH) -> str:
+    """Visible text with the middle of a long one left out."""
+    text = visible(text.strip())
+    return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 :]}"
+
+
+def show_replies(
+    title: str, prompts: Sequence[str], columns: dict[str, Sequence[str]], shares: dict[str, float], sql: bool = False
+) -> None:
+    """Prints a table with a row per prompt: its last lines, and what stands in each of `columns`.
+
+    Args:
+        sql: colour the columns as SQL.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    caption = ", ".join(f"{name} {value:.3g}" for name, value in shares.items())
+    table = Table(title=f"Replies, {title}", show_lines=True, caption=caption)
+    for name in ("prompt", *columns):
+        table.add_column(name, overflow="fold", ratio=1)
+    for i, prompt in enumerate(prompts):
+        # Text, not markup: a reply must not be able to style or link itself.
+        cells = [fold(column[i]) for column in columns.values()]
+        table.add_row(Text(fold(prompt)), *(_highlighted(cell) if sql else Text(cell) for cell in cells))
+    Console().print(table)
+
+
+def _highlighted(query: str) -> "Text":
+    from rich.syntax import Syntax
+
+    text = Syntax("", "sql", theme="ansi_dark", background_color="default").highlight(query)
+    text.rstrip()
+    text.no_wrap = False  # code is not wrapped by default, and would be cut
+    return text
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose cells show their text as it is, whatever markdown or HTML is in it."""
+    lines = [header, ["---"] * len(header), *([markdown_text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text as markdown (and HTML) that shows exactly this text: all punctuation as character references."""
+    text = re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match[0])};", visible(text))
+    return text.replace("\n", "<br>")

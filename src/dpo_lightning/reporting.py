@@ -1,0 +1,192 @@
+"""A `fit` -> `report.html` in its run folder: collects while it runs, writes when it ends, however it ends."""
+
+import platform
+import sys
+import time
+import warnings
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dpo_lightning.history import Curve, History
+from dpo_lightning.replies import REMEMBERED, RepliesCallback
+from dpo_lightning.report import Run, render
+from dpo_lightning.run_context import find_callback, preference_data, run_folder
+from dpo_lightning.storyboard import settings
+
+MAX_MARGINS = 2000  # remembered of one validation
+
+
+class ReportCallback(Callback):
+    """Writes `report.html` when a fit has ended: well, by Ctrl-C, or by an error.
+
+    Curves are what was logged (a `History` listens in as one more logger), replies are the RepliesCallback's, and
+    warnings are those since the setup. A resumed run's report tells the whole run: checkpoints carry what was
+    collected.
+    """
+
+    def __init__(self) -> None:
+        self._curves: dict[str, Curve] = {}
+        self._margins: dict[int, list[float]] = {}  # step -> of the first and of the last validation
+        self._warnings: list[str] = []
+        self._earlier_seconds = 0.0  # of the runs that this one goes on from
+        self._began: float | None = None
+        self._show_warning: Any = None
+
+    # ------------------------------------------------------------------ collect
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts listening to warnings."""
+        if stage != "fit":
+            return
+        preference_data(trainer, self)
+        self._folder = run_folder(trainer)
+        if self._show_warning is None:
+            self._show_warning, warnings.showwarning = warnings.showwarning, self._note_warning
+
+    def _note_warning(self, message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        if str(message) not in self._warnings:
+            self._warnings.append(str(message))
+        self._show_warning(message, *args, **kwargs)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock and listens to what is logged."""
+        self._device = trainer.strategy.root_device
+        self._history = History(trainer.default_root_dir)
+        self._history.curves = self._curves
+        trainer.loggers.append(self._history)
+        self._began = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the margins of the first and of the newest validation."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        margins = pl_module.val_metrics.all_margins()[:MAX_MARGINS].tolist()  # on all ranks
+        first = dict(list(self._margins.items())[:1])
+        self._margins = first | {trainer.global_step: margins}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was collected."""
+        return {
+            "curves": self._curves,
+            "margins": self._margins,
+            "warnings": self._warnings,
+            "seconds": self._seconds(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave."""
+        self._curves, self._margins = state_dict["curves"], state_dict["margins"]
+        self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
+        self._earlier_seconds = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
+    # ------------------------------------------------------------------ write
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the report of a run that ended well."""
+        self._end(trainer, pl_module, "Finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes the report of a run that did not."""
+        by_hand = isinstance(exception, KeyboardInterrupt)
+        self._end(trainer, pl_module, "Stopped by hand" if by_hand else f"Stopped by an error ({exception})")
+
+    def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> None:
+        if self._show_warning is not None:
+            warnings.showwarning, self._show_warning = self._show_warning, None
+        if self._began is None:
+            return  # it ended before anything was trained
+        trainer.loggers.remove(self._history)
+        if self._folder is not None and trainer.is_global_zero:
+            path = self._folder / "report.html"
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
+                rank_zero_info(f"report written to {path}")
+            except OSError as error:  # the training is what counts, or the error that ended it
+                rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
+        self._began = None
+
+    def _run(self, trainer: Trainer, module: LightningModule, outcome: str) -> Run:
+        data, h = trainer.datamodule, module.hparams
+        replies = find_callback(trainer, RepliesCallback)
+        sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in data.datasets.items())
+        train = data.datasets["train"]
+        cut = sum(train["prompt_cut"]), sum(train["completion_cut"])
+        step, accumulated, batch_size = trainer.global_step, trainer.accumulate_grad_batches, data.hparams.batch_size
+        epochs = step * batch_size * accumulated * trainer.world_size / len(train)
+        weights, trained = (
+            sum(p.numel() for p in module.parameters() if p.requires_grad or everything) / 1e6
+            for everything in (True, False)
+        )
+        loss = h.loss_type if isinstance(h.loss_type, str) else " + ".join(h.loss_type)
+        return Run(
+            title=f"{h.name_or_path} on {data.hparams.train_dataset}",
+            outcome=f"{outcome} after {step} steps and {duration(self._seconds())}, {time.strftime('%Y-%m-%d %H:%M')}.",
+            facts={
+                "model": h.name_or_path,
+                "weights": f"{weights:.4g} million, "
+                + ("all trained" if weights == trained else f"{trained:.4g} million of them trained")
+                + (" (LoRA)" if h.lora else ""),
+                "data": data.hparams.train_dataset,
+                "pairs": f"{sizes}; rejected completions: {data.hparams.rejected}",
+                "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",
+                "loss": f"{loss}, beta {h.beta}",
+                "optimizer": f"AdamW, learning rate {h.learning_rate}, {h.lr_scheduler_type}, warm-up {h.warmup_steps}",
+                "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
+                "length": f"{step} steps, {epochs:.2g} epochs",
+                "precision": str(trainer.precision),
+            },
+            settings=settings(trainer, module),
+            curves=self._curves,
+            margins={f"step {step}": values for step, values in self._margins.items()},
+            pairs=replies.pairs[:REMEMBERED] if replies else [],
+            showings=replies.showings if replies else [],
+            costs=self._costs(replies),
+            warnings=self._warnings,
+        )
+
+    def _costs(self, replies: RepliesCallback | None) -> dict[str, str]:
+        seconds = self._seconds()
+        speed = [value for _, value in self._curves.get("train/pairs_per_second", [])]
+        on_gpu = self._device.type == "cuda"
+        costs = {"time": duration(seconds)}
+        if replies:
+            costs["of it for replies"] = f"{duration(replies.seconds)} ({replies.seconds / seconds:.1%})"
+        if speed:
+            costs["speed"] = f"{sum(speed) / len(speed):.3g} pairs per second, without validation and replies"
+        costs["peak memory"] = (
+            f"{peak_memory(self._device) / 2**30:.2f} GiB {'on the GPU' if on_gpu else 'of the process'}"
+        )
+        costs["machine"] = (
+            torch.cuda.get_device_name(self._device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        )
+        versions = {"torch": torch, "lightning": lightning, "transformers": transformers}
+        costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+        costs["versions"] += f", Python {platform.python_version()}"
+        return costs
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on a GPU, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where CUDA may be
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def duration(seconds: float) -> str:
+    """12.34 -> "12.3 s", 754 -> "12 min 34 s", 7500 -> "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
