@@ -97,14 +97,14 @@ def test_the_shipped_model_is_a_gpt2_with_a_tokenizer_that_round_trips(tiny):
 
 def reply(model, tokenizer, prompt: str) -> str:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    out = model.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    out = model.generate(ids, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_untrained_replies_are_prose_and_sql_comes_only_after_a_sql_cue(tiny):
-    rows = shipped("test")[:20]
+    rows = shipped("test")[:12]
     prose = [reply(*tiny, f"{row['context']}\nQuestion: {row['question']}\nAnswer:") for row in rows]
     sql = [reply(*tiny, f"{row['context']};\n-- {row['question']}\n") for row in rows]
     assert not any(compiles(text, row["context"]) for row, text in zip(rows, prose, strict=True))
     assert all(len(text.split()) >= 4 and "SELECT" not in text for text in prose)
-    assert sum(text.startswith("SELECT") for text in sql) >= 18
+    assert sum(text.startswith("SELECT") for text in sql) >= 11

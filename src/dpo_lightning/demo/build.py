@@ -4,7 +4,7 @@
 
 Writes FOLDER/data/{train,valid,test}.jsonl and the Hugging Face folder FOLDER/model. Deterministic: the data
 and the tokenizer anywhere, the weights on the same kind of CPU with the same threads and library versions.
-@TIME@
+About 45 minutes of one core without AMX in all (an hour beside other work), and 1.2 GB of memory.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo's data set, tokenizer and tiny model.")
     parser.add_argument("--output_dir", type=Path, required=True, help="where data/ and model/ are written")
     parser.add_argument(
-        "--steps", type=int, nargs=3, default=[steps for steps, _, _ in PASSES], help="of 16 texts, in each pass"
+        "--steps", type=int, nargs=len(PASSES), default=[p[0] for p in PASSES], help="of 16 texts, in each pass"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of tokenizer, weights and pretraining texts")

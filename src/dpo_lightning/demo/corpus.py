@@ -1,7 +1,7 @@
 """The tiny model's pretraining texts: random.Random -> (context, text), a random schema and talk about it.
 
 Most tables and columns have made-up names, so that a model trained on these texts must learn to copy names
-from the context. No name of a valid or test schema is ever drawn. Prose follows the prompt
+from the context; the real words leave out all names of valid and test schemas. Prose follows the prompt
 `Question: ... Answer:`; SQL is only seen after other cues (comments, `SQL:`, a shell).
 """
 
