@@ -179,7 +179,10 @@ def test_download_then_local_overlay_runs_without_the_hub(run, tmp_path, model_f
 def start(*args, cwd, **env):
     return subprocess.Popen(
         [sys.executable, str(REPO / "cli.py"), *args],
-        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | env,
+        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        # A test run in the background of a shell would hand "ignore Ctrl-C" down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -205,7 +208,10 @@ def test_ctrl_c_ends_without_a_traceback_or_half_an_export(tmp_path, model_folde
         if "Replies, step 20" in line:
             break
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    try:
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode != 0
     assert "Traceback" not in stderr
     assert not list(Path(tmp_path).glob("lightning_logs/*/huggingface*"))
