@@ -62,6 +62,11 @@ def test_sizes_are_shares_or_counts():
     assert {name: len(rows) for name, rows in splits.items()} == {"val": 10, "test": 7, "train": 83}
 
 
+def test_a_number_larger_than_a_tenth_leaves_small_data_to_train_on():
+    splits = split_by_key([str(i) for i in range(20)], {"val": 200, "test": 200}, 0, "f")
+    assert {name: len(rows) for name, rows in splits.items()} == {"val": 2, "test": 2, "train": 16}
+
+
 def test_shuffled_rejected_is_another_rows_answer(tokenizer, rows_file):
     data = make(tokenizer, rows_file, rejected="shuffled")
     pairs = data.pairs("train", range(len(data.datasets["train"])))

@@ -53,7 +53,8 @@ class PreferenceDataModule(LightningDataModule):
         completion_template: completion of the founding format, from {answer}; it begins with the space that parts it
             from the prompt, because the two are tokenized apart.
         rejected: for data without a rejected completion: `empty` (EOS alone) or `shuffled` (another row's chosen).
-        val_size: split off for validation where `val_dataset` is left out: a share below 1 or a number of pairs.
+        val_size: split off for validation where `val_dataset` is left out: a share below 1, or a number of pairs
+            (at most a tenth of them).
         test_size: the same for testing.
         max_length: tokens of a prompt and completion together; longer prompts are cut from the left.
         batch_size: pairs per batch (and per device).
@@ -319,7 +320,8 @@ def split_by_key(keys: Sequence[str], sizes: dict[str, float], seed: int, source
 
     Args:
         keys: a key per row.
-        sizes: name of a held-out split -> share below 1, or number of rows; it gets at least that many rows.
+        sizes: name of a held-out split -> share below 1, or number of rows but at most a tenth of them; it gets at
+            least that many rows.
 
     Returns:
         Name -> positions, ascending, for every size above 0 and for "train", the rest.
@@ -327,7 +329,10 @@ def split_by_key(keys: Sequence[str], sizes: dict[str, float], seed: int, source
     Raises:
         UserError: too few different keys to give every split one.
     """
-    wanted = {name: size if size >= 1 else math.ceil(size * len(keys)) for name, size in sizes.items() if size > 0}
+    most = math.ceil(0.1 * len(keys))  # of a number of rows: a small data set is there to be trained on
+    wanted = {
+        name: min(size, most) if size >= 1 else math.ceil(size * len(keys)) for name, size in sizes.items() if size > 0
+    }
     members: dict[str, list[int]] = {}
     for position, key in enumerate(keys):
         members.setdefault(key, []).append(position)
