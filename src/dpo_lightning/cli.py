@@ -25,7 +25,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import EvaluationCallback
 from dpo_lightning.export import ExportCallback, export_policy
 from dpo_lightning.guards import GuardsCallback
-from dpo_lightning.hub import first_line
+from dpo_lightning.hub import first_line, from_hub_or_folder
 from dpo_lightning.module import DPOModule
 from dpo_lightning.predictions import ReplyWriter
 from dpo_lightning.replies import RepliesCallback
@@ -73,6 +73,16 @@ class DPOCLI(LightningCLI):
             rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI's, once the model is known to be there: a wrong name is said before data are read."""
+        from transformers import AutoConfig
+
+        model = (self.config[self.subcommand] if self.subcommand else self.config).model
+        from_hub_or_folder(
+            "model", model.name_or_path, AutoConfig.from_pretrained, trust_remote_code=model.trust_remote_code
+        )
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As LightningCLI's, with TensorBoard's hparams free for real metrics and refusals as UserError."""
