@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from dpo_lightning.encoding import EncodedPair
+from dpo_lightning.errors import UserError
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
 
@@ -166,8 +167,6 @@ class LengthGroupedBatchSampler(DistributedSampler):
         num_replicas: int = 1,
         window: int = 50,
     ) -> None:
-        from dpo_lightning.errors import UserError
-
         if len(lengths) < num_replicas:
             raise UserError(f"{len(lengths)} pairs cannot be shared out among {num_replicas} processes")
         self.lengths = np.asarray(lengths)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -63,9 +64,14 @@ class DPOCLI(LightningCLI):
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
 
+    @property
+    def settings(self) -> Namespace:
+        """The parsed configuration, the command's own where there is one."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
     def before_instantiate_classes(self) -> None:
         """Fills in what follows from the rest of the config: tokenizer and precision."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        config = self.settings
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.name_or_path
         if config.trainer.precision is None:
@@ -78,7 +84,7 @@ class DPOCLI(LightningCLI):
         """As LightningCLI's, once the model is known to be there: a wrong name is said before data are read."""
         from transformers import AutoConfig
 
-        model = (self.config[self.subcommand] if self.subcommand else self.config).model
+        model = self.settings.model
         from_hub_or_folder(
             "model", model.name_or_path, AutoConfig.from_pretrained, trust_remote_code=model.trust_remote_code
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[str, Path]]:
-    """Saves `tokenizer/NAME`, `model/NAME` and `dataset/NAME` under a folder, replacing nothing that is complete.
+    """Saves `tokenizer/NAME`, `model/NAME` and `dataset/NAME` under a folder.
 
     Args:
         model: hub id or folder of the model.
