@@ -98,7 +98,11 @@ class DPOModule(LightningModule):
     # ------------------------------------------------------------------ models
 
     def configure_model(self) -> None:
-        """Loads the policy and makes the reference from it, before any training and any checkpoint."""
+        """Loads the policy and makes the reference from it, before any training and any checkpoint.
+
+        Raises:
+            UserError: the model cannot be loaded, still has dropout, or has fewer positions than `data.max_length`.
+        """
         if self.policy is not None:
             return
         h = self.hparams
@@ -107,15 +111,11 @@ class DPOModule(LightningModule):
         )
         assert_no_dropout(self.policy)
         self.reference = FrozenCopy(self.policy) if h.lora is None else AdapterOff(self.policy)
+        self._check_max_length()
 
-    def setup(self, stage: str) -> None:
-        """Checks that the data's longest sequences fit the model.
-
-        Raises:
-            UserError: `data.max_length` beyond the model's positions.
-        """
-        self.configure_model()
-        longest = getattr(self.trainer.datamodule, "max_length", 0)
+    def _check_max_length(self) -> None:
+        data = self._trainer and self._trainer.datamodule
+        longest = getattr(data, "max_length", 0)
         positions = getattr(self.causal_lm.config, "max_position_embeddings", None)
         if positions and longest > positions:
             raise UserError(f"data.max_length is {longest}, but this model has {positions} positions: lower it to that")
