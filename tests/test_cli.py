@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from conftest import REPO, ROWS
-from dpo_lightning import cli
+from dpo_lightning import precision as hardware
 from dpo_lightning.cli import main
+from dpo_lightning.errors import UserError
 
 GPT2 = str(REPO / "configs" / "gpt2.yaml")
 LORA = str(REPO / "configs" / "lora.yaml")
@@ -122,13 +123,6 @@ def test_a_mistake_is_one_line(run, capsys, args, words):
     assert all(word in line for word in words), line
 
 
-def test_a_command_that_is_not_there_and_none_at_all_are_one_line(capsys):
-    assert main(["fitt"]) == 2
-    assert "fitt" in error_line(capsys)
-    assert main([]) == 2
-    error_line(capsys)
-
-
 def test_a_missing_column_names_file_and_columns(run, capsys, write_rows):
     path = write_rows([{"question": "q", "sql": "s"}], "bad.jsonl")
     assert run("fit", "--data.train_dataset", path) == 2
@@ -145,19 +139,40 @@ def test_a_damaged_checkpoint_is_one_line(run, capsys, tmp_path):
 
 
 def test_debug_shows_the_traceback(run):
-    with pytest.raises(cli.UserError):
+    with pytest.raises(UserError):
         run("fit", "--model.beta", "0", "--debug")
+
+
+def test_help_and_a_mistyped_command_import_nothing_heavy():
+    code = "\n".join(
+        [
+            "import sys",
+            "from dpo_lightning.cli import main",
+            "status = main(sys.argv[1:])",
+            "assert 'torch' not in sys.modules",
+            "sys.exit(status)",
+        ]
+    )
+    for args, status, words in (
+        (["--help"], 0, "predict"),
+        ([], 2, "usage: "),
+        (["fti"], 2, "error: unknown command 'fti': did you mean fit?"),
+        (["dance"], 2, "it is one of fit, "),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        assert words in done.stdout + done.stderr
 
 
 def test_precision_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags, precision in (({"avx2"}, "32-true"), ({"amx_bf16"}, "bf16-mixed"), ({"avx512_bf16"}, "bf16-mixed")):
-        monkeypatch.setattr(cli, "cpu_flags", lambda flags=flags: flags)
-        assert cli.fastest_precision()[0] == precision
+        monkeypatch.setattr(hardware, "cpu_flags", lambda flags=flags: flags)
+        assert hardware.fastest_precision()[0] == precision
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert cli.fastest_precision()[0] == "32-true"
-    assert cli.fastest_precision("cpu")[0] == "bf16-mixed"
+    assert hardware.fastest_precision()[0] == "32-true"
+    assert hardware.fastest_precision("cpu")[0] == "bf16-mixed"
 
 
 def test_download_then_local_overlay_runs_without_the_hub(run, tmp_path, model_folder, capsys):

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from conftest import REPO
-from dpo_lightning import cli
-from dpo_lightning.cli import DPOCLI, DownloadCLI, configured
+from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.commands import DPOCLI, DownloadCLI, configured
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 READMES = sorted(REPO.glob("README*.md"))
@@ -92,7 +92,7 @@ def test_every_key_has_a_comment_and_the_three_that_matter_are_there(config):
 
 def test_gpt2_config_names_every_setting_of_module_and_data():
     settings = yaml.safe_load((REPO / "configs" / "gpt2.yaml").read_text())
-    for section, target in (("model", cli.DPOModule), ("data", cli.PreferenceDataModule)):
+    for section, target in (("model", DPOModule), ("data", PreferenceDataModule)):
         assert set(settings[section]) == set(inspect.signature(target.__init__).parameters) - {"self"}
 
 

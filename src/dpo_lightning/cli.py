@@ -1,218 +1,71 @@
-"""The command line: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download` and `export`.
+"""The command line: finds the command and turns its failures into a line and an exit code.
 
-A user's mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback instead.
+A user's mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback instead. Nothing heavy is
+imported before a command is known, so that `--help` and a typo answer at once.
 """
 
+import difflib
+import importlib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from dpo_lightning.datamodule import PreferenceDataModule
-from dpo_lightning.download import download
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation import EvaluationCallback
-from dpo_lightning.export import ExportCallback, export_policy
-from dpo_lightning.guards import GuardsCallback
-from dpo_lightning.hub import first_line, from_hub_or_folder
-from dpo_lightning.module import DPOModule
-from dpo_lightning.predictions import ReplyWriter
-from dpo_lightning.replies import RepliesCallback
-from dpo_lightning.reporting import ReportCallback
-from dpo_lightning.storyboard import StoryboardCallback
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
-CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback)  # those without settings
 
 
-class OneLineErrorParser(LightningArgumentParser):
-    """A parser whose errors are one line instead of the error and all usage."""
+class Command(NamedTuple):
+    """A command and who runs it: `function` of `module` gets the arguments, this one's name first."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Raises UserError with the message on one line."""
-        raise UserError(" ".join(message.split())) from ex
-
-
-class DPOCLI(LightningCLI):
-    """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/loss",
-                "checkpoint.filename": "step{step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
-            }
-        )
-        parser.add_lightning_class_args(RepliesCallback, "replies")
-        parser.add_lightning_class_args(ExportCallback, "export")
-        parser.add_lightning_class_args(ReplyWriter, "predictions")
-
-    @property
-    def settings(self) -> Namespace:
-        """The parsed configuration, the command's own where there is one."""
-        return self.config[self.subcommand] if self.subcommand else self.config
-
-    def before_instantiate_classes(self) -> None:
-        """Fills in what follows from the rest of the config: tokenizer and precision."""
-        config = self.settings
-        if config.data.tokenizer is None:
-            config.data.tokenizer = config.model.name_or_path
-        if config.trainer.precision is None:
-            config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
-            rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
-        if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
-            config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
-
-    def instantiate_classes(self) -> None:
-        """As LightningCLI's, once the model is known to be there: a wrong name is said before data are read."""
-        from transformers import AutoConfig
-
-        model = self.settings.model
-        from_hub_or_folder(
-            "model", model.name_or_path, AutoConfig.from_pretrained, trust_remote_code=model.trust_remote_code
-        )
-        super().instantiate_classes()
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As LightningCLI's, with TensorBoard's hparams free for real metrics and refusals as UserError."""
-        trainer = self._get(self.config_init, "trainer")
-        if trainer.logger in (None, True):
-            folder = trainer.default_root_dir or "."
-            kwargs["logger"] = TensorBoardLogger(folder, name="lightning_logs", default_hp_metric=False)
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
-
-    def _parse_ckpt_path(self) -> None:
-        """As Lightning's (a checkpoint brings its model's settings along), but says so and checks that it is there."""
-        command = self.config.get("subcommand")
-        ckpt_path = command and self.config[command].get("ckpt_path")
-        if not ckpt_path or ckpt_path in ("last", "best", "hpc"):
-            return
-        if not Path(ckpt_path).exists():
-            raise UserError(f"--ckpt_path '{ckpt_path}': there is no such file")
-        given = self.config[command].model.as_dict()
-        try:
-            super()._parse_ckpt_path()
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file fails anywhere in torch.load
-            raise UserError(f"--ckpt_path '{ckpt_path}' is not a readable checkpoint: {first_line(error)}") from error
-        loaded = self.config[command].model.as_dict()
-        if changed := [f"{key} = {loaded[key]!r}" for key in loaded if loaded[key] != given.get(key)]:
-            rank_zero_info(f"model settings taken from {ckpt_path}: {', '.join(changed)}")
+    help: str
+    module: str = "dpo_lightning.commands"
+    function: str = "run_trainer"
 
 
-def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
-    """The Trainer precision that is fast on this hardware without harm to training, and why."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16-mixed", "this GPU computes in bfloat16"
-        return "32-true", "this GPU does not compute in bfloat16"
-    flags = cpu_flags()
-    if fast := sorted(flags & {"amx_bf16", "avx512_bf16"}):
-        return "bf16-mixed", f"this CPU computes in bfloat16: {', '.join(fast)}"
-    return "32-true", "this CPU has no bfloat16 arithmetic (amx_bf16, avx512_bf16)"
+COMMANDS = {
+    "fit": Command("train, showing replies before, during and after"),
+    "validate": Command("reward metrics and judged replies on the validation pairs"),
+    "test": Command("the same on the test pairs"),
+    "predict": Command("write replies to prompts to a file"),
+    "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
+    "export": Command("write a checkpoint's model as a Hugging Face folder", function="run_export"),
+}
 
 
-def cpu_flags() -> set[str]:
-    """Instruction set flags of this CPU, empty where the system does not list them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
-
-
-class DownloadCLI(DPOCLI):
-    """The same configuration without a Trainer command, and where to download to."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `output_dir`."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--output_dir", type=str, default=".", help="folder to write into")
-
-
-def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
-    """Parses a configuration and, with `run`, runs the Trainer command in it."""
-    # Not as an argument: Lightning starts the processes of further devices with this process's own command line.
-    sys.argv[1:] = args
-    return cli(
-        DPOModule,
-        PreferenceDataModule,
-        run=run,
-        seed_everything_default=42,
-        auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [callback() for callback in CALLBACKS]},
-        parser_class=OneLineErrorParser,
-        save_config_kwargs={"overwrite": True},
+def usage() -> str:
+    """What `--help` without a command says."""
+    lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python cli.py COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]",
+            "",
+            "Direct Preference Optimization of causal language models.",
+            "",
+            *lines,
+            "",
+            "`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from.",
+        ]
     )
 
 
-def run_trainer(args: Sequence[str]) -> None:
-    """`fit`, `validate`, `test`, `predict`."""
-    configured(DPOCLI, args, run=True)
+def run(args: Sequence[str]) -> None:
+    """Runs the command that the first argument names.
 
-
-def run_download(args: Sequence[str]) -> None:
-    """`download`: the tokenizer, model and data sets that a configuration names, for use without a network."""
-    config = configured(DownloadCLI, args, run=False).config
-    for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
-        print(f"{kind} written to {name}")
-
-
-def run_export(args: Sequence[str]) -> None:
-    """`export`: a checkpoint as a Hugging Face folder."""
-    from jsonargparse import auto_cli
-
-    auto_cli(export, args=list(args), parser_class=OneLineErrorParser, as_positional=False)
-
-
-def export(ckpt_path: str, output_dir: str, merge: bool = False) -> None:
-    """Writes the model of a checkpoint as a Hugging Face folder.
-
-    Args:
-        ckpt_path: a checkpoint written by `fit`.
-        output_dir: folder to write.
-        merge: with LoRA, write a complete model instead of the adapter.
+    Raises:
+        UserError: there is no such command, or the user can mend why it failed.
     """
-    if not Path(ckpt_path).is_file():
-        raise UserError(f"--ckpt_path '{ckpt_path}': there is no such file")
-    try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        model_settings = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
-        tokenizer = checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]["tokenizer"]
-    except Exception as error:  # a damaged or foreign file fails anywhere in torch.load
-        raise UserError(
-            f"--ckpt_path '{ckpt_path}' is not a checkpoint of dpo-lightning: {first_line(error)}"
-        ) from error
-    model_settings = {key: value for key, value in model_settings.items() if not key.startswith("_")}
-    module = DPOModule(**model_settings)
-    module.load_state_dict(checkpoint["state_dict"])
-    data = PreferenceDataModule(tokenizer, trust_remote_code=module.hparams.trust_remote_code)
-    export_policy(module, data.tokenizer, output_dir, merge)
-    print(f"model written to {output_dir}")
-
-
-COMMANDS = {"download": run_download, "export": run_export}
+    name = args[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command '{name}': {hint}")
+    command = COMMANDS[name]
+    getattr(importlib.import_module(command.module), command.function)(args)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -220,13 +73,13 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else USER_ERROR_EXIT
     keep_quiet()
     try:
-        if args and args[0] in COMMANDS:
-            COMMANDS[args[0]](args[1:])
-        else:
-            run_trainer(args)
-    except (UserError, MisconfigurationException) as error:
+        run(args)
+    except UserError as error:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

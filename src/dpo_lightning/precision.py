@@ -1,0 +1,27 @@
+"""Which Trainer precision is fast on this hardware."""
+
+from pathlib import Path
+
+import torch
+
+BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})  # CPUs with one of these multiply bfloat16 in hardware
+
+
+def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
+    """The Trainer precision that is fast on this hardware without harm to training, and why."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "this GPU computes in bfloat16"
+        return "32-true", "this GPU does not compute in bfloat16"
+    if fast := sorted(cpu_flags() & BF16_FLAGS):
+        return "bf16-mixed", f"this CPU computes in bfloat16: {', '.join(fast)}"
+    return "32-true", f"this CPU has no bfloat16 arithmetic ({', '.join(sorted(BF16_FLAGS))})"
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set flags of this CPU, empty where the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
