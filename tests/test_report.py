@@ -118,7 +118,7 @@ def test_a_histogram_counts_every_value_once():
 
 
 def test_numbers_and_durations_are_short():
-    assert [number_text(v) for v in (12000.0, 0.69314718, 2.5e-5)] == ["12000", "0.6931", "2.5e-05"]
+    assert [number_text(v) for v in (12000.0, 0.69314718, 2.5e-5)] == ["12000", "0.693", "2.5e-5"]
     assert [duration(v) for v in (12.34, 754, 7500)] == ["12.3 s", "12 min 34 s", "2 h 5 min"]
 
 

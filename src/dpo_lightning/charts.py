@@ -84,8 +84,10 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def number_text(value: float) -> str:
-    """A number short enough for an axis: 0.000025 -> 2.5e-05, 12000 -> 12000, 0.69314 -> 0.6931."""
-    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.4g}"
+    """A number short enough for an axis: 0.000025 -> 2.5e-5, 12000 -> 12000, 0.69314 -> 0.693."""
+    if value == int(value) and abs(value) < 1e6:
+        return f"{value:.0f}"
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 class _Plot:

@@ -141,7 +141,7 @@ class ReportCallback(Callback):
                 "loss": f"{loss}, beta {h.beta}",
                 "optimizer": f"AdamW, learning rate {h.learning_rate}, {h.lr_scheduler_type}, warm-up {h.warmup_steps}",
                 "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
-                "length": f"{step} steps, {epochs:.2g} epochs",
+                "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
                 "precision": str(trainer.precision),
             },
             settings=settings(trainer, module),
