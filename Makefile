@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test slow lint clean
+.PHONY: help demo test slow faults lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,6 +24,9 @@ test: $(VENV)/.installed-test  ## set-up and all tests
 
 slow: $(VENV)/.installed-test  ## the checks on a real model, where its files can be had
 	$(BIN)/python -m pytest -m slow
+
+faults: $(VENV)/.installed-test  ## runs killed a hundred times and more, each ending as if it had never been killed
+	DPO_FAULTS=long $(BIN)/python -m pytest -s tests/faults
 
 lint: $(VENV)/.installed-test  ## ruff: style and obvious mistakes
 	$(BIN)/ruff check .

@@ -11,11 +11,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpo_lightning.reporting import peak_memory
+from dpo_lightning.hardware import peak_memory
+
+if TYPE_CHECKING:
+    from dpo_lightning import DPOModule
 
 LEARNING_RATE, BETA, WARMUP_STEPS, MAX_GRAD_NORM, LOG_EVERY = 1e-5, 0.1, 5, 1.0, 10
 
@@ -59,20 +62,12 @@ class Gate:
             torch.cuda.synchronize()
 
 
-def run_ours(spec: dict[str, Any], gate: Gate) -> None:
-    """dpo-lightning, its defaults but for what the comparison fixes."""
-    from lightning.pytorch import Callback, Trainer
+def fit_ours(spec: dict[str, Any], device: torch.device, callbacks: list[Any], **trainer_options: Any) -> "DPOModule":
+    """Trains with dpo-lightning, its defaults but for what the comparison fixes; gives the module."""
+    from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from dpo_lightning import DPOModule, PreferenceDataModule
-
-    class Gated(Callback):
-        def on_train_batch_start(self, *args: Any) -> None:
-            gate.before_step()
-
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
-            gate.losses.append(outputs["loss"].detach())
-            gate.after_step()
 
     module = DPOModule(
         spec["model"],
@@ -86,7 +81,7 @@ def run_ours(spec: dict[str, Any], gate: Gate) -> None:
         spec["model"], spec["pairs"], val_size=0, test_size=0, batch_size=spec["batch_size"], shuffle=False
     )
     trainer = Trainer(
-        accelerator=gate.device.type,
+        accelerator=device.type,
         devices=1,
         precision="bf16-mixed" if spec["precision"] == "bf16" else "32-true",
         max_epochs=1,
@@ -96,9 +91,26 @@ def run_ours(spec: dict[str, Any], gate: Gate) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Gated()],
+        callbacks=callbacks,
+        **trainer_options,
     )
     trainer.fit(module, data)
+    return module
+
+
+def run_ours(spec: dict[str, Any], gate: Gate) -> None:
+    """dpo-lightning, step by step as the gate lets it."""
+    from lightning.pytorch import Callback
+
+    class Gated(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            gate.before_step()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+            gate.losses.append(outputs["loss"].detach())
+            gate.after_step()
+
+    fit_ours(spec, gate.device, [Gated()])
 
 
 def run_trl(spec: dict[str, Any], gate: Gate) -> None:

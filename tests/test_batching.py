@@ -25,6 +25,7 @@ def test_collate_gives_the_tensors_of_its_docstring():
     assert batch.targets.tolist() == [7, 8, 2, 9, 2, 7, 2, 2]
     assert batch.sequence.tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
     assert batch.pair_ids.tolist() == [30, 40]
+    assert batch.weight.tolist() == [1, 1] and batch.margin.tolist() == [0, 0]
     assert batch.num_pairs == 2 and batch.shared
 
 
@@ -108,5 +109,18 @@ def test_too_few_pairs_for_the_ranks_is_said():
         LengthGroupedBatchSampler([1, 2], 4, False, num_replicas=3)
 
 
-def test_batches_are_int64():
-    assert all(tensor.dtype == torch.int64 for tensor in collate(PAIRS, [0, 1]))
+def test_weights_and_margins_go_with_their_pairs():
+    pairs = [PAIRS[0]._replace(weight=0.5), PAIRS[1]._replace(margin=1.5)]
+    batch = collate(pairs, [0, 1])
+    for form in (batch, to_separate(batch)):
+        assert (form.weight.tolist(), form.margin.tolist()) == ([0.5, 1.0], [0.0, 1.5])
+    assert to_pairs(batch) == pairs
+
+
+def test_batches_are_int64_but_for_weights_and_margins():
+    other = {
+        name: tensor.dtype
+        for name, tensor in collate(PAIRS, [0, 1])._asdict().items()
+        if tensor is not None and tensor.dtype != torch.int64
+    }
+    assert other == {"weight": torch.float32, "margin": torch.float32}

@@ -11,7 +11,7 @@ from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.commands import DPOCLI, DownloadCLI, configured
 
-CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 READMES = sorted(REPO.glob("README*.md"))
 COMMAND = re.compile(r"^(?:    )?((?:python|make|tensorboard|dpo-lightning|git|pip) [^\n#]*)", re.M)
 

@@ -1,7 +1,8 @@
 from copy import deepcopy
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from dpo_lightning.encoding import cut_prompt, encode_batch, encode_completions, encode_prompts, tokenizer_fingerprint
 
@@ -25,6 +26,28 @@ def test_every_completion_ends_in_eos_and_the_empty_one_is_eos_alone(tokenizer):
     eos = tokenizer.eos_token_id
     assert encode_completions(tokenizer, [" SELECT name", ""])[1] == [eos]
     assert encode_completions(tokenizer, [" SELECT name"])[0][-1] == eos
+
+
+def test_ids_are_those_that_calling_the_tokenizer_gives(tokenizer):
+    texts = [" SELECT name", "", "é 🙂 \n\t", "a<|endoftext|>b", "\nWHERE x"]
+    called = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    assert encode_completions(tokenizer, texts) == called
+
+
+@pytest.mark.parametrize("prepend", ["always", "first"])
+def test_a_tokenizer_that_begins_texts_with_a_blank_does_not_begin_completions_with_one(prepend):
+    tokens = ["</s>", "▁", "\n", "▁name", "▁is", "name", "is", *"nameis"]
+    model = Tokenizer(models.Unigram([(token, -1 / len(token)) for token in dict.fromkeys(tokens)], 0))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    model.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    llama = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
+    assert llama.tokenize("name") == ["▁name"] and llama.tokenize("\nname") == ["▁", "\n", "name"]
+    encoded = encode_completions(llama, ["name", " name is", ""])
+    assert [llama.convert_ids_to_tokens(ids) for ids in encoded] == [
+        ["name", "</s>"],
+        ["▁name", "▁is", "</s>"],
+        ["</s>"],
+    ]
 
 
 @pytest.mark.parametrize("pad_token_id", [None, "eos", 0])

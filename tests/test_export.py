@@ -1,11 +1,18 @@
+import ast
 import json
+import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import yaml
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.errors import UserError
 from dpo_lightning.export import ExportCallback, export_policy
+from dpo_lightning.model_card import model_card
+from dpo_lightning.replies import RepliesCallback
 
 IDS = torch.arange(5, 25)[None]
 
@@ -20,7 +27,7 @@ def train(model_folder, tokenizer, rows_file, quiet_trainer):
     def run(*callbacks, **settings):
         module = DPOModule(str(model_folder), learning_rate=1e-3, **settings)
         data = PreferenceDataModule(tokenizer, rows_file, val_size=4, test_size=4, batch_size=4)
-        quiet_trainer(callbacks=list(callbacks), max_steps=5).fit(module, data)
+        quiet_trainer(callbacks=list(callbacks), max_steps=5, val_check_interval=5).fit(module, data)
         return module.eval()
 
     return run
@@ -62,3 +69,79 @@ def test_callback_writes_at_the_end_of_fit(train, tmp_path):
     assert not (tmp_path / "b").exists()
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "a")(IDS).logits, module.causal_lm(IDS).logits)
+
+
+# ---------------------------------------------------------------------- serving
+
+
+def dtypes(folder):
+    """Tensor name -> dtype and file, as a server that reads the safetensors files finds them."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: (file.get_slice(name).get_dtype(), path.name) for name in file.keys()}
+    return found
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_dtype_and_shards_as_chosen(train, tokenizer, tmp_path, lora):
+    module = train(lora=lora)
+    before = {name: weight.clone() for name, weight in module.policy.state_dict().items()}
+    export_policy(module, tokenizer, tmp_path / "out", merge=True, dtype="bfloat16", max_shard_size="40KB")
+    files = dtypes(tmp_path / "out")
+    assert {dtype for dtype, _ in files.values()} == {"BF16"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["weight_map"] == {name: path for name, (_, path) in files.items()}
+    loaded = load(tmp_path / "out")
+    torch.testing.assert_close(loaded(IDS).logits.float(), module.causal_lm(IDS).logits, rtol=0.1, atol=0.2)
+    for name, weight in module.policy.state_dict().items():  # the run goes on with what it had
+        assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_written(train, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="export.dtype 'int3' is unknown: one of float32, bfloat16, float16"):
+        ExportCallback(dtype="int3")
+    with pytest.raises(UserError, match="export.dtype 'int3'"):
+        export_policy(train(), tokenizer, tmp_path / "out", dtype="int3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_is_what_servers_and_pipelines_load(train, tokenizer, tmp_path):
+    export_policy(train(), tokenizer, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    # What vLLM reads: architecture, sampling defaults, tokenizer, weights under transformers' names.
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert "model.safetensors" in names and "README.md" in names
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"] and config["model_type"] == "gpt2"
+    assert "lm_head.weight" not in dtypes(tmp_path / "out"), "the tied head is the embedding"
+    generate = pipeline("text-generation", str(tmp_path / "out"))
+    (reply,) = generate("SELECT", max_new_tokens=4, return_full_text=False)
+    assert isinstance(reply["generated_text"], str)
+
+
+def test_the_card_has_data_settings_metrics_and_replies(train, tmp_path):
+    replies = RepliesCallback(every_n_steps=0, num_prompts=2)
+    train(replies, ExportCallback(str(tmp_path / "out")), beta=0.25)
+    card = (tmp_path / "out" / "README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    metadata = yaml.safe_load(metadata)
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+    assert "base_model" not in metadata and "datasets" not in metadata, "names of this machine's files mean nothing"
+    assert str(tmp_path) not in card
+    plain = re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), text)
+    for setting in ("beta | 0.25", "train_dataset | rows.jsonl", "optimizer steps | 5"):
+        assert f"| {setting} |" in plain
+    assert "val/rewards/margins" in plain
+    assert replies.pairs[0].chosen in plain and replies.pairs[0].prompt.split("\n")[0] in plain
+    ast.parse(text.split("```python\n")[1].split("```")[0])
+
+
+def test_the_card_of_hub_names_links_them(model_folder):
+    module = DPOModule("openai-community/gpt2", lora={"r": 4})
+    card = model_card(module, {"train_dataset": "b-mc2/sql-create-context:train[:100]"}, adapter=True)
+    metadata = yaml.safe_load(card.split("---\n", 2)[1])
+    assert metadata["base_model"] == "openai-community/gpt2" and metadata["library_name"] == "peft"
+    assert metadata["datasets"] == ["b-mc2/sql-create-context"]

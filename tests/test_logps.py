@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from dpo_lightning import logps
-from dpo_lightning.batching import EncodedPair, collate, to_separate
-from dpo_lightning.logps import Scoring, choose_scoring, head_logps, pair_logps, scoring_from_config
+from dpo_lightning.batching import EncodedPair, collate
+from dpo_lightning.logps import Scoring, choose_scoring, head_logps, pair_logps, scoring_from_config, within_window
 
 VOCABULARY = 97
 # A large initial spread: with the usual 0.02 a tiny model hardly looks at its context and any mask would pass.
@@ -37,6 +37,7 @@ CONFIGS = {
     "cohere": CohereConfig(**GROUPED),  # scales its logits
     "granite": GraniteConfig(**GROUPED, logits_scaling=4.0),  # divides them
     "gemma2": Gemma2Config(**GROUPED, head_dim=8),  # caps them
+    "qwen2-mixed": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "mistral": MistralConfig(**GROUPED, sliding_window=8),
     "mamba": MambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3
@@ -130,19 +131,24 @@ def test_an_empty_rejected_does_not_blind_the_check(monkeypatch):
     assert not choose_scoring(make_model("gpt2"), batch).shared
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen2-mixed"])
 @torch.no_grad()
-def test_rows_longer_than_a_sliding_window_are_read_apart(monkeypatch):
-    model = make_model("mistral")
+def test_rows_longer_than_a_sliding_window_are_exact(name, monkeypatch):
+    # One mask for all layers, and a mask for each kind of layer. The rejected part begins far from its prompt.
+    model, batch = make_model(name), make_batch()
     scoring = scoring_from_config(model.config)
-    assert scoring == Scoring(window=8)
-    short = collate([EncodedPair([5, 6, 7], [8, 9, 2], [4, 2])], [0])
-    layouts = []
-    monkeypatch.setattr(logps, "to_separate", lambda batch: layouts.append("apart") or to_separate(batch))
-    for batch in (short, make_batch()):
-        found = pair_logps(model, batch, scoring).sums
-        layouts.append("|")
-        torch.testing.assert_close(found, pair_logps(model, batch, BY_FULL_LOGITS).sums, rtol=1e-4, atol=1e-4)
-    assert layouts == ["|", "apart", "apart", "|", "apart"]
+    assert scoring == Scoring(window=8) and batch.position_ids.max() > 8
+    truth = pair_logps(model, batch, BY_FULL_LOGITS).sums
+    torch.testing.assert_close(pair_logps(model, batch, scoring).sums, truth, rtol=1e-4, atol=1e-4)
+    without = pair_logps(model, batch, scoring._replace(window=None)).sums
+    assert (without - truth).abs().max() > 0.1, "the window must matter"
+
+
+def test_a_window_is_counted_on_positions():
+    # prompt of 2, chosen 2, rejected 2: the rejected part's positions run on from the prompt
+    found = within_window(torch.tensor([[0, 1, 2, 3, 2, 3]]), 2)[0, 0]
+    assert found[4].tolist() == [False, True, True, True, True, True]
+    assert found[3].tolist() == [False, False, True, True, True, True]
 
 
 def test_alibi_and_switched_off_windows_are_read_from_the_config():

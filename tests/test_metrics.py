@@ -1,12 +1,15 @@
 import torch
 
 from dpo_lightning.metrics import PAIR_METRICS, PairMetrics
+from dpo_lightning.preference_loss import PreferenceLoss
 from test_losses import POLICY, REFERENCE, logps
+
+rewards = PreferenceLoss(beta=0.1).rewards
 
 
 def test_values_are_means_over_pairs():
-    metrics = PairMetrics(beta=0.1)
-    metrics.update(torch.tensor([0.5, 1.5]), POLICY, REFERENCE)
+    metrics = PairMetrics()
+    metrics.update(torch.tensor([0.5, 1.5]), rewards(POLICY, REFERENCE), POLICY, REFERENCE)
     found = {name: round(float(value), 5) for name, value in metrics.compute().items()}
     # Log-ratios per token: (1, 2), -2 and -0.5, (1, 0); half their squares: 0.5, 2, 2 and 0.125, 0.5, 0.
     assert found == {
@@ -26,10 +29,11 @@ def test_values_are_means_over_pairs():
 def test_a_short_last_batch_and_several_ranks_do_not_bias():
     big = logps(*[([-1.0], [-2.0])] * 7)
     small = logps(([-5.0], [-2.0]))
-    whole, first, second = (PairMetrics(beta=0.1) for _ in range(3))
-    whole.update(torch.zeros(8), logps(*[([-1.0], [-2.0])] * 7, ([-5.0], [-2.0])), logps(*[([-1.0], [-1.0])] * 8))
-    first.update(torch.zeros(7), big, logps(*[([-1.0], [-1.0])] * 7))
-    second.update(torch.zeros(1), small, logps(([-1.0], [-1.0])))
+    both = logps(*[([-1.0], [-2.0])] * 7, ([-5.0], [-2.0]))
+    whole, first, second = (PairMetrics() for _ in range(3))
+    for metrics, policy in ((whole, both), (first, big), (second, small)):
+        reference = logps(*[([-1.0], [-1.0])] * policy.num_pairs)
+        metrics.update(torch.zeros(policy.num_pairs), rewards(policy, reference), policy, reference)
     # What torchmetrics does across ranks: states with dist_reduce_fx="sum" are added.
     first.sums, first.pairs = first.sums + second.sums, first.pairs + second.pairs
     for name, value in whole.compute().items():
@@ -38,8 +42,20 @@ def test_a_short_last_batch_and_several_ranks_do_not_bias():
 
 
 def test_nothing_seen_is_nothing_said():
-    metrics = PairMetrics(beta=0.1)
+    metrics = PairMetrics()
     assert metrics.compute() == {}
-    metrics.update(torch.tensor([0.5, 1.5]), POLICY, REFERENCE)
+    metrics.update(torch.tensor([0.5, 1.5]), rewards(POLICY, REFERENCE), POLICY, REFERENCE)
     metrics.reset()
     assert metrics.compute() == {}
+
+
+def test_without_a_reference_nothing_is_compared_with_it():
+    metrics = PairMetrics(reference_free=True)
+    metrics.update(torch.zeros(2), PreferenceLoss("simpo", beta=2.0).rewards(POLICY, None), POLICY, None)
+    found = metrics.compute()
+    assert set(PAIR_METRICS) - set(found) == {"rewards/displaced", "kl"}
+    # beta times the mean log-prob per token: chosen 2 * (-1, -1), rejected 2 * (-4, -1).
+    assert (float(found["rewards/chosen"]), float(found["rewards/rejected"])) == (-2.0, -5.0)
+    metrics.reset()
+    metrics.update(torch.zeros(2), PreferenceLoss("cpo", beta=2.0).rewards(POLICY, None), POLICY, None)
+    assert float(metrics.compute()["rewards/chosen"]) == -3.0  # of the sums -2 and -1

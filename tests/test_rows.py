@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.rows import RowOptions, check_templates, find_format, row_to_pair, shuffled_partners
+from dpo_lightning.rows import FORMATS, RowOptions, check_templates, find_format, row_to_pair, shuffled_partners
 
 OPTIONS = RowOptions()
 ROW = {"question": "How many?", "context": "CREATE TABLE t (a INT)", "answer": "SELECT count(*) FROM t"}
 
 
 def test_founding_row_becomes_prompt_and_spaced_answer_with_empty_rejected():
-    pair = row_to_pair(ROW, "sql_create_context", OPTIONS, "f, row 1")
+    pair = row_to_pair(ROW, FORMATS["sql_create_context"], OPTIONS, "f, row 1")
     assert pair.prompt == "CREATE TABLE t (a INT)\nQuestion: How many?\nAnswer:"
     assert pair.chosen == " SELECT count(*) FROM t"
     assert pair.rejected == ""
@@ -21,17 +21,17 @@ def test_founding_row_becomes_prompt_and_spaced_answer_with_empty_rejected():
 
 def test_standard_row_is_taken_as_it_is():
     row = {"prompt": "p ", "chosen": " c", "rejected": " r\n"}
-    assert row_to_pair(row, "preference", OPTIONS, "f, row 1")[:3] == ("p ", " c", " r\n")
+    assert row_to_pair(row, FORMATS["preference"], OPTIONS, "f, row 1")[:3] == ("p ", " c", " r\n")
 
 
 def test_templates_are_the_users():
     options = RowOptions("Q: {question} S: {context} A:", "\n{answer};")
-    pair = row_to_pair(ROW, "sql_create_context", options, "f, row 1")
+    pair = row_to_pair(ROW, FORMATS["sql_create_context"], options, "f, row 1")
     assert pair[:2] == ("Q: How many? S: CREATE TABLE t (a INT) A:", "\nSELECT count(*) FROM t;")
 
 
 def test_braces_in_a_row_are_text():
-    pair = row_to_pair(ROW | {"question": "{answer} {0}"}, "sql_create_context", OPTIONS, "f, row 1")
+    pair = row_to_pair(ROW | {"question": "{answer} {0}"}, FORMATS["sql_create_context"], OPTIONS, "f, row 1")
     assert "{answer} {0}" in pair.prompt
 
 
@@ -49,7 +49,7 @@ def test_format_is_found_from_columns_and_can_be_overridden(columns, name, found
 
 def test_prediction_needs_no_completions():
     assert find_format(["prompt"], "f", completions=False) == "preference"
-    assert row_to_pair({"prompt": "p"}, "preference", OPTIONS, "f, row 1", completions=False).chosen == ""
+    assert row_to_pair({"prompt": "p"}, FORMATS["preference"], OPTIONS, "f, row 1", completions=False).chosen == ""
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_columns_that_do_not_fit_are_named(columns, name, message):
 )
 def test_a_bad_cell_is_named_with_file_row_and_column(change, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        row_to_pair(ROW | change, "sql_create_context", OPTIONS, "f, row 7")
+        row_to_pair(ROW | change, FORMATS["sql_create_context"], OPTIONS, "f, row 7")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.rows import BadRow
 from dpo_lightning.sources import open_source
 
 ROWS = [{"prompt": "p1", "chosen": "12", "rejected": ""}, {"prompt": "p2", "chosen": "NA", "rejected": "r"}]
@@ -21,14 +22,16 @@ def test_every_kind_of_file_and_folder_gives_the_same_rows(tmp_path, write_rows)
     for name in [*names, str(tmp_path / "splits"), str(tmp_path / "splits:train")]:
         source = open_source(name, "train")
         assert list(source.columns) == ["prompt", "chosen", "rejected"], name
-        assert list(source.rows) == ROWS, name
+        assert [row for _, row in source.rows()] == ROWS, name
         assert source.fingerprint == open_source(name, "train").fingerprint
-    assert list(open_source(str(tmp_path / "splits"), "test").rows) == ROWS[1:]
+    picked = open_source(str(tmp_path / "splits"), "test")
+    assert list(picked.rows()) == [(1, ROWS[1])]
+    assert picked.where(1) == f"{tmp_path}/splits:test, row 1"
 
 
 def test_jsonl_is_read_anew_each_time_and_changes_its_fingerprint(write_rows):
     first = open_source(write_rows(ROWS), "train")
-    assert list(first.rows) == list(first.rows)
+    assert list(first.rows()) == list(first.rows()) != []
     assert open_source(write_rows(ROWS[:1]), "train").fingerprint != first.fingerprint
 
 
@@ -51,7 +54,9 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        list(open_source(str(path), "train").rows)
+        for _, row in open_source(str(path), "train").rows():
+            if isinstance(row, BadRow):
+                raise row
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 

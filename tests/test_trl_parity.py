@@ -63,15 +63,26 @@ def trl_losses(rows, model_folder, tokenizer, output, model=None, **settings):
     "settings",
     [
         {"loss_type": ["sigmoid"], "beta": 0.1},
-        # (TRL 1.16's sigmoid ignores label_smoothing, so conservative DPO stands in test_losses.py alone.)
+        # (Every loss's value and gradient are compared in test_losses_vs_trl.py; these are whole runs.)
         {"loss_type": ["hinge"], "beta": 0.3},
         {"loss_type": ["ipo"], "beta": 0.1},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1], "beta": 0.1},
+        {"loss_type": ["sigmoid"], "beta": 0.3, "use_weighting": True},
+        {"loss_type": ["robust"], "beta": 0.1, "label_smoothing": 0.1, "ld_alpha": 0.5},
+        {"loss_type": ["sigmoid_norm"], "beta": 2.0, "f_divergence_type": "js_divergence"},
     ],
     ids=lambda settings: "+".join(settings["loss_type"]),
 )
 def test_first_20_losses_agree(rows, settings, model_folder, tokenizer, write_rows, quiet_trainer, tmp_path):
-    module = DPOModule(str(model_folder), learning_rate=RATE, warmup_steps=0, lr_scheduler_type="constant", **settings)
+    beside = {"loss_type", "loss_weights", "beta", "label_smoothing"}
+    module = DPOModule(
+        str(model_folder),
+        learning_rate=RATE,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        **{name: value for name, value in settings.items() if name in beside},
+        loss_options={name: value for name, value in settings.items() if name not in beside},
+    )
     record = Record(module)
     data = PreferenceDataModule(tokenizer, write_rows(rows), batch_size=BATCH, shuffle=False, val_size=0, test_size=0)
     quiet_trainer(gradient_clip_val=1.0).fit(module, data)

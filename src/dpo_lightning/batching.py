@@ -36,6 +36,13 @@ class PairBatch(NamedTuple):
     targets: Tensor  # [N] int64 token ids that are predicted
     sequence: Tensor  # [N] int64 in [0, 2B): 2b for pair b's chosen, 2b + 1 for its rejected completion
     pair_ids: Tensor  # [B] int64 position of the pair in its data set
+    weight: Tensor  # [B] float32, what the pair's loss is multiplied by
+    margin: Tensor  # [B] float32, what the loss demands beyond chosen over rejected, in the unit of beta times nats
+    reference_logps: Tensor | None = None  # [N] float32 nats of the targets under the reference, where known before
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """The same batch on a device."""
+        return PairBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
 
     @property
     def num_pairs(self) -> int:
@@ -58,8 +65,11 @@ def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
         predict_index [1, 2, 3, 1, 4, 5, 6, 5]
         targets       [7, 8, 2, 9, 2, 7, 2, 2]
         sequence      [0, 0, 0, 1, 1, 2, 2, 3]
+        weight        [1, 1]
+        margin        [0, 0]
     """
-    rows = [p.prompt_ids + p.chosen_ids[:-1] + p.rejected_ids[:-1] for p in pairs]
+    ids = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    rows = [prompt + chosen[:-1] + rejected[:-1] for prompt, chosen, rejected in ids]
     width = max(map(len, rows))
     input_ids = np.zeros((len(rows), width), dtype=np.int64)
     position_ids = np.zeros_like(input_ids)
@@ -67,7 +77,7 @@ def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
     predict_index: list[int] = []
     targets: list[int] = []
     sequence: list[int] = []
-    for b, (row, (prompt, chosen, rejected)) in enumerate(zip(rows, pairs, strict=True)):
+    for b, (row, (prompt, chosen, rejected)) in enumerate(zip(rows, ids, strict=True)):
         p, c = len(prompt), len(prompt) + len(chosen) - 1
         input_ids[b, : len(row)] = row
         position_ids[b, :c] = np.arange(c)
@@ -79,7 +89,11 @@ def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
         targets += chosen + rejected
         sequence += [2 * b] * len(chosen) + [2 * b + 1] * len(rejected)
     tensors = (input_ids, position_ids, segment_ids, predict_index, targets, sequence, pair_ids)
-    return PairBatch(*(torch.as_tensor(np.asarray(tensor, dtype=np.int64)) for tensor in tensors))
+    return PairBatch(
+        *(torch.as_tensor(np.asarray(tensor, dtype=np.int64)) for tensor in tensors),
+        weight=torch.tensor([pair.weight for pair in pairs]),
+        margin=torch.tensor([pair.margin for pair in pairs]),
+    )
 
 
 def to_separate(batch: PairBatch) -> PairBatch:
@@ -115,7 +129,8 @@ def to_pairs(batch: PairBatch) -> list[EncodedPair]:
     pairs = []
     for b in range(batch.num_pairs):
         chosen, rejected = (batch.targets[batch.sequence == 2 * b + side].tolist() for side in (0, 1))
-        pairs.append(EncodedPair(batch.input_ids[b][batch.segment_ids[b] == PROMPT].tolist(), chosen, rejected))
+        prompt = batch.input_ids[b][batch.segment_ids[b] == PROMPT].tolist()
+        pairs.append(EncodedPair(prompt, chosen, rejected, batch.weight[b].item(), batch.margin[b].item()))
     return pairs
 
 
@@ -172,13 +187,14 @@ class LengthGroupedBatchSampler(DistributedSampler):
         self.lengths = np.asarray(lengths)
         self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
         self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
+        self.start = 0  # batches of the epoch that are left out, because a resumed run has trained on them
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
         return full + (rest > 0 if full == 0 else rest >= self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches():
+        for batch in self.global_batches()[self.start :]:
             yield batch[self.rank :: self.num_replicas].tolist()
 
     def global_batches(self) -> list[np.ndarray]:

@@ -5,15 +5,17 @@ imported before a command is known, so that `--help` and a typo answer at once.
 """
 
 import difflib
+import errno
 import importlib
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import Stopped, UserError
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
@@ -32,8 +34,10 @@ COMMANDS = {
     "validate": Command("reward metrics and judged replies on the validation pairs"),
     "test": Command("the same on the test pairs"),
     "predict": Command("write replies to prompts to a file"),
+    "inspect": Command("what will be trained on, and for how long", "dpo_lightning.inspection", "run_inspect"),
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
     "export": Command("write a checkpoint's model as a Hugging Face folder", function="run_export"),
+    "chat": Command("ask a trained model, beside its reference", "dpo_lightning.chatting", "run_chat"),
 }
 
 
@@ -84,10 +88,34 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except Stopped as stop:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 0  # else Lightning kills the first process, which started this one
+        print(stopped(args, stop), file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way to end before the first step
+            raise
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED_EXIT
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file of the run'} cannot be written: {error.strerror}", file=sys.stderr)
+        return USER_ERROR_EXIT
     return 0
+
+
+def stopped(args: Sequence[str], stop: Stopped) -> str:
+    """How a run that was stopped is gone on with."""
+    kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (before, arg)]
+    kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
+    program = "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
+    done = "stopped at once" if stop.step is None else f"stopped after step {stop.step}, which is saved"
+    return f"{done}; to go on:\n    {program} {shlex.join(kept)} --ckpt_path last"
 
 
 def keep_quiet() -> None:
@@ -96,8 +124,12 @@ def keep_quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else loader workers and tokenizers warn of each other
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(("💡", "TPU available", "Loading `train_dataloader`"))
+        lambda record: not record.getMessage().startswith(
+            ("💡", "TPU available", "Loading `train_dataloader`", "`weights_only` was not set")
+        )
     )
 
 

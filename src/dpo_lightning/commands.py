@@ -1,12 +1,14 @@
 """The commands themselves: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download` and `export`."""
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -14,21 +16,35 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dpo_lightning.checkpoints import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    check_checkpoint,
+    checkpoint_folders,
+    damage,
+    newest_first,
+    newest_whole,
+    read_checkpoint,
+    version,
+)
 from dpo_lightning.datamodule import PreferenceDataModule
 from dpo_lightning.download import download
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import EvaluationCallback
 from dpo_lightning.export import ExportCallback, export_policy
 from dpo_lightning.guards import GuardsCallback
+from dpo_lightning.hardware import fastest_precision
 from dpo_lightning.hub import first_line, from_hub_or_folder
 from dpo_lightning.module import DPOModule
-from dpo_lightning.precision import fastest_precision
+from dpo_lightning.policy import base_model_name, tokenizer_name
 from dpo_lightning.predictions import ReplyWriter
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reporting import ReportCallback
+from dpo_lightning.stopping import StoppingCallback
 from dpo_lightning.storyboard import StoryboardCallback
 
-CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback)  # those without settings
+# Those without settings.
+CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
 
 
 class OneLineErrorParser(LightningArgumentParser):
@@ -42,6 +58,8 @@ class OneLineErrorParser(LightningArgumentParser):
 class DPOCLI(LightningCLI):
     """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
 
+    _logger_options: Mapping[str, Any] = MappingProxyType({})
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -50,9 +68,11 @@ class DPOCLI(LightningCLI):
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "step{step}",
                 "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": False,  # the next one's task
+                "checkpoint.enable_version_counter": False,  # a resumed run writes the same files again
             }
         )
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(RepliesCallback, "replies")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
@@ -66,7 +86,7 @@ class DPOCLI(LightningCLI):
         """Fills in what follows from the rest of the config: tokenizer and precision."""
         config = self.settings
         if config.data.tokenizer is None:
-            config.data.tokenizer = config.model.name_or_path
+            config.data.tokenizer = tokenizer_name(config.model.name_or_path)
         if config.trainer.precision is None:
             config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
             rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
@@ -79,39 +99,84 @@ class DPOCLI(LightningCLI):
 
         model = self.settings.model
         from_hub_or_folder(
-            "model", model.name_or_path, AutoConfig.from_pretrained, trust_remote_code=model.trust_remote_code
+            "model",
+            base_model_name(model.name_or_path),
+            AutoConfig.from_pretrained,
+            trust_remote_code=model.trust_remote_code,
         )
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            missing = re.search(r"Requirement '([^']+)' not met", str(error))  # as Lightning's loggers say it
+            if missing:
+                raise UserError(f"trainer.logger needs a missing package: pip install '{missing[1]}'") from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As LightningCLI's, with TensorBoard's hparams free for real metrics and refusals as UserError."""
         trainer = self._get(self.config_init, "trainer")
         if trainer.logger in (None, True):
             folder = trainer.default_root_dir or "."
-            kwargs["logger"] = TensorBoardLogger(folder, name="lightning_logs", default_hp_metric=False)
+            kwargs["logger"] = TensorBoardLogger(
+                folder, name="lightning_logs", default_hp_metric=False, **self._logger_options
+            )
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """As Lightning's (a checkpoint brings its model's settings along), but says so and checks that it is there."""
-        command = self.config.get("subcommand")
-        ckpt_path = command and self.config[command].get("ckpt_path")
-        if not ckpt_path or ckpt_path in ("last", "best", "hpc"):
+        """Finds the checkpoint that `--ckpt_path` means, and takes over its model's settings, as Lightning's does.
+
+        Raises:
+            UserError: it is not there, damaged, or of another model.
+        """
+        settings = self.config.get("subcommand") and self.config[self.config.subcommand]
+        if not settings or not settings.get("ckpt_path"):
             return
-        if not Path(ckpt_path).exists():
-            raise UserError(f"--ckpt_path '{ckpt_path}': there is no such file")
-        given = self.config[command].model.as_dict()
-        try:
-            super()._parse_ckpt_path()
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file fails anywhere in torch.load
-            raise UserError(f"--ckpt_path '{ckpt_path}' is not a readable checkpoint: {first_line(error)}") from error
-        loaded = self.config[command].model.as_dict()
-        if changed := [f"{key} = {loaded[key]!r}" for key in loaded if loaded[key] != given.get(key)]:
-            rank_zero_info(f"model settings taken from {ckpt_path}: {', '.join(changed)}")
+        if settings.ckpt_path == "last":
+            settings.ckpt_path = self._find_last(settings)
+        path = settings.ckpt_path
+        if path in (None, "last", "best", "hpc") or "://" in path:
+            return
+        check_checkpoint(path)
+        checkpoint = read_checkpoint(path, mmap=True)
+        self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
+        saved = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
+        given = settings.model.as_dict()
+        self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
+        taken = self.config[self.config.subcommand].model.as_dict()
+        if changed := [f"{key} = {value!r}" for key, value in taken.items() if value != given.get(key)]:
+            rank_zero_info(f"model settings taken from {path}: {', '.join(changed)}")
+
+    def _find_last(self, settings: Namespace) -> str | None:
+        """The newest whole checkpoint of the newest run; "last" where only its own logger knows its folder."""
+        if settings.checkpoint.dirpath:
+            folders = [Path(settings.checkpoint.dirpath)]
+        elif settings.trainer.logger in (None, True):
+            folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
+        else:
+            return "last"
+        path = newest_whole(folders)
+        if path is None and self.config.subcommand != "fit":
+            raise UserError("--ckpt_path last: there is no checkpoint yet")
+        # No error for `fit`: so a job that is started again and again can be the same command each time.
+        rank_zero_info(f"--ckpt_path last: {path or 'there is no checkpoint yet, so the run starts at its beginning'}")
+        return path and str(path)
+
+    def _resume_in_its_folder(self, settings: Namespace, path: Path, step: int) -> None:
+        """Lets the run that goes on from its newest checkpoint keep its folder; from an older one it gets a new one."""
+        run, logs = path.absolute().parent.parent, Path(settings.trainer.default_root_dir or ".") / "lightning_logs"
+        if self.config.subcommand != "fit" or run.parent != logs.absolute() or version(run) < 0:
+            return
+        if not path.samefile(next(other for other in newest_first(path.parent) if not damage(other))):
+            rank_zero_info(f"{path} is not the newest checkpoint of its run: what follows from it gets its own folder")
+            return
+        # TensorBoard hides what a run that was killed had logged after its checkpoint: it comes again.
+        self._logger_options = {"version": version(run), "purge_step": step + 1}
 
 
 class DownloadCLI(DPOCLI):
@@ -165,27 +230,25 @@ def run_export(args: Sequence[str]) -> None:
     auto_cli(export, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
 
 
-def export(ckpt_path: str, output_dir: str, merge: bool = False) -> None:
+def export(
+    ckpt_path: str, output_dir: str, merge: bool = False, dtype: str | None = None, max_shard_size: str = "5GB"
+) -> None:
     """Writes the model of a checkpoint as a Hugging Face folder.
 
     Args:
         ckpt_path: a checkpoint written by `fit`.
         output_dir: folder to write.
         merge: with LoRA, write a complete model instead of the adapter.
+        dtype: of the written weights (float32, bfloat16, float16); left out, as they were trained.
+        max_shard_size: largest size of a weights file; more is split into several.
     """
-    if not Path(ckpt_path).is_file():
-        raise UserError(f"--ckpt_path '{ckpt_path}': there is no such file")
-    try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        model_settings = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
-        tokenizer = checkpoint[LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY]["tokenizer"]
-    except Exception as error:  # a damaged or foreign file fails anywhere in torch.load
-        raise UserError(
-            f"--ckpt_path '{ckpt_path}' is not a checkpoint of dpo-lightning: {first_line(error)}"
-        ) from error
+    check_checkpoint(ckpt_path)
+    checkpoint = read_checkpoint(ckpt_path)
+    model_settings = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
+    data_settings = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     model_settings = {key: value for key, value in model_settings.items() if not key.startswith("_")}
     module = DPOModule(**model_settings)
     module.load_state_dict(checkpoint["state_dict"])
-    data = PreferenceDataModule(tokenizer, trust_remote_code=module.hparams.trust_remote_code)
-    export_policy(module, data.tokenizer, output_dir, merge)
+    data = PreferenceDataModule(data_settings.get("tokenizer"), trust_remote_code=module.hparams.trust_remote_code)
+    export_policy(module, data.tokenizer, output_dir, merge, dtype, max_shard_size, data_settings)
     print(f"model written to {output_dir}")

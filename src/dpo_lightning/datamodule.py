@@ -3,37 +3,55 @@
 Useful without the rest of the package: any pipeline that wants tokenized preference pairs can take its loaders.
 """
 
+import copy
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from dpo_lightning.arrow_cache import Columns, cached_dataset
 from dpo_lightning.batching import LengthGroupedBatchSampler, PairBatch, PromptBatch, collate, collate_prompts
 from dpo_lightning.encoding import EncodedPair, encode_batch, encode_prompts, load_tokenizer, tokenizer_fingerprint
 from dpo_lightning.errors import UserError
+from dpo_lightning.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
+from dpo_lightning.reference_cache import ReferenceCache
+from dpo_lightning.resume import ResumableLoader
 from dpo_lightning.rows import (
     PreferencePair,
     RowOptions,
     check_templates,
     find_format,
-    row_to_pair,
+    get_format,
+    no_chat_template,
     shuffled_partners,
 )
-from dpo_lightning.sources import Source, open_source
+from dpo_lightning.sources import Source, dataset_weights, open_source
+from dpo_lightning.splits import mixed, split_by_key
+from dpo_lightning.tables import batches_of, context_keys, numbers, text_keys
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-ENCODING_VERSION = 1  # raise it when encoding or row reading changes, so that old caches are not used
+    from dpo_lightning.chat import ChatTemplate
+
+ENCODING_VERSION = 2  # raise it when encoding or row reading changes, so that old caches are not used
 REJECTED = ("empty", "shuffled")
+IDS = pa.list_(pa.int32())
+PROMPT_COLUMNS = pa.schema([*PAIR_COLUMNS, pa.field("prompt_ids", IDS)])
+ENCODED_COLUMNS = pa.schema(
+    [*PAIR_COLUMNS, *(pa.field(name, IDS) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))]
+    + [pa.field("length", pa.int32()), pa.field("prompt_cut", pa.bool_()), pa.field("completion_cut", pa.bool_())]
+)
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -44,11 +62,14 @@ class PreferenceDataModule(LightningDataModule):
 
     Args:
         tokenizer: name or folder of the tokenizer, or the tokenizer itself. The CLI fills in the model's.
-        train_dataset: data set to train on.
+        train_dataset: data set to train on; or several in a list, or with weights (see `dataset_weights`).
         val_dataset: held-out data set for validation; left out, `val_size` of the training data is split off.
         test_dataset: held-out data set for `test`; left out, `test_size` of the training data is split off.
         predict_dataset: prompts to answer with `predict`; left out, the test data are.
-        format: how a row is read, a name in `dpo_lightning.rows.FORMATS`; left out, it is found from the columns.
+        format: how a row is read, a name in `dpo_lightning.rows.FORMATS` or a function of the user's
+            (`my_module:my_function`); left out, it is found from the columns.
+        chat_template: Jinja file that renders conversations; left out, the tokenizer's own template does.
+        on_bad_row: what to do with a row that cannot be trained on: `error`, or `skip`, counted (see `reading`).
         prompt_template: prompt of the founding format, from {context} and {question}.
         completion_template: completion of the founding format, from {answer}; it begins with the space that parts it
             from the prompt, because the two are tokenized apart.
@@ -68,11 +89,13 @@ class PreferenceDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: Any = None,
-        train_dataset: str | None = None,
+        train_dataset: str | list[str] | dict[str, float] | None = None,
         val_dataset: str | None = None,
         test_dataset: str | None = None,
         predict_dataset: str | None = None,
         format: str | None = None,
+        chat_template: str | None = None,
+        on_bad_row: str = "error",
         prompt_template: str = RowOptions().prompt_template,
         completion_template: str = RowOptions().completion_template,
         rejected: str = "empty",
@@ -88,8 +111,9 @@ class PreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[] if isinstance(tokenizer, str) else ["tokenizer"])
-        if rejected not in REJECTED:
-            raise UserError(f"data.rejected is '{rejected}': it must be one of {', '.join(REJECTED)}")
+        for name, value, known in (("rejected", rejected, REJECTED), ("on_bad_row", on_bad_row, ON_BAD_ROW)):
+            if value not in known:
+                raise UserError(f"data.{name} is '{value}': it must be one of {', '.join(known)}")
         for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size}.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}: it must be at least 1")
@@ -100,12 +124,16 @@ class PreferenceDataModule(LightningDataModule):
             raise UserError(f"data.max_length is {max_length}: a prompt and a completion need at least 8 tokens")
         if num_workers < 0:
             raise UserError(f"data.num_workers is {num_workers}: it must be 0 or more")
-        self.row_options = RowOptions(prompt_template, completion_template)
+        self.row_options = RowOptions(prompt_template, completion_template, self._chat_template)
         check_templates(self.row_options)
+        self._train_weights = dataset_weights(train_dataset)
         self._tokenizer = None if isinstance(tokenizer, str) else tokenizer
         self.datasets: dict[str, Dataset] = {}
+        self.reference_caches: dict[str, ReferenceCache] = {}  # by data set, where a fit has opened them
         self._stages: set[str] = set()  # that are set up
-        self._split_rows: dict[str, list[int]] = {}  # of splits of the training data: the row of each pair
+        self.accounts: dict[str, RowAccount] = {}  # by data set: what became of its rows
+        self._origins: dict[str, Origin] = {}  # of the pairs of each of `datasets`
+        self._largest_id = -1
 
     @functools.cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -133,105 +161,196 @@ class PreferenceDataModule(LightningDataModule):
         if stage in self._stages:
             return
         self._stages.add(stage)
+        known = set(self.accounts)
         if stage == "predict":
             if "predict" not in self.datasets:
-                self.datasets["predict"] = self._load_prompts()
-            return
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
-        given = {"val": self.hparams.val_dataset, "test": self.hparams.test_dataset}
-        for name in needed:
-            if given.get(name) and name not in self.datasets:
-                self.datasets[name] = self._encode(self._load_pairs(given[name], name), given[name])
-        if any(name not in self.datasets for name in needed):
-            if not self.hparams.train_dataset:
-                raise UserError(f"data.{needed[0]}_dataset is missing: give a file, a folder or a hub id")
-            self.datasets |= {name: data for name, data in self._split().items() if name not in self.datasets}
+                self._load_prompts()
+        else:
+            self._load_pairs({"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage])
+        for name, account in self.accounts.items():
+            if name not in known:
+                for line in account.lines():
+                    rank_zero_warn(line)
         if stage == "fit":
             self._say_what_was_cut()
 
-    def _split(self) -> dict[str, "Dataset"]:
+    def _load_pairs(self, needed: Sequence[str]) -> None:
+        given = {"val": self.hparams.val_dataset, "test": self.hparams.test_dataset}
+        for name in needed:
+            if given.get(name) and name not in self.datasets:
+                self.datasets[name], source = self._pairs_of(given[name], name)
+                self._origins[name] = Origin([(source.name, source.unit, 0)], None)
+        if any(name not in self.datasets for name in needed):
+            if not self._train_weights:
+                raise UserError(f"data.{needed[0]}_dataset is missing: give a file, a folder or a hub id")
+            self._split()
+
+    def _split(self) -> None:
         """The training data, minus what is split off where no held-out data set is given."""
-        name = self.hparams.train_dataset
-        pairs = self._encode(self._load_pairs(name, "train"), name)
+        from datasets import concatenate_datasets
+
+        parts, sources, start = [], [], 0
+        for name in self._train_weights:
+            part, source = self._pairs_of(name, "train")
+            parts.append(part)
+            sources.append((source.name, source.unit, start))
+            start += len(part)
+        pairs = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
         sizes = {
             split: self.hparams[f"{split}_size"] for split in ("val", "test") if not self.hparams[f"{split}_dataset"]
         }
-        keys = [context or prompt for context, prompt in zip(pairs["context"], pairs["prompt"], strict=True)]
-        self._split_rows = split_by_key(keys, sizes, self.hparams.seed, name)
-        return {split: pairs.select(rows) for split, rows in self._split_rows.items()}
+        splits = split_by_key(context_keys(pairs), sizes, self.hparams.seed, ", ".join(self._train_weights))
+        splits["train"] = mixed(
+            splits["train"], [first for _, _, first in sources], list(self._train_weights.values()), self.hparams.seed
+        )
+        for split, rows in splits.items():
+            if split not in self.datasets:
+                self.datasets[split] = pairs.select(rows)
+                self._origins[split] = Origin(sources, rows)
 
-    def _load_pairs(self, name: str, stage: str) -> "Dataset":
-        """Rows of a data set as PreferencePair columns; read once, then from the cache."""
+    def _pairs_of(self, name: str, stage: str) -> tuple["Dataset", Source]:
+        """The encoded pairs of a data set, and where they were read."""
         source = open_source(name, stage)
-        format_name = find_format(source.columns, name, self.hparams.format)
-        pairs = self._cached_pairs(source, format_name, completions=True)
-        if self.hparams.rejected == "shuffled":
-            pairs = self._with_shuffled_rejected(pairs, name)
-        return pairs
+        pairs = self._checked(source, find_format(source.columns, name, self.hparams.format), completions=True)
+        return self._encoded(pairs, name, self._rejected(pairs, name)), source
 
-    def _load_prompts(self) -> "Dataset":
+    def _load_prompts(self) -> None:
         """Rows to answer: prompts alone, with the wanted reply where the data has it."""
         name = self.hparams.predict_dataset
         if not name:
             self.setup("test")
-            return self.datasets["test"]
+            self.datasets["predict"], self._origins["predict"] = self.datasets["test"], self._origins["test"]
+            return
         source = open_source(name, "predict")
-        pairs = self._cached_pairs(
-            source, find_format(source.columns, name, self.hparams.format, completions=False), completions=False
-        )
-        return pairs.map(
-            _encode_prompt_batch,
-            batched=True,
-            fn_kwargs={"tokenizer": self.tokenizer, "max_length": self.max_length},
-            new_fingerprint=self._fingerprint(pairs, "prompts"),
-            desc=f"Encoding {name}",
-        )
+        form = find_format(source.columns, name, self.hparams.format, completions=False)
+        pairs = self._checked(source, form, completions=False)
 
-    def _cached_pairs(self, source: Source, format_name: str, completions: bool) -> "Dataset":
-        from datasets import Dataset
-        from datasets.exceptions import DatasetGenerationError
+        def batches() -> Iterator[Columns]:
+            for columns in progress(batches_of(pairs), f"Encoding {name}", len(pairs)):
+                ids = encode_prompts(self.tokenizer, columns["prompt"], self.max_length, columns["chat"])
+                self._largest_id = max(self._largest_id, *map(max, ids))
+                yield columns | {"prompt_ids": ids}
 
-        rows = functools.partial(
-            _pair_rows, source=source, format_name=format_name, options=self.row_options, completions=completions
+        self.datasets["predict"] = self._written(self._fingerprint(pairs, "prompts"), PROMPT_COLUMNS, batches)
+        self._origins["predict"] = Origin([(source.name, source.unit, 0)], None)
+
+    def _checked(self, source: Source, format_name: str, completions: bool) -> "Dataset":
+        """The checked rows of a data set as columns of text; read once, then from the cache, the account too."""
+        row_format = get_format(format_name)
+        reader = PairReader(source, row_format, self.row_options, completions, self.hparams.on_bad_row)
+        fingerprint = _digest(
+            *(source.fingerprint, source.name, format_name, row_format.fingerprint, self.row_options[:2]),
+            *(self._chat_source, str(self.tokenizer.special_tokens_map), completions, self.hparams.on_bad_row),
         )
-        fingerprint = _digest(source.fingerprint, source.name, format_name, self.row_options, completions)
+        pairs, note = cached_dataset(
+            fingerprint,
+            PAIR_COLUMNS,
+            lambda: progress(reader.batches(), f"Reading {source.name}"),
+            lambda: {"account": reader.account._asdict(), "chat": reader.chat},
+        )
+        self.accounts[source.name] = RowAccount(**note["account"])
+        if note["chat"]:
+            self._end_replies_as_the_template_does()
+        return pairs
+
+    @functools.cached_property
+    def _chat_source(self) -> str | None:
+        """The Jinja source of the chat template."""
+        path = self.hparams.chat_template
+        if path is None:
+            template = self.tokenizer.chat_template
+            return json.dumps(template) if isinstance(template, dict) else template
         try:
-            return Dataset.from_generator(rows, fingerprint=fingerprint)
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            raise
+            return Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.chat_template '{path}' cannot be read: {error}") from error
 
-    def _with_shuffled_rejected(self, pairs: "Dataset", name: str) -> "Dataset":
-        from datasets import concatenate_datasets
+    def _chat_template(self) -> "ChatTemplate":
+        return self._cached_chat_template
 
-        if any(pairs["rejected"]):
+    @functools.cached_property
+    def _cached_chat_template(self) -> "ChatTemplate":
+        from dpo_lightning.chat import ChatTemplate
+
+        if self._chat_source is None:
+            no_chat_template()
+        return ChatTemplate(self.tokenizer, self._chat_source if self.hparams.chat_template else None)
+
+    def _end_replies_as_the_template_does(self) -> None:
+        """Makes the token that ends a reply in the template the tokenizer's EOS: it is trained, replies stop at it."""
+        end = self._chat_template().end_token
+        if end != self.tokenizer.eos_token:
+            rank_zero_info(f"replies end in {end}, as in the chat template, not in {self.tokenizer.eos_token}")
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.eos_token = end
+
+    def _rejected(self, pairs: "Dataset", name: str) -> Callable[[int, int], list[str]] | None:
+        """Where `data.rejected` makes them: what gives the rejected completions of pairs [start, stop)."""
+        if self.hparams.rejected == "empty":
+            return None
+        if any(any(columns["rejected"]) for columns in batches_of(pairs, ["rejected"])):
             raise UserError(f"{name} has rejected completions of its own: leave data.rejected out")
-        partners = shuffled_partners(pairs["chosen"][:], self.hparams.seed, name)
-        rejected = pairs.select(partners).select_columns("chosen").rename_column("chosen", "rejected")
-        return concatenate_datasets([pairs.remove_columns("rejected"), rejected], axis=1)
+        chosen = pairs.select_columns("chosen")
+        partners = shuffled_partners(text_keys(pairs, "chosen"), self.hparams.seed, name)
+        return lambda start, stop: chosen[partners[start:stop].tolist()]["chosen"]
 
-    def _encode(self, pairs: "Dataset", name: str) -> "Dataset":
-        return pairs.map(
-            encode_batch,
-            batched=True,
-            fn_kwargs={"tokenizer": self.tokenizer, "max_length": self.max_length},
-            new_fingerprint=self._fingerprint(pairs, "pairs"),
-            desc=f"Encoding {name}",
-        )
+    def _encoded(self, pairs: "Dataset", name: str, rejected: Callable[[int, int], list[str]] | None) -> "Dataset":
+        def batches() -> Iterator[Columns]:
+            start = 0
+            for columns in progress(batches_of(pairs), f"Encoding {name}", len(pairs)):
+                stop = start + len(columns["prompt"])
+                if rejected:
+                    columns["rejected"] = rejected(start, stop)
+                encoded = encode_batch(columns, self.tokenizer, self.max_length)
+                for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                    self._largest_id = max(self._largest_id, *map(max, encoded[side]))
+                yield columns | encoded
+                start = stop
 
-    def _fingerprint(self, pairs: "Dataset", what: str) -> str:
+        how = (self.hparams.rejected, self.hparams.seed) if rejected else ("empty",)
+        return self._written(self._fingerprint(pairs, *how), ENCODED_COLUMNS, batches)
+
+    def _written(self, fingerprint: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]]) -> "Dataset":
+        before, self._largest_id = self._largest_id, -1
+        data, note = cached_dataset(fingerprint, schema, batches, lambda: {"largest_id": self._largest_id})
+        self._largest_id = max(before, note["largest_id"])
+        return data
+
+    def _fingerprint(self, pairs: "Dataset", *what: Any) -> str:
         return _digest(pairs._fingerprint, what, tokenizer_fingerprint(self.tokenizer), self.max_length)
 
-    def _say_what_was_cut(self) -> None:
+    def check_vocabulary(self, size: int, model: str) -> None:
+        """Checks that a model knows every token of the data.
+
+        Args:
+            size: rows of the model's embedding.
+
+        Raises:
+            UserError: a token's id is `size` or more; the first row with one is named.
+        """
+        if self._largest_id < size:
+            return
         for name, data in self.datasets.items():
+            for position, pair in enumerate(data):
+                for column in ("prompt", "chosen", "rejected"):
+                    if unknown := [token for token in pair.get(f"{column}_ids", ()) if token >= size]:
+                        raise UserError(
+                            f"{self.where(name, [position])[0]}, {column}: its token "
+                            f"{self.tokenizer.convert_ids_to_tokens(unknown[0])!r} has the id {unknown[0]}, but model "
+                            f"'{model}' has embeddings for {size} tokens only: data.tokenizer belongs to another model"
+                        )
+
+    def _say_what_was_cut(self) -> None:
+        for split, data in self.datasets.items():
             if "prompt_cut" not in data.column_names:
                 continue
-            prompts, completions = sum(data["prompt_cut"]), sum(data["completion_cut"])
-            if prompts or completions:
+            prompts, completions = (numbers(data, name) for name in ("prompt_cut", "completion_cut"))
+            if (prompts | completions).any():
+                first = self.where(split, np.flatnonzero(prompts | completions)[:1].tolist())[0]
                 rank_zero_warn(
-                    f"{name}: of {len(data)} pairs {prompts} had their prompt cut from the left and {completions} a "
-                    f"completion cut (its EOS kept) to fit data.max_length = {self.max_length}"
+                    f"{split}: of {len(data)} pairs {prompts.sum()} had their prompt cut from the left and "
+                    f"{completions.sum()} a completion cut (its EOS kept) to fit data.max_length = {self.max_length} "
+                    f"(the first: {first})"
                 )
         rank_zero_info("data: " + ", ".join(f"{len(data)} {name} pairs" for name, data in self.datasets.items()))
 
@@ -243,19 +362,27 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """PairBatch loader over the validation pairs; an empty list where there are none."""
-        return self._pair_loader("val", self._eval_batch_size) if "val" in self.datasets else []
+        return self._pair_loader("val", self.eval_batch_size) if "val" in self.datasets else []
 
     def test_dataloader(self) -> DataLoader:
         """PairBatch loader over the test pairs."""
-        return self._pair_loader("test", self._eval_batch_size)
+        return self._pair_loader("test", self.eval_batch_size)
 
     def predict_dataloader(self) -> DataLoader:
         """PromptBatch loader over the prompts to answer, in their order."""
-        return self._loader("predict", ("prompt_ids",), collate_prompt_rows, self._eval_batch_size, shuffle=False)
+        return self._loader("predict", ("prompt_ids",), collate_prompt_rows, self.eval_batch_size, shuffle=False)
 
     @property
-    def _eval_batch_size(self) -> int:
+    def eval_batch_size(self) -> int:
+        """Pairs per batch in validation, testing and prediction."""
         return self.hparams.eval_batch_size or self.hparams.batch_size
+
+    def on_before_batch_transfer(self, batch: PairBatch | PromptBatch, dataloader_idx: int) -> PairBatch | PromptBatch:
+        """Adds the reference log-probs that are in a cache; on the CPU, so that no device is waited for."""
+        if self.trainer.state.fn != "fit" or not self.reference_caches:
+            return batch
+        cache = self.reference_caches["train" if self.trainer.training else "val"]
+        return batch._replace(reference_logps=cache.look_up(batch.pair_ids.tolist()))
 
     def _pair_loader(self, name: str, batch_size: int, shuffle: bool = False) -> DataLoader:
         return self._loader(name, EncodedPair._fields, collate_pair_rows, batch_size, shuffle)
@@ -266,17 +393,38 @@ class PreferenceDataModule(LightningDataModule):
                 f"there are no {name} pairs: give data.{name}_dataset, or a data.{name}_size above 0 to split some off"
             )
         data = self.datasets[name]
-        lengths = np.asarray(data["length"]) if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
+        lengths = numbers(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = LengthGroupedBatchSampler(lengths, batch_size, shuffle, self.hparams.seed, rank, world)
-        return DataLoader(
+        loader = ResumableLoader(
             IndexedRows(data.select_columns(list(columns))),
             sampler=sampler,
             batch_size=None,
             collate_fn=collate_fn,
             num_workers=self.hparams.num_workers,
+            worker_init_fn=_leave_signals_to_the_run,
             persistent_workers=self.hparams.num_workers > 0,
         )
+        loader.trainer = self.trainer
+        return loader
+
+    def identity(self) -> dict[str, Any]:
+        """What the training batches follow from, by name: a resumed run must have the same."""
+        settings = {f"data.{name}": self.hparams[name] for name in ("batch_size", "shuffle", "seed")}
+        return settings | {"the digest of the encoded training pairs": self._train_digest}
+
+    @functools.cached_property
+    def _train_digest(self) -> str:
+        digest = hashlib.sha256()
+        columns = self.datasets["train"].select_columns(list(EncodedPair._fields)).with_format("arrow")
+        for table in columns.iter(1000):
+            for chunks in table.columns:
+                values = chunks.combine_chunks()
+                if hasattr(values, "value_lengths"):  # lists of ids
+                    digest.update(np.asarray(values.value_lengths()))
+                    values = values.flatten()
+                digest.update(np.asarray(values))
+        return digest.hexdigest()[:16]
 
     def pairs(self, name: str, positions: Sequence[int]) -> list[PreferencePair]:
         """The texts of pairs of a data set ("train", "val", "test", "predict") by their position."""
@@ -284,9 +432,26 @@ class PreferenceDataModule(LightningDataModule):
         return [PreferencePair(*texts) for texts in zip(*(rows[c] for c in PreferencePair._fields), strict=True)]
 
     def row_numbers(self, name: str, positions: Sequence[int]) -> list[int]:
-        """The rows, counted from 1, of pairs of a data set in the file or hub data set that they were read from."""
-        rows = self._split_rows.get(name)
-        return [(rows[position] if rows else position) + 1 for position in positions]
+        """The rows (of .jsonl and .csv files: the lines), counted from 1, that pairs of a data set were read from."""
+        return self.datasets[name].select_columns("row")[list(positions)]["row"]
+
+    def where(self, name: str, positions: Sequence[int]) -> list[str]:
+        """The data set and row that pairs of `datasets[name]` were read from, for messages: "rows.jsonl, line 6"."""
+        sources, rows = self._origins[name]
+        starts = [start for _, _, start in sources]
+        named = []
+        for position, number in zip(positions, self.row_numbers(name, positions), strict=True):
+            place = position if rows is None else rows[position]
+            source, unit, _ = sources[np.searchsorted(starts, place, side="right") - 1]
+            named.append(f"{source}, {unit} {number}")
+        return named
+
+
+class Origin(NamedTuple):
+    """Where the pairs of a data set come from."""
+
+    sources: list[tuple[str, str, int]]  # name, what its row numbers count, position of its first pair
+    positions: Sequence[int] | None  # of the pairs among all of them; None where they are all
 
 
 class IndexedRows:
@@ -315,53 +480,20 @@ def collate_prompt_rows(item: tuple[dict[str, list], list[int]]) -> PromptBatch:
     return collate_prompts(columns["prompt_ids"], positions)
 
 
-def split_by_key(keys: Sequence[str], sizes: dict[str, float], seed: int, source: str) -> dict[str, list[int]]:
-    """Seeded split of positions in which equal keys (contexts) stay together.
+def progress(batches: Iterator[Columns], what: str, total: int | None = None) -> Iterator[Columns]:
+    """Hands batches on and shows how many rows have come, where that takes longer than a moment."""
+    from tqdm.auto import tqdm
 
-    Args:
-        keys: a key per row.
-        sizes: name of a held-out split -> share below 1, or number of rows but at most a tenth of them; it gets at
-            least that many rows.
-
-    Returns:
-        Name -> positions, ascending, for every size above 0 and for "train", the rest.
-
-    Raises:
-        UserError: too few different keys to give every split one.
-    """
-    most = math.ceil(0.1 * len(keys))  # of a number of rows: a small data set is there to be trained on
-    wanted = {
-        name: min(size, most) if size >= 1 else math.ceil(size * len(keys)) for name, size in sizes.items() if size > 0
-    }
-    members: dict[str, list[int]] = {}
-    for position, key in enumerate(keys):
-        members.setdefault(key, []).append(position)
-    groups = list(members.values())
-    np.random.default_rng(seed).shuffle(groups)
-    splits: dict[str, list[int]] = {}
-    for name, size in wanted.items():
-        splits[name] = []
-        while len(splits[name]) < size and groups:
-            splits[name] += groups.pop()
-    splits["train"] = [position for group in groups for position in group]
-    if empty := [name for name, rows in splits.items() if not rows]:
-        raise UserError(
-            f"{source}: its {len(keys)} rows have only {len(members)} different contexts, too few to keep "
-            f"{' and '.join(wanted)} apart from train (nothing is left for {empty[0]}); "
-            + ", ".join(f"give data.{name}_dataset or set data.{name}_size to 0" for name in wanted)
-        )
-    return {name: sorted(rows) for name, rows in splits.items()}
+    with tqdm(desc=what, total=total, unit=" rows", delay=2, disable=rank_zero_only.rank != 0) as bar:
+        for columns in batches:
+            yield columns
+            bar.update(len(columns["prompt"]))
 
 
-def _pair_rows(source: Source, format_name: str, options: RowOptions, completions: bool) -> Iterator[dict[str, str]]:
-    for number, row in enumerate(source.rows):
-        yield row_to_pair(row, format_name, options, source.where(number), completions)._asdict()
-
-
-def _encode_prompt_batch(
-    columns: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> dict[str, list]:
-    return {"prompt_ids": encode_prompts(tokenizer, columns["prompt"], max_length)}
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _digest(*parts: Any) -> str:

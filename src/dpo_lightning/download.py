@@ -1,5 +1,6 @@
 """Names in a configuration -> folders that the same run can use without a network (configs/local.yaml)."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_lightning.encoding import load_tokenizer
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import from_hub_or_folder
-from dpo_lightning.sources import load_dataset_named
+from dpo_lightning.sources import dataset_weights, load_dataset_named
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -29,7 +30,9 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
     """
     from transformers import AutoModelForCausalLM
 
-    datasets = {data[f"{stage}_dataset"] for stage in ("train", "val", "test", "predict")} - {None}
+    datasets = [
+        name for stage in ("train", "val", "test", "predict") for name in dataset_weights(data[f"{stage}_dataset"])
+    ]
     wanted: list[tuple[str, str, Any]] = [("tokenizer", data.tokenizer, load_tokenizer)]
     wanted += [("dataset", name, load_dataset_named) for name in sorted({n.partition(":")[0] for n in datasets})]
     wanted += [("model", model, lambda name: from_hub_or_folder("model", name, AutoModelForCausalLM.from_pretrained))]
@@ -49,4 +52,5 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
 def inside(name: str) -> Path:
     """A name as a path that stays inside the folder it is joined to: a hub id keeps its owner, a path its last part."""
     path = Path(name)
-    return Path(path.name) if path.is_absolute() or ".." in path.parts or name.count("/") > 1 else path
+    outside = path.is_absolute() or ".." in path.parts or name.count("/") > 1
+    return Path(os.path.basename(os.path.abspath(name))) if outside else path

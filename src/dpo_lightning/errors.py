@@ -1,5 +1,18 @@
-"""The one error class that the command line shows as a single line instead of a traceback."""
+"""What the command line shows as a single line instead of a traceback."""
 
 
 class UserError(ValueError):
     """Something the user can mend: the message says what was found, where, and what to do, on one line."""
+
+
+class Stopped(BaseException):
+    """A training run was ended by a signal. No Exception, so that nothing on the way takes it for an error.
+
+    Args:
+        signal: the signal's number.
+        step: optimizer steps that were done and saved; None where the run was not to finish its step.
+    """
+
+    def __init__(self, signal: int, step: int | None = None) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal, self.step = signal, step

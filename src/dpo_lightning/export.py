@@ -1,53 +1,105 @@
-"""Policy -> Hugging Face folder: safetensors weights, tokenizer, generation config; LoRA as adapter or merged."""
+"""Policy -> Hugging Face folder: safetensors weights, tokenizer, generation config, model card.
+
+LoRA is written as an adapter or merged. The folder is what transformers loads by its path, and servers that read the
+same layout (vLLM, SGLang, TGI).
+"""
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.model_card import model_card
+from dpo_lightning.reference_adapter import trained_weights
 from dpo_lightning.run_context import run_folder
+from dpo_lightning.sharding import is_sharded, whole_state
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_lightning.module import DPOModule
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def export_policy(
-    module: "DPOModule", tokenizer: "PreTrainedTokenizerBase", folder: str | Path, merge: bool = False
+    module: "DPOModule",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str | Path,
+    merge: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    data: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the policy so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
 
     With LoRA the folder holds the adapter (loading it needs the base model too); `merge=True` folds the adapter into
     a copy of the base model's weights and writes a complete model. The folder is written beside and then renamed, so
-    that what stands there is always whole.
+    that what stands there is always whole. In a run, to be called on all ranks; the first one writes.
+
+    Args:
+        dtype: of the written weights, one of `DTYPES`; left out, as they are trained.
+        max_shard_size: largest size of a weights file, such as "5GB"; more is split into several.
+        data: settings of the datamodule, for the model card.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: an unknown dtype or size, or the folder cannot be written.
     """
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+    trainer = module._trainer
+    policy = whole_policy(module, merge)
+    if policy is None:
+        return
+    if dtype and policy.dtype != getattr(torch, dtype):
+        policy = (copy.deepcopy(policy) if policy is module.policy else policy).to(getattr(torch, dtype))
+    adapter = hasattr(policy, "get_base_model")
+    model = policy.get_base_model() if adapter else policy
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
-    policy = module.policy
-    if module.hparams.lora is not None and merge:
-        policy = copy.deepcopy(policy).merge_and_unload()
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with _ending_at_eos(module.causal_lm, tokenizer):
-            policy.save_pretrained(partial)
-            module.causal_lm.generation_config.save_pretrained(partial)
+        with _ending_at_eos(model, tokenizer):
+            policy.save_pretrained(partial, **({} if adapter else {"max_shard_size": max_shard_size}))
+            model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(model_card(module, data or {}, adapter, trainer), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
         raise UserError(f"the model cannot be written to '{folder}': {error.strerror or error}") from error
+
+
+def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftModel | None":
+    """The policy with all its weights on this rank, its adapter merged on request; None on all ranks but the first.
+
+    A sharded policy is gathered into one that is loaded anew, and so is one with quantized weights that an adapter is
+    to be merged into, since rounding them once more would lose what was trained.
+    """
+    policy, state = module.policy, None
+    merge = merge and hasattr(policy, "get_base_model")
+    if is_sharded(policy):
+        state = whole_state(policy)
+    elif merge and module.hparams.quantization:
+        state = {name: weight.detach().cpu() for name, weight in trained_weights(policy).items()}
+    if module.global_rank != 0:
+        return None
+    if state is not None:
+        policy = module.load_policy(quantization=None).cpu()
+        policy.load_state_dict(state, strict=False)  # quantized, it is the adapter alone
+    elif merge:
+        policy = copy.deepcopy(policy)
+    return policy.merge_and_unload() if merge else policy
 
 
 @contextmanager
@@ -72,17 +124,29 @@ class ExportCallback(Callback):
     Args:
         folder: where to; left out, `huggingface` in the run's folder.
         merge: with LoRA, write a complete model instead of the adapter.
+        dtype: of the written weights (float32, bfloat16, float16); left out, as they are trained.
+        max_shard_size: largest size of a weights file, such as 5GB; more is split into several.
         enabled: whether to write at all.
     """
 
-    def __init__(self, folder: str | None = None, merge: bool = False, enabled: bool = True) -> None:
-        self.folder, self.merge, self.enabled = folder, merge, enabled
+    def __init__(
+        self,
+        folder: str | None = None,
+        merge: bool = False,
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        enabled: bool = True,
+    ) -> None:
+        if dtype not in (None, *DTYPES):
+            raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+        self.folder, self.merge, self.dtype, self.max_shard_size = folder, merge, dtype, max_shard_size
+        self.enabled = enabled
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exports, unless the run was a trial or was stopped."""
         run = run_folder(trainer)
-        if not self.enabled or run is None or trainer.interrupted or not trainer.is_global_zero:
+        if not self.enabled or run is None or trainer.interrupted:
             return
-        folder = self.folder or run / "huggingface"
-        export_policy(pl_module, trainer.datamodule.tokenizer, folder, self.merge)
+        folder, data = self.folder or run / "huggingface", trainer.datamodule
+        export_policy(pl_module, data.tokenizer, folder, self.merge, self.dtype, self.max_shard_size, data.hparams)
         rank_zero_info(f"model written to {folder}")

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dpo_lightning.batching import EncodedPair, PairBatch, collate, to_pairs
+from dpo_lightning.checkpoints import LastCheckpoint
 from dpo_lightning.errors import UserError
 from dpo_lightning.logps import pair_logps
 from dpo_lightning.replies import RepliesCallback
@@ -98,7 +99,7 @@ class GuardsCallback(Callback):
                 rank_zero_warn(
                     f"step {trainer.global_step}: the chosen completion of {share:.0%} of the pairs has become less "
                     "likely than it was under the reference (likelihood displacement): lower model.learning_rate, "
-                    "raise model.beta, or mix in model.loss_type: [sigmoid, sft]"
+                    "raise model.beta, or set model.loss_type: dpop or [sigmoid, sft]"
                 )
         if replies := find_callback(trainer, RepliesCallback):
             for what, warning in gone_wrong([(showing.step, showing.shares) for showing in replies.showings]).items():
@@ -115,8 +116,10 @@ class GuardsCallback(Callback):
         finite = bool(torch.stack([getattr(v, "full_tensor", lambda v=v: v)() for v in values]).isfinite().all())
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             return
-        written = trainer.checkpoint_callback
-        path = written and (written.last_model_path or written.best_model_path)
+        written, last = trainer.checkpoint_callback, find_callback(trainer, LastCheckpoint)
+        path = getattr(written, "last_model_path", "") or getattr(written, "best_model_path", "")
+        if last is not None and last.path.exists():
+            path = last.path
         good = f"the last good checkpoint is {path}" if path else "no checkpoint was written before"
         remedy = "lower model.learning_rate, or set trainer.gradient_clip_val: 1.0 or trainer.precision: 32-true"
         if finite:
@@ -141,7 +144,8 @@ def warmup_steps(trainer: Trainer, module: LightningModule) -> float:
 def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> list[str]:
     """What is wrong before the first step, when policy and reference should still be the same model.
 
-    A few pairs of the first batch are scored as training scores them, in its mode and precision.
+    A few pairs of the first batch are scored as training scores them, in its mode and precision. Where the loss uses
+    no reference, the policy is only compared with itself.
     """
     warnings = []
     if unended := untrained_eos(to_pairs(batch), trainer.datamodule.tokenizer.eos_token_id):
@@ -151,9 +155,14 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
         )
     probe = first_pairs(batch, PROBED)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        reference = module.reference.logps(probe, module.scoring)
-        policy, again = (pair_logps(module.causal_lm, probe, module.scoring) for _ in range(2))
-        loss, expected = (module.loss(logps, reference).mean().item() for logps in (policy, reference))
+        policy, again = (
+            pair_logps(module.causal_lm, probe, module.scoring, sum_squares=module.loss.use_weighting) for _ in range(2)
+        )
+        reference = module.reference_logps(probe) or policy
+        equal = policy._replace(token_logps=reference.token_logps)
+        loss, expected = (
+            module.loss(logps, reference, probe.weight, probe.margin).mean().item() for logps in (policy, equal)
+        )
     noise = (policy.token_logps - again.token_logps).abs().mean().item()
     distance = (policy.token_logps - reference.token_logps).abs().mean().item()
     if noise > TOLERANCE:
@@ -162,10 +171,10 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
             "something at random (dropout), and the loss would see it as a preference; set it to 0 in its config"
         )
     elif distance > TOLERANCE:
-        margin = (policy.sums - reference.sums).diff(dim=1).abs().mean().item()
+        margin = module.loss.rewards(policy, reference).diff(dim=1).abs().mean().item()
         warnings.append(
             f"before the first step the loss is {loss:.4f} where equal models give {expected:.4f}, the margins are "
-            f"{module.hparams.beta * margin:.2g} where they should be 0: policy and reference are not the same model; "
+            f"{margin:.2g} where they should be 0: policy and reference are not the same model; "
             "load both from the same weights"
         )
     return warnings
@@ -173,8 +182,9 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
 
 def first_pairs(batch: PairBatch, count: int) -> PairBatch:
     """The first pairs of a batch, on its device."""
-    probe = collate(to_pairs(batch)[:count], batch.pair_ids[:count].tolist())
-    return PairBatch(*(tensor.to(batch.input_ids.device) for tensor in probe))
+    probe = collate(to_pairs(batch)[:count], batch.pair_ids[:count].tolist()).to(batch.input_ids.device)
+    known = batch.reference_logps
+    return probe if known is None else probe._replace(reference_logps=known[batch.sequence < 2 * count])
 
 
 def untrained_eos(pairs: Sequence[EncodedPair], eos: int) -> int:

@@ -28,9 +28,12 @@ class History(Logger):
         return self._folder
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds a point to the curve of each metric."""
+        """Adds a point to the curve of each metric, in place of one that it has at this step."""
         for name, value in metrics.items():
-            self.curves.setdefault(name, []).append((step or 0, float(value)))
+            curve = self.curves.setdefault(name, [])
+            if curve and curve[-1][0] == (step or 0):
+                curve.pop()  # a validation inside of a step comes again when the run goes on from its checkpoint
+            curve.append((step or 0, float(value)))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The report takes them from the modules."""

@@ -4,9 +4,10 @@ Whether a model may read a pair's prompt once (the shared layout of `batching`) 
 config, and by one comparison with ordinary forwards on real pairs (`choose_scoring`).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_lightning.batching import PADDING, PROMPT, EncodedPair, PairBatch, collate, to_pairs, to_separate
+from dpo_lightning.routing import router_loss
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 # Model types whose attention takes a ready-made [B, 1, T, T] mask and explicit position ids; each was compared with
 # separate forwards. Anything else reads the two sequences of a pair apart.
 SHARED_PREFIX_MODEL_TYPES = frozenset(
-    "gpt2 llama qwen2 qwen3 qwen3_moe gemma gemma2 mistral mixtral gpt_neox opt falcon phi phi3 gpt_bigcode starcoder2 "
-    "stablelm olmo2 granite cohere smollm3 biogpt deepseek_v3 gptj codegen xglm".split()
+    "gpt2 llama qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text mistral mixtral gpt_neox opt falcon phi phi3 "
+    "gpt_bigcode starcoder2 stablelm olmo olmo2 olmo3 olmoe granite granitemoe cohere cohere2 smollm3 biogpt "
+    "deepseek_v3 gptj codegen xglm gpt_oss".split()
 )
 HEAD_CHUNK = 1024  # predicted tokens whose [chunk, V] logits exist at a time
 
@@ -33,6 +36,8 @@ class PairLogps(NamedTuple):
     token_logps: Tensor  # [N] nats, in the order of the batch's targets
     sequence: Tensor  # [N] int64 in [0, 2B): see PairBatch
     num_pairs: int  # B
+    router_loss: Tensor | None = None  # weighted load-balancing loss of a mixture of experts, a scalar
+    log_sum_squares: Tensor | None = None  # [N] log of the sum of p^2 over the vocabulary, where asked for; no gradient
 
     def _per_side(self, values: Tensor) -> Tensor:
         return values.new_zeros(2 * self.num_pairs).index_add(0, self.sequence, values).view(-1, 2)
@@ -53,43 +58,67 @@ class Scoring(NamedTuple):
 
     shared: bool = True  # a pair's prompt is read once
     gathered: bool = True  # the head runs only at predicting positions; else the model's own full logits are used
-    window: int | None = None  # rows that reach past this sliding window are read apart
+    window: int | None = None  # sliding window of the model or of some of its layers, in tokens
     reason: str = ""  # why it is not the fast way
 
 
 FAST = Scoring()
 
 
-def pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scoring = FAST) -> PairLogps:
+def pair_logps(
+    model: "PreTrainedModel", batch: PairBatch, scoring: Scoring = FAST, sum_squares: bool = False
+) -> PairLogps:
     """Log-probabilities of every completion token, with gradients where the model has them.
 
     Args:
         model: a causal LM of transformers (with adapters injected or not), dropout off.
         batch: shared pairs on the model's device.
         scoring: what `choose_scoring` found for this model.
+        sum_squares: also give `log_sum_squares`, at the price of a second pass through the head without gradients.
     """
-    shared = scoring.shared and (scoring.window is None or int(batch.position_ids.max()) < scoring.window)
-    if not shared:
+    # Of a sharded model the weights are gathered first (`dpo_lightning.sharding.shard`).
+    compute = getattr(model, "sharded_pair_logps", None)
+    return (compute or functools.partial(compute_pair_logps, model))(batch, scoring, sum_squares)
+
+
+def compute_pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scoring, sum_squares: bool) -> PairLogps:
+    """`pair_logps` of a model whose weights are all there."""
+    if not scoring.shared:
         batch = to_separate(batch)
-    if not scoring.gathered:
-        logits = model(**_inputs(model, batch), use_cache=False).logits.flatten(0, 1)[batch.predict_index]
-        return PairLogps(_target_logps(logits, batch.targets), batch.sequence, batch.num_pairs)
-    hidden = model.base_model(**_inputs(model, batch), use_cache=False)[0]
-    hidden = hidden.flatten(0, 1)[batch.predict_index]
-    return PairLogps(head_logps(model, hidden, batch.targets), batch.sequence, batch.num_pairs)
+    inputs = _inputs(model, batch, scoring.window)
+    if scoring.gathered:
+        output = model.base_model(**inputs, use_cache=False)
+        hidden = output[0].flatten(0, 1)[batch.predict_index]
+        token_logps = head_logps(model, hidden, batch.targets)
+        squares = head_log_sum_squares(model, hidden) if sum_squares else None
+    else:
+        output = model(**inputs, use_cache=False)
+        logits = output.logits.flatten(0, 1)[batch.predict_index]
+        token_logps = _target_logps(logits, batch.targets)
+        squares = _log_sum_squares(logits) if sum_squares else None
+    balance = router_loss(model, output, batch.segment_ids != PADDING)
+    return PairLogps(token_logps, batch.sequence, batch.num_pairs, balance, squares)
 
 
-def _inputs(model: "PreTrainedModel", batch: PairBatch) -> dict[str, Tensor]:
+def _inputs(model: "PreTrainedModel", batch: PairBatch, window: int | None) -> dict[str, Any]:
     if not batch.shared:
         return {"input_ids": batch.input_ids, "attention_mask": (batch.segment_ids != PADDING).long()}
     mask = shared_prefix_mask(batch.segment_ids)
-    if model.config._attn_implementation == "eager":
-        # Eager attention adds its mask; a bool one would silently mean "+1 where attended".
-        dtype = (
-            torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype
-        )
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
+    attention_mask = _for_attention(model, mask)
+    if window:
+        near = _for_attention(model, mask & within_window(batch.position_ids, window))
+        # Models that mix layers with and without a window take a mask for each kind, the others the one of all layers.
+        layered = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+        attention_mask = {"full_attention": attention_mask, "sliding_attention": near} if layered else near
+    return {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": batch.position_ids}
+
+
+def _for_attention(model: "PreTrainedModel", mask: Tensor) -> Tensor:
+    if model.config._attn_implementation != "eager":
+        return mask
+    # Eager attention adds its mask; a bool one would silently mean "+1 where attended".
+    dtype = torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
@@ -101,6 +130,14 @@ def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
     causal = torch.ones(width, width, dtype=torch.bool, device=segment_ids.device).tril_()
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]
     return (causal & ((key == PROMPT) | (key == query)))[:, None]
+
+
+def within_window(position_ids: Tensor, window: int) -> Tensor:
+    """Which keys are fewer than `window` positions before their query, bool [B, 1, T, T].
+
+    Counted on position ids, which run on from the prompt in both completions, not on columns.
+    """
+    return (position_ids[:, :, None] - position_ids[:, None, :] < window)[:, None]
 
 
 def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor) -> Tensor:
@@ -119,6 +156,12 @@ def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor) -> Ten
     return torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks])
 
 
+@torch.no_grad()
+def head_log_sum_squares(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    """Log of the sum of squared token probabilities, [N] float32, from hidden states [N, H]."""
+    return torch.cat([_log_sum_squares(_logits(model, chunk)) for chunk in hidden.split(HEAD_CHUNK)])
+
+
 def _logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
     logits = model.get_output_embeddings()(hidden)
     config = model.config
@@ -135,6 +178,11 @@ def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+@torch.no_grad()
+def _log_sum_squares(logits: Tensor) -> Tensor:
+    return (2 * logits.float().log_softmax(-1)).logsumexp(-1)
+
+
 # ---------------------------------------------------------------------- may this model share the prompt?
 
 
@@ -146,10 +194,8 @@ def scoring_from_config(config: "PretrainedConfig") -> Scoring:
         )
     if getattr(config, "alibi", False):
         return Scoring(shared=False, reason="ALiBi counts distance in columns, not in position ids")
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", None) is False:
-        window = None
-    return Scoring(window=window)
+    windowed = getattr(config, "use_sliding_window", True)
+    return Scoring(window=(getattr(config, "sliding_window", None) or None) if windowed else None)
 
 
 @torch.no_grad()
@@ -165,7 +211,7 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
         EncodedPair(a.prompt_ids, a.chosen_ids, b.chosen_ids) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)
     ]
     device = batch.input_ids.device
-    probe = PairBatch(*(tensor.to(device) for tensor in collate(swapped, range(len(swapped)))))
+    probe = collate(swapped, range(len(swapped))).to(device)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
 
     def agrees(candidate: Scoring) -> bool:

@@ -1,113 +1,320 @@
-"""Policy PairLogps + reference PairLogps -> per-pair loss. Pure tensor code, one function per loss, found by name.
+"""Log-probs of policy and reference -> per-pair loss. Pure tensor code, one function per loss, found by name.
 
-Notation: beta is the strength of the KL constraint; the margin of a pair is
-h = (log pi(y_w|x) - log pi_ref(y_w|x)) - (log pi(y_l|x) - log pi_ref(y_l|x)), in nats, y_w chosen and y_l rejected.
-Names and parameters are TRL's. Adding a loss is one function with `@loss`.
+Notation: y_w is the chosen and y_l the rejected completion, r_w and r_l their log-ratios log pi(y|x) - log pi_ref(y|x)
+in nats, h = r_w - r_l, beta the strength of the KL constraint, m a pair's margin (0 unless the data has one).
+Names and parameters are TRL's, and so are the values where TRL has the loss; docs/losses.md compares them all.
+
+Adding a loss is one function with `@loss()`: it takes `Pairs`, its keyword-only arguments are its parameters with their
+ranges and defaults, and the decorator says what else it can do. `preference_loss` checks and mixes them.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+import math
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_lightning.errors import UserError
-from dpo_lightning.logps import PairLogps
 
-LossFunction = Callable[..., Tensor]
-LOSSES: dict[str, LossFunction] = {}
+class Range(NamedTuple):
+    """The values that a parameter may have."""
 
-
-def loss(function: LossFunction) -> LossFunction:
-    """Registers a loss under its function's name."""
-    LOSSES[function.__name__] = function
-    return function
+    words: str
+    holds: Callable[[float], bool]
 
 
-def log_ratios(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """log pi(y|x) - log pi_ref(y|x) summed over the completion, [B, 2]: chosen, rejected."""
-    return policy.sums - reference.sums
+Positive = Annotated[float, Range("above 0", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[float, Range("0 or more", lambda value: 0 <= value < math.inf)]
+FlippedShare = Annotated[float, Range("in [0, 0.5)", lambda value: 0 <= value < 0.5)]
+SomeFlippedShare = Annotated[float, Range("in (0, 0.5) for exo_pair, usually 1e-3", lambda value: 0 < value < 0.5)]
+Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+Finite = Annotated[float, Range("a finite number", math.isfinite)]
 
 
-def margins(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """h of the module docstring, [B]."""
-    ratios = log_ratios(policy, reference)
-    return ratios[:, 0] - ratios[:, 1]
+class Pairs(NamedTuple):
+    """What a loss sees of B pairs. Columns are chosen and rejected; log-probs are summed over a completion, in nats."""
+
+    policy: Tensor  # [B, 2] log pi(y|x)
+    reference: Tensor  # [B, 2] log pi_ref(y|x); zeros where there is no reference
+    scores: Tensor  # [B, 2] the log-ratios, or what the f-divergence makes of them
+    lengths: Tensor  # [B, 2] completion tokens
+    margin: Tensor  # [B] m
+    nll: Tensor  # [B] -log pi(y_w|x), the whole completion whatever ld_alpha is
+
+    @property
+    def ratios(self) -> Tensor:
+        """r_w and r_l, [B, 2]."""
+        return self.policy - self.reference
+
+    def logits(self, beta: float) -> Tensor:
+        """beta h - m, [B]; with an f-divergence h is the difference of its scores."""
+        return beta * (self.scores[:, 0] - self.scores[:, 1]) - self.margin
+
+    def token_mean_nll(self) -> Tensor:
+        """Per pair [B] its part of the negative log-likelihood, so that their mean is that of the batch's tokens."""
+        return self.nll * len(self.nll) / self.lengths[:, 0].sum()
 
 
-@loss
-def sigmoid(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO, -log sigmoid(beta h): Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
+class Loss(NamedTuple):
+    """A loss and what may be combined with it."""
 
-    With `label_smoothing` e, the share of labels taken to be flipped, it is conservative DPO (Mitchell 2023,
-    "A note on DPO with noisy preferences", eq. 3): -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
-    """
-    logits = beta * margins(policy, reference)
+    function: Callable[..., Tensor]
+    reference_free: bool  # needs the policy's log-probs alone
+    f_divergence: bool  # reads `scores`, so that another divergence than the reverse KL makes sense
+    margin: bool  # has a logit that a pair's margin is subtracted from
+    sorts: bool  # sorts within the batch, so that a value belongs to no pair and cannot be weighted
+    per_token: bool  # compares log-probs averaged over tokens, not sums: only where no reference is used
+    preference: bool  # tells chosen from rejected; False for a plain likelihood, which leaves all settings to others
+
+    @property
+    def name(self) -> str:
+        """As in `loss_type`."""
+        return self.function.__name__
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The function's keyword-only parameters."""
+        found = inspect.signature(self.function).parameters
+        return {name: found[name] for name in found if found[name].kind == inspect.Parameter.KEYWORD_ONLY}
+
+
+LOSSES: dict[str, Loss] = {}
+
+
+def loss(
+    *,
+    reference_free: bool = False,
+    f_divergence: bool = False,
+    margin: bool = False,
+    sorts: bool = False,
+    per_token: bool = False,
+    preference: bool = True,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Registers a loss, `Pairs` and its own parameters -> [B], under its function's name; see `Loss` for the flags."""
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        LOSSES[function.__name__] = Loss(function, reference_free, f_divergence, margin, sorts, per_token, preference)
+        return function
+
+    return register
+
+
+# ---------------------------------------------------------------------- losses of the chosen-rejected difference
+
+
+def smoothed_sigmoid(logits: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(z) - e log sigmoid(-z): cross entropy if a share e of labels is flipped."""
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-@loss
-def hinge(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """max(0, 1 - beta h): the SLiC-HF calibration loss (Zhao et al. 2023, arXiv 2305.10425, eq. 1) on DPO's rewards."""
-    return F.relu(1 - beta * margins(policy, reference))
+@loss(f_divergence=True, margin=True)
+def sigmoid(pairs: Pairs, *, beta: Positive, label_smoothing: FlippedShare = 0.0) -> Tensor:
+    """DPO, -log sigmoid(beta h - m): Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
+
+    With `label_smoothing` it is conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences & relationship
+    to IPO", eq. 3), which TRL's loss of this name is not; with margins it is DPO with an offset (Amini et al. 2024,
+    arXiv 2402.10571).
+    """
+    return smoothed_sigmoid(pairs.logits(beta), label_smoothing)
 
 
-@loss
-def ipo(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+@loss(f_divergence=True, margin=True)
+def hinge(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """max(0, 1 - (beta h - m)): the SLiC-HF calibration loss (Zhao et al. 2023, arXiv 2305.10425, eq. 1) on DPO's h."""
+    return F.relu(1 - pairs.logits(beta))
+
+
+@loss(f_divergence=True)
+def ipo(pairs: Pairs, *, beta: Positive) -> Tensor:
     """(h - 1/(2 beta))^2: Azar et al. 2023 (arXiv 2310.12036), eq. 17, beta being its tau.
 
     The log-ratios in h are averaged over a completion's tokens, as the paper's authors do, so that the target does
     not depend on length.
     """
-    ratios = log_ratios(policy, reference) / policy.lengths
-    return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * beta)) ** 2
+    scores = pairs.scores / pairs.lengths
+    return (scores[:, 0] - scores[:, 1] - 1 / (2 * beta)) ** 2
 
 
-@loss
-def sft(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Mean negative log-likelihood of the batch's chosen tokens, the same value for every pair (as in TRL).
+@loss(f_divergence=True, margin=True)
+def robust(pairs: Pairs, *, beta: Positive, label_smoothing: FlippedShare = 0.0) -> Tensor:
+    """Robust DPO, ((1 - e) L(z) - e L(-z)) / (1 - 2 e), L = -log sigmoid, z = beta h - m, e = label_smoothing.
 
-    Mixed into DPO it keeps the chosen log-probs from falling (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1).
+    Chowdhury et al. 2024 (arXiv 2403.00409): its expectation under labels flipped with probability e is DPO's loss
+    under the true ones. Its minimum is below 0.
     """
-    value = -policy.sums[:, 0].sum() / policy.lengths[:, 0].sum()
-    return value.expand(policy.num_pairs)
+    logits = pairs.logits(beta)
+    clean, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-class PreferenceLoss:
-    """A weighted sum of losses with their parameters checked: policy and reference PairLogps -> [B].
+@loss(f_divergence=True)
+def exo_pair(pairs: Pairs, *, beta: Positive, label_smoothing: SomeFlippedShare = 0.0) -> Tensor:
+    """EXO for pairs, KL(q || (1 - e, e)) with q = (sigmoid(beta h), sigmoid(-beta h)), e = label_smoothing.
 
-    Args:
-        loss_type: a name in `LOSSES` or several.
-        loss_weights: a weight for each; left out, 1 each.
-        beta: strength of the KL constraint, > 0.
-        label_smoothing: of `sigmoid`, in [0, 0.5).
-
-    Raises:
-        UserError: an unknown name, weights that do not match, or a parameter out of its range.
+    Ji et al. 2024 (arXiv 2402.00856), eq. 16: the reverse KL from the policy to the preferences, infinite at e = 0.
     """
+    logits = pairs.logits(beta)
+    log_q, log_p = (
+        (F.logsigmoid(logits), F.logsigmoid(-logits)),
+        (math.log1p(-label_smoothing), math.log(label_smoothing)),
+    )
+    return sum(log_q[side].exp() * (log_q[side] - log_p[side]) for side in (0, 1))
 
-    def __init__(
-        self,
-        loss_type: str | Sequence[str] = "sigmoid",
-        loss_weights: Sequence[float] | None = None,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-        weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
-        if unknown := [name for name in names if name not in LOSSES]:
-            raise UserError(f"model.loss_type '{unknown[0]}' is unknown: it is one of {', '.join(LOSSES)}")
-        if not names or len(weights) != len(names):
-            raise UserError(f"model.loss_weights has {len(weights)} weights for {len(names)} losses; give one for each")
-        if not beta > 0:
-            raise UserError(f"model.beta is {beta}: it must be above 0")
-        if not 0 <= label_smoothing < 0.5:
-            raise UserError(f"model.label_smoothing is {label_smoothing}: it must be in [0, 0.5)")
-        if label_smoothing and "sigmoid" not in names:
-            raise UserError(f"model.label_smoothing is {label_smoothing}, but of the losses only sigmoid uses it")
-        self.terms = list(zip(weights, (LOSSES[name] for name in names), strict=True))
-        self.parameters = {"beta": beta, "label_smoothing": label_smoothing}
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        losses = [weight * function(policy, reference, **self.parameters) for weight, function in self.terms]
-        return torch.stack(losses).sum(0)
+@loss(f_divergence=True)
+def discopop(pairs: Pairs, *, beta: Positive, discopop_tau: Positive = 0.05) -> Tensor:
+    """Log-ratio modulated loss, (1 - s) * -log sigmoid(z) + s * exp(-z), s = sigmoid(z / tau), z = beta h.
+
+    Lu et al. 2024 (arXiv 2406.08414), eq. 5, a loss found by a language model.
+    """
+    logits = pairs.logits(beta)
+    gate = logits / discopop_tau
+    # s * exp(-z) in one exponential: apart, a very negative z gives 0 * inf.
+    return -F.logsigmoid(logits) * torch.sigmoid(-gate) + torch.exp(F.logsigmoid(gate) - logits)
+
+
+@loss(f_divergence=True, margin=True)
+def sigmoid_norm(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """Length-normalized DPO, -log sigmoid(beta (r_w/|y_w| - r_l/|y_l|) - m).
+
+    Lambert et al. 2024 (Tulu 3, arXiv 2411.15124). Per-token log-ratios are small, so beta is larger than DPO's (5 in
+    the paper).
+    """
+    return -F.logsigmoid(pairs._replace(scores=pairs.scores / pairs.lengths).logits(beta))
+
+
+@loss(margin=True)
+def dpop(pairs: Pairs, *, beta: Positive, dpop_lambda: NotNegative = 50.0) -> Tensor:
+    """DPO-Positive, -log sigmoid(beta (h - lambda max(0, -r_w)) - m): Pal et al. 2024 (arXiv 2402.13228), section 4.
+
+    The penalty on r_w < 0 keeps the chosen completion from becoming less likely than under the reference, which plain
+    DPO allows as long as the rejected one falls faster. The paper uses lambda = 50 with beta = 0.3.
+    """
+    return -F.logsigmoid(pairs.logits(beta) - beta * dpop_lambda * F.relu(-pairs.ratios[:, 0]))
+
+
+# ---------------------------------------------------------------------- losses of each completion's own log-ratio
+
+
+@loss()
+def nca_pair(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """-log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l).
+
+    Noise contrastive alignment for two completions, Chen et al. 2024 (arXiv 2402.05369): it holds each log-ratio in
+    place where DPO holds only their difference.
+    """
+    rewards = beta * pairs.ratios
+    return -F.logsigmoid(rewards[:, 0]) - 0.5 * F.logsigmoid(-rewards).sum(1)
+
+
+@loss()
+def bco_pair(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """Binary classifier optimization, -log sigmoid(beta r_w) - log sigmoid(-beta r_l).
+
+    Jung et al. 2024 (arXiv 2404.04656). As in TRL 1.16 the paper's reward shift, a running mean of the rewards, is 0,
+    so that a pair's loss depends on no other pair.
+    """
+    return -F.logsigmoid(beta * pairs.ratios[:, 0]) - F.logsigmoid(-beta * pairs.ratios[:, 1])
+
+
+@loss()
+def sppo_hard(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2: self-play preference optimization with hard labels.
+
+    Wu et al. 2024 (arXiv 2405.00675), eq. 4.7 with win probabilities 1 and 0, beta being 1/eta.
+    """
+    target = pairs.ratios.new_tensor([0.5 / beta, -0.5 / beta])
+    return (pairs.ratios - target).square().sum(1)
+
+
+@loss()
+def apo_zero(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """Anchored preference optimization, 1 - sigmoid(beta r_w) + sigmoid(beta r_l): chosen up, rejected down.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7, for chosen completions better than the policy's own.
+    """
+    return torch.sigmoid(-beta * pairs.ratios[:, 0]) + torch.sigmoid(beta * pairs.ratios[:, 1])
+
+
+@loss()
+def apo_down(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """Anchored preference optimization, sigmoid(beta r_w) + 1 - sigmoid(beta h): both down, the rejected one more.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8, for chosen completions worse than the policy's own.
+    """
+    return torch.sigmoid(beta * pairs.ratios[:, 0]) + torch.sigmoid(-beta * (pairs.ratios[:, 0] - pairs.ratios[:, 1]))
+
+
+# ---------------------------------------------------------------------- losses of a batch's distribution
+
+
+@loss(sorts=True)
+def aot(pairs: Pairs, *, beta: Positive, label_smoothing: FlippedShare = 0.0) -> Tensor:
+    """Alignment via optimal transport, paired: the sigmoid loss of beta (u_(i) - v_(i)), both sorted in the batch.
+
+    Melnyk et al. 2024 (arXiv 2406.05882): u = log pi(y_w|x) - log pi(y_l|x) shall dominate the same difference v under
+    the reference in distribution, not pair by pair. It depends on which pairs share a batch, on accumulation and ranks.
+    """
+    differences = pairs.policy[:, 0] - pairs.policy[:, 1]
+    of_reference = pairs.reference[:, 0] - pairs.reference[:, 1]
+    return smoothed_sigmoid(beta * (differences.sort().values - of_reference.sort().values), label_smoothing)
+
+
+@loss(sorts=True)
+def aot_unpaired(pairs: Pairs, *, beta: Positive, label_smoothing: FlippedShare = 0.0) -> Tensor:
+    """As `aot` with u = r_w and v = r_l: chosen log-ratios shall dominate rejected ones of any prompt.
+
+    Melnyk et al. 2024 (arXiv 2406.05882), its unpaired setting.
+    """
+    ratios = pairs.ratios.sort(dim=0).values
+    return smoothed_sigmoid(beta * (ratios[:, 0] - ratios[:, 1]), label_smoothing)
+
+
+# ---------------------------------------------------------------------- reference-free losses
+
+
+@loss(reference_free=True, preference=False)
+def sft(pairs: Pairs) -> Tensor:
+    """Negative log-likelihood of the chosen completions, averaged over the batch's tokens (as in TRL).
+
+    Mixed into DPO it keeps the chosen log-probs from falling (RPO, Pang et al. 2024, arXiv 2404.19733, eq. 1, which
+    averages over a pair's tokens). A pair's value is its part of the batch's mean, so its weight counts for it alone.
+    """
+    return pairs.token_mean_nll()
+
+
+@loss(reference_free=True, margin=True, per_token=True)
+def simpo(
+    pairs: Pairs, *, beta: Positive, simpo_gamma: NotNegative = 0.5, label_smoothing: FlippedShare = 0.0
+) -> Tensor:
+    """-log sigmoid(beta (log pi(y_w|x)/|y_w| - log pi(y_l|x)/|y_l|) - gamma - m).
+
+    Meng et al. 2024 (arXiv 2405.14734), eq. 6. A per-token log-prob is small, so beta is about 2 and gamma about
+    half of it. (TRL adds `cpo_alpha` times the `sft` loss unless that is set to 0; here it is a mixture of the two.)
+    """
+    means = pairs.policy / pairs.lengths
+    return smoothed_sigmoid(beta * (means[:, 0] - means[:, 1]) - simpo_gamma - pairs.margin, label_smoothing)
+
+
+@loss(reference_free=True, per_token=True)
+def orpo(pairs: Pairs, *, beta: Positive) -> Tensor:
+    """-log p_w - beta log sigmoid(log odds(p_w) - log odds(p_l)): Hong et al. 2024 (arXiv 2403.07691), eqs. 6 and 7.
+
+    p is the geometric mean of a completion's token probabilities, odds(p) = p / (1 - p), beta the paper's lambda. The
+    first term is the negative log-likelihood of the pair's chosen tokens; TRL's covers the prompt's tokens too.
+    """
+    means = (pairs.policy / pairs.lengths).clamp(max=-1e-6)  # a certain completion has infinite odds
+    log_odds = means - torch.log(-torch.expm1(means))
+    return pairs.nll / pairs.lengths[:, 0] - beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+
+
+@loss(reference_free=True, margin=True)
+def cpo(pairs: Pairs, *, beta: Positive, cpo_alpha: NotNegative = 1.0, label_smoothing: FlippedShare = 0.0) -> Tensor:
+    """-log sigmoid(beta (log pi(y_w|x) - log pi(y_l|x)) - m) + alpha * `sft`: Xu et al. 2024 (arXiv 2401.08417), eq. 3.
+
+    DPO with a uniform reference, held in place by the likelihood of the chosen completions.
+    """
+    logits = beta * (pairs.policy[:, 0] - pairs.policy[:, 1]) - pairs.margin
+    return smoothed_sigmoid(logits, label_smoothing) + cpo_alpha * pairs.token_mean_nll()

@@ -12,7 +12,7 @@ from dpo_lightning.logps import PairLogps
 
 PAIR_METRICS = (
     "loss",
-    "rewards/chosen",  # beta * log-ratio of the chosen completion
+    "rewards/chosen",  # beta * log-ratio of the chosen completion; see PreferenceLoss.rewards
     "rewards/rejected",
     "rewards/margins",  # chosen - rejected
     "rewards/accuracies",  # share of pairs with a positive margin
@@ -21,6 +21,7 @@ PAIR_METRICS = (
     "logps/rejected",
     "kl",
 )
+OF_REFERENCE = {"rewards/displaced", "kl"}  # without a reference they do not exist
 
 
 class PairMetrics(Metric):
@@ -31,7 +32,7 @@ class PairMetrics(Metric):
     The tokens are the data's, not samples, so read it as a distance that starts at 0.
 
     Args:
-        beta: of the rewards.
+        reference_free: leave out what compares with a reference.
         keep_margins: remember each pair's margin, for `all_margins`.
     """
 
@@ -40,21 +41,21 @@ class PairMetrics(Metric):
     pairs: Tensor
     margins: list[Tensor]
 
-    def __init__(self, beta: float, keep_margins: bool = False) -> None:
+    def __init__(self, reference_free: bool = False, keep_margins: bool = False) -> None:
         super().__init__()
-        self.beta, self.keep_margins = beta, keep_margins
+        self.reference_free, self.keep_margins = reference_free, keep_margins
         self.add_state("sums", torch.zeros(len(PAIR_METRICS)), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros(()), dist_reduce_fx="sum")
         if keep_margins:
             self.add_state("margins", [], dist_reduce_fx="cat")
 
     @torch.no_grad()
-    def update(self, losses: Tensor, policy: PairLogps, reference: PairLogps) -> None:
-        """Adds a batch: `losses` [B] and both models' log-probs of the same B pairs."""
+    def update(self, losses: Tensor, rewards: Tensor, policy: PairLogps, reference: PairLogps | None) -> None:
+        """Adds a batch: `losses` [B], `rewards` [B, 2] and both models' log-probs of the same B pairs."""
         logps, lengths = policy.sums, policy.lengths
-        rewards = self.beta * (logps - reference.sums)
         chosen, rejected = rewards.unbind(1)
-        distance = policy._replace(token_logps=0.5 * (policy.token_logps - reference.token_logps).square())
+        other = policy.token_logps if reference is None else reference.token_logps
+        distance = policy._replace(token_logps=0.5 * (policy.token_logps - other).square())
         values = (
             losses,
             chosen,
@@ -75,7 +76,8 @@ class PairMetrics(Metric):
         """Name -> mean over all pairs seen, float32; empty where none was seen."""
         if self.pairs == 0:
             return {}
-        return dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))
+        means = dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))
+        return {name: means[name] for name in PAIR_METRICS if not (self.reference_free and name in OF_REFERENCE)}
 
     def all_margins(self) -> Tensor:
         """The margin of every pair since the last reset, of all ranks (to be called on all), [n]; n may be 0."""

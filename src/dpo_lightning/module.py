@@ -3,6 +3,7 @@
 The step is the same in training, validation and testing: log-probs of policy and reference, their loss, metrics.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,20 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from dpo_lightning import resume
 from dpo_lightning.batching import PairBatch, PromptBatch
 from dpo_lightning.errors import UserError
-from dpo_lightning.logps import Scoring, choose_scoring, pair_logps
-from dpo_lightning.losses import PreferenceLoss
+from dpo_lightning.logps import PairLogps, Scoring, choose_scoring, pair_logps
 from dpo_lightning.metrics import PairMetrics
 from dpo_lightning.policy import assert_no_dropout, load_policy
+from dpo_lightning.preference_loss import PreferenceLoss
 from dpo_lightning.reference import AdapterOff, FrozenCopy, Reference
+from dpo_lightning.reference_adapter import AdapterCopy, MovingCopy, load_weights, move, weights_to_save
+from dpo_lightning.reference_cache import is_cached, open_caches, weights_digest
+from dpo_lightning.sharding import data_parallel_mesh, shard, whole
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from dpo_lightning.replies import Reply
@@ -30,22 +36,30 @@ IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
 
 
 class DPOModule(LightningModule):
-    """Direct Preference Optimization of a causal LM against a frozen reference.
+    """Direct Preference Optimization of a causal LM against a frozen reference, or none where the loss uses none.
 
     Args:
         name_or_path: model to train, a hub id or a local folder.
         beta: strength of the KL constraint; smaller lets the policy go further from the reference.
         loss_type: a loss of `dpo_lightning.losses` or several.
         loss_weights: a weight for each loss; left out, 1 each.
-        label_smoothing: of the sigmoid loss (conservative DPO), the share of pairs taken to be labelled wrongly.
+        label_smoothing: share of pairs taken to be labelled wrongly, of the losses that have it (docs/losses.md).
+        loss_options: parameters of the chosen losses and f-divergence, LD-DPO, WPO (see `PreferenceLoss`).
         learning_rate: peak learning rate of AdamW.
         weight_decay: AdamW's, on matrices only (not on biases, norms).
         warmup_steps: optimizer steps of linear warm-up; below 1, a share of all steps.
         lr_scheduler_type: after the warm-up, `linear` or `cosine` down to 0, or `constant`.
+        reference: `online` scores every batch with the reference too, `cached` scores all pairs once before training
+            and keeps the log-probs on disk for later epochs and runs; left out, cached if there is more than one epoch.
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); left out, all weights train.
         gradient_checkpointing: less memory for about a third more time.
         attn_implementation: `eager` or `sdpa`; left out, what is faster here.
         dtype: of the weights in memory; float32 is right for mixed precision.
+        quantization: `4bit` or `8bit` weights under an adapter, by bitsandbytes.
+        router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; left out, what its config asks for.
+        sync_ref_model: let the reference follow the policy (TR-DPO).
+        ref_model_mixup_alpha: share of the policy in the reference when it is moved; 1 makes it the policy.
+        ref_model_sync_steps: optimizer steps between two moves.
         max_new_tokens: longest reply that `predict` and `test` generate.
         trust_remote_code: run a hub model's own Python code.
     """
@@ -57,20 +71,27 @@ class DPOModule(LightningModule):
         loss_type: str | list[str] = "sigmoid",
         loss_weights: list[float] | None = None,
         label_smoothing: float = 0.0,
+        loss_options: dict[str, Any] | None = None,
         learning_rate: float = 1e-5,
         weight_decay: float = 0.0,
         warmup_steps: float = 0.1,
         lr_scheduler_type: str = "linear",
+        reference: str | None = None,
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         dtype: str = "float32",
+        quantization: str | None = None,
+        router_aux_loss_coef: float | None = None,
+        sync_ref_model: bool = False,
+        ref_model_mixup_alpha: float = 0.6,
+        ref_model_sync_steps: int = 512,
         max_new_tokens: int = 64,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.loss = PreferenceLoss(loss_type, loss_weights, beta, label_smoothing)
+        self.loss = PreferenceLoss(loss_type, loss_weights, beta, label_smoothing, loss_options)
         if lr_scheduler_type not in SCHEDULES:
             raise UserError(f"model.lr_scheduler_type '{lr_scheduler_type}' is unknown: one of {', '.join(SCHEDULES)}")
         for name, value in {
@@ -84,13 +105,32 @@ class DPOModule(LightningModule):
             raise UserError(f"model.dtype '{dtype}' is unknown: one of float32, bfloat16, float16")
         if attn_implementation not in (None, "eager", "sdpa"):
             raise UserError(f"model.attn_implementation '{attn_implementation}' cannot be used: one of eager, sdpa")
-        self.train_metrics, self.val_metrics = PairMetrics(beta), PairMetrics(beta, keep_margins=True)
-        self.test_metrics = PairMetrics(beta)
+        if not 0 < ref_model_mixup_alpha <= 1:
+            raise UserError(f"model.ref_model_mixup_alpha is {ref_model_mixup_alpha}: it must be above 0 and at most 1")
+        if sync_ref_model and not self.loss.needs_reference:
+            raise UserError("model.sync_ref_model moves a reference, but this model.loss_type has none: leave it out")
+        if ref_model_sync_steps < 1:
+            raise UserError(f"model.ref_model_sync_steps is {ref_model_sync_steps}: it must be 1 or more")
+        if reference not in (None, "online", "cached"):
+            raise UserError(f"model.reference '{reference}' is unknown: it is online or cached")
+        if reference == "cached" and (sync_ref_model or not self.loss.needs_reference):
+            raise UserError(
+                "model.reference is cached, but "
+                + ("model.sync_ref_model moves it" if sync_ref_model else "this model.loss_type has no reference")
+                + ": leave it out"
+            )
+        alone = not self.loss.needs_reference
+        self.train_metrics, self.val_metrics = PairMetrics(alone), PairMetrics(alone, keep_margins=True)
+        self.test_metrics = PairMetrics(alone)
         self.policy: nn.Module | None = None
         self.reference: Reference | None = None
+        self.reference_digest: str | None = None  # of its weights, where log-probs are cached
+        self._untrained = True  # the policy is still what it started from
         self.scoring: Scoring | None = None
         self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
         self.grad_norm: Tensor | None = None
+        self.router_loss: Tensor | None = None
+        self.metrics_at_step: dict[str, Tensor] = {}  # kept by `resume.note_step`
         self._logged_step = 0
         self._step_began: float | None = None
         self._seconds, self._pairs = 0.0, 0  # of optimizer steps since the last log
@@ -103,15 +143,56 @@ class DPOModule(LightningModule):
         Raises:
             UserError: the model cannot be loaded, still has dropout, or has fewer positions than `data.max_length`.
         """
-        if self.policy is not None:
-            return
-        h = self.hparams
-        self.policy = load_policy(
-            h.name_or_path, h.lora, h.gradient_checkpointing, h.attn_implementation, h.dtype, h.trust_remote_code
-        )
-        assert_no_dropout(self.policy)
-        self.reference = FrozenCopy(self.policy) if h.lora is None else AdapterOff(self.policy)
-        self._check_max_length()
+        if self.policy is None:
+            self.policy = self.load_policy()
+            assert_no_dropout(self.policy)
+            self._check_max_length()
+            if self.loss.needs_reference:
+                self._ready_reference()
+            if self.device_mesh is not None:
+                self._shard()
+        elif self.loss.needs_reference and self.reference is None and not self.reference_is_cached:
+            self.reference = self.make_reference()
+
+    def _ready_reference(self) -> None:
+        """Of a full fine-tune no copy is made where all that it is wanted for is in a cache."""
+        if self.reference_is_cached:
+            # Only an adapter that is new is no part of the reference.
+            new = self.hparams.lora is not None
+            self.reference_digest = weights_digest(self.causal_lm, but=lambda name: new and "lora_" in name)
+        if self.policy is not self.causal_lm or not self.reference_is_cached:
+            self.reference = self.make_reference()
+
+    @property
+    def reference_is_cached(self) -> bool:
+        """Whether the reference log-probs of the present fit come from a cache."""
+        if self.hparams.reference == "cached" and self.device_mesh is not None:
+            raise UserError("model.reference: cached cannot be filled from a sharded policy; set it to online")
+        fixed = self.loss.needs_reference and not self.hparams.sync_ref_model and self.device_mesh is None
+        return fixed and is_cached(self.hparams.reference, self._trainer)
+
+    def load_policy(self, **changes: Any) -> "PreTrainedModel | PeftModel":
+        """The policy as it was before training, loaded anew; `changes` are settings of `policy.load_policy`."""
+        settings = {name: self.hparams[name] for name in inspect.signature(load_policy).parameters}
+        return load_policy(**settings | changes)
+
+    def make_reference(self) -> Reference:
+        """The model that the policy started from, or where it may move, its present state."""
+        moving = self.hparams.sync_ref_model
+        if self.policy is self.causal_lm:
+            if not self._untrained:
+                return FrozenCopy(self.load_policy().to(self.device))
+            return MovingCopy(self.policy) if moving else FrozenCopy(self.policy)
+        new_adapter = self.hparams.lora is not None
+        return AdapterOff(self.policy) if new_adapter and not moving else AdapterCopy(self.policy)
+
+    def _shard(self) -> None:
+        mesh = data_parallel_mesh(self.device_mesh)
+        shard(self.causal_lm, mesh)
+        if isinstance(self.reference, FrozenCopy):
+            shard(self.reference.model, mesh)
+        elif self.reference is not None:
+            self.reference = self.make_reference()  # of the sharded adapter
 
     def _check_max_length(self) -> None:
         data = self._trainer and self._trainer.datamodule
@@ -119,11 +200,13 @@ class DPOModule(LightningModule):
         positions = getattr(self.causal_lm.config, "max_position_embeddings", None)
         if positions and longest > positions:
             raise UserError(f"data.max_length is {longest}, but this model has {positions} positions: lower it to that")
+        if hasattr(data, "check_vocabulary"):
+            data.check_vocabulary(self.causal_lm.get_input_embeddings().num_embeddings, self.hparams.name_or_path)
 
     @property
     def causal_lm(self) -> "PreTrainedModel":
         """The policy as a plain causal LM of transformers, adapters injected."""
-        return self.policy if self.hparams.lora is None else self.policy.get_base_model()
+        return self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "DPOModule":
         # The reference is no submodule (so that it is in no checkpoint), but it must follow to the device.
@@ -134,17 +217,39 @@ class DPOModule(LightningModule):
     # ------------------------------------------------------------------ the step
 
     def _shared_step(self, batch: PairBatch, stage: str) -> Tensor:
-        if self.scoring is None:
-            self.scoring = self._choose_scoring(batch)
-        reference = self.reference.logps(batch, self.scoring)
-        policy = pair_logps(self.causal_lm, batch, self.scoring)
-        losses = self.loss(policy, reference)
-        getattr(self, f"{stage}_metrics").update(losses.detach(), policy, reference)
-        return losses.mean()
+        self.settle_scoring(batch)
+        reference = self.reference_logps(batch)
+        policy = pair_logps(self.causal_lm, batch, self.scoring, sum_squares=self.loss.use_weighting)
+        losses = self.loss(policy, reference, batch.weight, batch.margin)
+        rewards = self.loss.rewards(policy, reference)
+        getattr(self, f"{stage}_metrics").update(losses.detach(), rewards, policy, reference)
+        if policy.router_loss is None:
+            return losses.mean()
+        self.router_loss = policy.router_loss.detach()
+        return losses.mean() + policy.router_loss
+
+    def reference_logps(self, batch: PairBatch) -> PairLogps | None:
+        """Log-probs under the reference, without gradients: those that come with the batch, or else computed now.
+
+        None where the loss needs no reference.
+        """
+        if not self.loss.needs_reference:
+            return None
+        if batch.reference_logps is not None:
+            return PairLogps(batch.reference_logps, batch.sequence, batch.num_pairs)
+        return self.reference.logps(batch, self.scoring)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Mean loss of a batch."""
-        return self._shared_step(batch, "train")
+        """Mean loss of a batch, over all ranks once the gradients are averaged."""
+        return self._shared_step(batch, "train") * self._rank_weight(batch)
+
+    def _rank_weight(self, batch: PairBatch) -> Tensor | float:
+        """A rank's pairs as a multiple of the mean: ranks' gradients are averaged, whatever number each has."""
+        ranks = self.trainer.world_size
+        if ranks == 1:
+            return 1.0
+        pairs = torch.tensor(float(batch.num_pairs), device=self.device)
+        return pairs * ranks / self.trainer.strategy.reduce(pairs.clone(), reduce_op="sum")
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
@@ -160,7 +265,10 @@ class DPOModule(LightningModule):
 
         return generate(self.causal_lm, batch, self.trainer.datamodule.tokenizer, self.hparams.max_new_tokens)
 
-    def _choose_scoring(self, batch: PairBatch) -> Scoring:
+    def settle_scoring(self, batch: PairBatch) -> None:
+        """Finds out, once, how this model's log-probs are computed (see `choose_scoring`); on all ranks."""
+        if self.scoring is not None:
+            return
         scoring = self.trainer.strategy.broadcast(choose_scoring(self.causal_lm, batch))
         if not scoring.shared:
             rank_zero_warn(f"prompts are read twice per pair, which is slower: {scoring.reason}")
@@ -168,12 +276,19 @@ class DPOModule(LightningModule):
             rank_zero_warn(
                 "the LM head runs on every position, which is slower: this model's logits are made in its own way"
             )
-        return scoring
+        self.scoring = scoring
 
     # ------------------------------------------------------------------ logging
 
+    def on_train_start(self) -> None:
+        """From here on the policy is not its reference. A resumed run has logged the step that it goes on from."""
+        self._untrained = False
+        self._logged_step = self.global_step
+
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        """Starts the clock of an optimizer step at its first batch."""
+        """Starts the clock of an optimizer step at its first batch, and the batch's own random state."""
+        resume.seed_batch(self.trainer)
+        resume.note_step(self.trainer, self, batch_idx)
         self._pairs += batch.num_pairs * self.trainer.world_size
         if self._step_began is None:
             self._step_began = time.perf_counter()
@@ -181,6 +296,9 @@ class DPOModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and stops the clock: validation and replies, which come between steps, are not counted."""
         super().optimizer_step(*args, **kwargs)
+        # Not when the batch has ended: the checkpoint of this step is written before that.
+        if self.hparams.sync_ref_model and (self.global_step + 1) % self.hparams.ref_model_sync_steps == 0:
+            move(self.reference, self.policy, self.hparams.ref_model_mixup_alpha)
         self._seconds += time.perf_counter() - self._step_began
         self._step_began = None
 
@@ -191,7 +309,9 @@ class DPOModule(LightningModule):
             self._logged_step = step
             self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])
             if self.grad_norm is not None:
-                self.log("train/grad_norm", self.grad_norm)
+                self.log("train/grad_norm", whole(self.grad_norm))
+            if self.router_loss is not None:
+                self.log("train/router_loss", self.router_loss)
             self.log("train/pairs_per_second", self._pairs / self._seconds, prog_bar=True)
             self._seconds, self._pairs = 0.0, 0
             self._log_metrics("train")
@@ -213,7 +333,17 @@ class DPOModule(LightningModule):
     # ------------------------------------------------------------------ optimization
 
     def on_fit_start(self) -> None:
-        """Puts the policy into train mode: it is loaded in eval mode, where gradient checkpointing is off."""
+        """Readies the reference and the policy, which is loaded in eval mode, where gradient checkpointing is off.
+
+        Raises:
+            UserError: weights or margins of the data that the loss cannot use.
+        """
+        data = self._trainer and self._trainer.datamodule
+        for pairs in getattr(data, "datasets", {}).values():
+            if "weight" in pairs.column_names:
+                self.loss.check_columns(torch.tensor(pairs["weight"][:]), torch.tensor(pairs["margin"][:]))
+        if self.reference_is_cached:
+            data.reference_caches = open_caches(self)
         self.policy.train()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -257,12 +387,35 @@ class DPOModule(LightningModule):
 
     # ------------------------------------------------------------------ checkpoint
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what resuming needs (`dpo_lightning.resume`), and the reference where it moves."""
+        if self.hparams.sync_ref_model:
+            checkpoint["reference"] = weights_to_save(self.reference)
+        resume.save(self.trainer, self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resumes, if this is a training run.
+
+        Raises:
+            UserError: the checkpoint is of a run with other data or settings.
+        """
+        if self.hparams.sync_ref_model:
+            if "reference" not in checkpoint:
+                raise UserError("model.sync_ref_model is true, but in the checkpoint's run it was false: leave it out")
+            self.configure_model()
+            load_weights(self.reference, checkpoint["reference"])
+        if self._trainer is not None:
+            resume.load(self.trainer, self, checkpoint)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What training changes: all weights, or with LoRA the adapter alone."""
         state = super().state_dict(*args, **kwargs)
-        for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied head has its weight's name too
-            if not parameter.requires_grad:
-                state.pop(name, None)
+        parameters = dict(self.named_parameters(remove_duplicate=False))  # a tied head has its weight's name too
+        adapter = self.policy is not None and self.policy is not self.causal_lm
+        for name in list(state):
+            # Of what lies under an adapter, buffers do not train either: quantized weights have many.
+            if not parameters[name].requires_grad if name in parameters else adapter:
+                del state[name]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -272,6 +425,7 @@ class DPOModule(LightningModule):
             UserError: a trained weight that the checkpoint lacks, or one that this model does not have.
         """
         self.configure_model()
+        self._untrained = False
         expected = set(self.state_dict())
         for what, names in {"lacks": expected - set(state_dict), "has an unknown": set(state_dict) - expected}.items():
             if names:

@@ -1,5 +1,8 @@
 """Name of a model -> the policy to train: dropout off, LoRA on request, gradient checkpointing that takes effect."""
 
+import importlib.util
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,10 +10,14 @@ from torch import nn
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import first_line, from_hub_or_folder
+from dpo_lightning.routing import set_router_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder a PEFT adapter
+QUANTIZATIONS = ("4bit", "8bit")
 
 
 def load_policy(
@@ -20,23 +27,39 @@ def load_policy(
     attn_implementation: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    quantization: str | None = None,
+    router_aux_loss_coef: float | None = None,
 ) -> "PreTrainedModel | PeftModel":
-    """Loads a causal LM to train.
+    """Loads a causal LM to train, or a PEFT adapter of one, which then goes on training.
 
     Args:
+        name_or_path: hub id or folder of a model, or folder of an adapter; its base model is found from its config.
         lora: arguments of `peft.LoraConfig`; the base model is then frozen and only the adapter trains.
         attn_implementation: "eager" or "sdpa"; left out, eager on a CPU (its backward is faster for short masked
             rows) and what transformers prefers elsewhere (sdpa where the model has it).
         dtype: of the weights. Mixed precision wants float32 ("master") weights, whatever they are stored in.
+        quantization: "4bit" or "8bit" (`quantized`) for the frozen weights under an adapter.
+        router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; None leaves it to the config.
 
     Raises:
         UserError: the model cannot be found, reached or loaded, lacks weights, or `lora` is not a valid LoraConfig.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    base = base_model_name(name_or_path)
+    if base != name_or_path and lora is not None:
+        raise UserError(f"model.name_or_path '{name_or_path}' is an adapter that trains on: leave model.lora out")
+    if quantization and base == name_or_path and lora is None:
+        raise UserError(f"model.quantization: {quantization} weights cannot be trained themselves: set model.lora too")
+    options: dict[str, Any] = {}
+    if quantization:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        options = {"quantization_config": quantized(quantization), "device_map": {"": device}}
+
     def load(name: str) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         switch_dropout_off(config)
+        set_router_loss(config, router_aux_loss_coef)
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -44,16 +67,86 @@ def load_policy(
             attn_implementation=attn_implementation or (None if torch.cuda.is_available() else "eager"),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **options,
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
         return model
 
-    model = from_hub_or_folder("model", name_or_path, load)
+    model = from_hub_or_folder("model", base, load)
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind drops gradients when, as with LoRA, a block's input needs none.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if base != name_or_path:
+        return load_adapter(model, name_or_path)
     return model if lora is None else add_lora(model, lora)
+
+
+def base_model_name(name_or_path: str) -> str:
+    """The base model of an adapter folder; any other name as it is.
+
+    Raises:
+        UserError: the adapter's config does not say which model it belongs to.
+    """
+    path = Path(name_or_path).expanduser() / ADAPTER_CONFIG
+    if not path.is_file():
+        return name_or_path
+    try:
+        name = json.loads(path.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"'{path}' is not a PEFT config: {first_line(error)}") from error
+    if not name:
+        raise UserError(f"'{path}' does not name its model: write it there as base_model_name_or_path")
+    return name
+
+
+def tokenizer_name(name_or_path: str) -> str:
+    """Where a model's tokenizer is: beside an adapter only where it was saved there, else with the base model."""
+    beside = (Path(name_or_path).expanduser() / "tokenizer_config.json").is_file()
+    return name_or_path if beside else base_model_name(name_or_path)
+
+
+def load_adapter(model: "PreTrainedModel", folder: str) -> "PeftModel":
+    """Wraps a model with the adapter in a folder, which goes on training.
+
+    Raises:
+        UserError: the adapter does not fit the model, is damaged, or has dropout.
+    """
+    from peft import PeftConfig, PeftModel
+
+    def load(folder: str) -> PeftModel:
+        config = PeftConfig.from_pretrained(folder)
+        config.lora_dropout = 0.0  # what it was trained with says nothing about preference training
+        return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+
+    return from_hub_or_folder("adapter", folder, load)
+
+
+def quantized(quantization: str) -> "BitsAndBytesConfig":
+    """How bitsandbytes keeps the base model's weights: 8 bits (LLM.int8, Dettmers et al. 2022), or 4 as in QLoRA.
+
+    QLoRA (Dettmers et al. 2023): NormalFloat4 with its scales quantized again, computed with in bfloat16.
+
+    Raises:
+        UserError: an unknown name, or bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"model.quantization '{quantization}' is unknown: one of {', '.join(QUANTIZATIONS)}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization: {quantization} needs the package bitsandbytes, which is not installed: "
+            "`pip install bitsandbytes`, or leave it out"
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def switch_dropout_off(config: "PretrainedConfig") -> None:

@@ -150,7 +150,8 @@ class RepliesCallback(Callback):
         self._began = time.perf_counter()
         if self._file is not None:
             self._open_file()
-        self._show(trainer, pl_module)
+        if not self.showings:
+            self._show(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int

@@ -1,7 +1,6 @@
 """A `fit` -> `report.html` in its run folder: collects while it runs, writes when it ends, however it ends."""
 
 import platform
-import sys
 import time
 import warnings
 from typing import Any
@@ -12,6 +11,8 @@ import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dpo_lightning.errors import Stopped
+from dpo_lightning.hardware import peak_memory
 from dpo_lightning.history import Curve, History
 from dpo_lightning.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.report import Run, render
@@ -95,7 +96,7 @@ class ReportCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the report of a run that did not."""
-        by_hand = isinstance(exception, KeyboardInterrupt)
+        by_hand = isinstance(exception, KeyboardInterrupt | Stopped)
         self._end(trainer, pl_module, "Stopped by hand" if by_hand else f"Stopped by an error ({exception})")
 
     def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> None:
@@ -172,16 +173,6 @@ class ReportCallback(Callback):
         costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         costs["versions"] += f", Python {platform.python_version()}"
         return costs
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU, of the whole process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where CUDA may be
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def duration(seconds: float) -> str:

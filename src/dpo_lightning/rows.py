@@ -1,67 +1,319 @@
 """Data set row -> PreferencePair(prompt, chosen, rejected): one small function per format, found by name.
 
 A format says which columns it reads, so it can be recognised from the columns of the data. Adding one is a
-function and a line in `FORMATS`.
+function and a line in `FORMATS`; a user's own is a function named in YAML (`my_pkg.my_module:my_row_fn`).
 """
 
+import hashlib
+import importlib
+import math
+import os
 import string
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dpo_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from dpo_lightning.chat import ChatTemplate
+
+MAX_CELL = 1_000_000  # characters; far more than any model reads, and still tokenized within a second or two
+ASSISTANT_TURN = "\n\nAssistant:"  # ends the prompt in transcripts such as Anthropic's HH
+
+
+class BadRow(UserError):
+    """A row that cannot be trained on; `reason` names its kind, under which it is counted when it is skipped."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class BadCell(Exception):
+    """What is wrong with a cell (or, without a column, with the pair); `row_to_pair` adds the row."""
+
+    def __init__(self, reason: str, column: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.column = reason, column
+
 
 class PreferencePair(NamedTuple):
     """One prompt with the completion that is wanted and the one that is not, all as text.
 
-    `context` is what a reply is judged against (for SQL its CREATE TABLE statements), empty where there is none.
+    A conversation is held as its chat template renders it (`chat`): the prompt up to where the assistant's reply
+    begins, the completions without the token that ends the turn.
     """
 
     prompt: str
     chosen: str
     rejected: str
-    context: str = ""
+    context: str = ""  # what a reply is judged against (for SQL its CREATE TABLE statements)
+    weight: float = 1.0  # of the pair's loss
+    margin: float = 0.0  # by how much chosen is to be better
+    chat: bool = False
+
+
+def no_chat_template() -> "ChatTemplate":
+    """Stands for the chat template where there is none: raises UserError."""
+    raise UserError(
+        "the data are conversations, but the tokenizer has no chat template: give data.chat_template a Jinja file"
+    )
 
 
 class RowOptions(NamedTuple):
-    """How text columns become a prompt and a completion (used by formats that have no ready-made prompt)."""
+    """How columns become a prompt and a completion (used by formats that have no ready-made prompt)."""
 
     prompt_template: str = "{context}\nQuestion: {question}\nAnswer:"
     completion_template: str = " {answer}"
+    chat: "Callable[[], ChatTemplate]" = no_chat_template  # called for rows that hold messages
 
 
 class RowFormat(NamedTuple):
-    """A named way to read a row: `prompt_columns` are always needed, `completion_columns` only for training."""
+    """A named way to read a row: `prompt_columns` are always needed, `completion_columns` only for training.
+
+    `to_pair(row, options, completions)` may raise BadCell; what it returns is checked by `row_to_pair`.
+    """
 
     prompt_columns: tuple[str, ...]
     completion_columns: tuple[str, ...]
-    to_pair: Callable[[Mapping[str, str], RowOptions], PreferencePair]
+    to_pair: Callable[[Mapping[str, Any], RowOptions, bool], PreferencePair]
+    fingerprint: str = ""  # of a user's function: changes with its file
 
 
-def sql_create_context(row: Mapping[str, str], options: RowOptions) -> PreferencePair:
+OPTIONAL_COLUMNS = ("context", "weight", "margin")  # read in every format
+
+# ---------------------------------------------------------------------- cells
+
+
+def text(row: Mapping[str, Any], column: str) -> str:
+    """The text of a cell.
+
+    Raises:
+        BadCell: it is absent, null, not text, longer than `MAX_CELL`, or not whole Unicode characters.
+    """
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise _not_a(row, column, "text")
+    return _whole_characters(value, column)
+
+
+def messages(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
+    """The messages of a cell: [{"role": "user", "content": "Hi"}, ...]. Whatever else a message holds is left out.
+
+    Raises:
+        BadCell: it is no such list, is empty, or the text of a message is not as `text` wants it.
+    """
+    value = row.get(column)
+    if not isinstance(value, list | tuple):
+        raise _not_a(row, column, "a list of messages")
+    if not value:
+        raise BadCell("no messages", column, "found an empty list where messages belong")
+    read = []
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            found = _cut(f"{type(message).__name__} {message!r}")
+            raise BadCell(
+                "not a message", column, f"found {found} where message {number}, a role and a content, belongs"
+            )
+        if not isinstance(content := message.get("content"), str):
+            found = _cut("null" if content is None else f"{type(content).__name__} {content!r}")
+            raise BadCell(
+                "not a message", column, f"found {found} where the content of message {number}, text, belongs"
+            )
+        read.append({"role": message["role"], "content": _whole_characters(content, column)})
+    return read
+
+
+def number(row: Mapping[str, Any], column: str, otherwise: float) -> float:
+    """The number of a cell, `otherwise` where it is absent, null or, as in a CSV file, empty.
+
+    Raises:
+        BadCell: it is no finite number.
+    """
+    value = row.get(column)
+    if value is None or value == "":
+        return otherwise
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadCell(f"bad {column}", column, f"found {_cut(repr(value))} where a finite number belongs")
+    return found
+
+
+def _not_a(row: Mapping[str, Any], column: str, wanted: str) -> BadCell:
+    if column not in row:
+        return BadCell("missing column", column, f"found nothing where {wanted} belongs")
+    value = row[column]
+    if value is None:
+        return BadCell("null", column, f"found null where {wanted} belongs")
+    return BadCell(f"not {wanted}", column, f"found {_cut(f'{type(value).__name__} {value!r}')} where {wanted} belongs")
+
+
+def _whole_characters(value: str, column: str) -> str:
+    if len(value) > MAX_CELL:
+        raise BadCell("too long", column, f"found {len(value):,} characters where at most {MAX_CELL:,} belong")
+    if value.isascii():
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+            found = f"found the byte 0x{code - 0xDC00:X} where UTF-8 belongs"
+            raise BadCell("not UTF-8", column, found) from None
+        found = f"found half a character (\\u{code:x}) where Unicode text belongs"
+        raise BadCell("not Unicode", column, found) from None
+    return value
+
+
+# ---------------------------------------------------------------------- formats
+
+
+def sql_create_context(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
     """The format of `b-mc2/sql-create-context`: question + CREATE TABLE context, and the SQL that answers.
 
     The rejected completion is the empty text (its only token will be EOS): "say nothing" is what is dispreferred.
     """
+    cells = {column: text(row, column) for column in ("question", "context")}
+    if completions or row.get("answer") is not None:
+        cells["answer"] = text(row, "answer")
     return PreferencePair(
-        prompt=options.prompt_template.format_map(row),
-        chosen=options.completion_template.format_map(row) if "answer" in row else "",
+        prompt=options.prompt_template.format_map(cells),
+        chosen=options.completion_template.format_map(cells) if "answer" in cells else "",
         rejected="",
-        context=row["context"],
     )
 
 
-def preference(row: Mapping[str, str], options: RowOptions) -> PreferencePair:
-    """The standard explicit-prompt format of preference data, its three texts taken as they are."""
-    return PreferencePair(row["prompt"], row.get("chosen", ""), row.get("rejected", ""), row.get("context", ""))
+def preference(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
+    """An explicit prompt with two completions, each of them text or messages.
+
+    Where chosen and rejected are whole conversations (UltraFeedback-binarized), the prompt is what they share.
+    """
+    if not isinstance(row.get("prompt"), list | tuple) and not isinstance(row.get("chosen"), list | tuple):
+        sides = [text(row, side) if completions or row.get(side) is not None else "" for side in ("chosen", "rejected")]
+        return PreferencePair(text(row, "prompt"), *sides)
+    if completions and messages(row, "chosen")[0]["role"] != "assistant":
+        return implicit_preference(row, options, completions)
+    prompt = _prompt_messages(row)
+    sides = [messages(row, side) if completions else [] for side in ("chosen", "rejected")]
+    return options.chat().pair(prompt, *sides)
+
+
+def implicit_preference(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
+    """Two whole texts, transcripts or conversations; the prompt is what they share, up to a reply."""
+    if isinstance(row.get("chosen"), list | tuple):
+        chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
+        shared = shared_messages(chosen, rejected)
+        if shared is None:
+            raise BadCell("no shared prompt", "chosen", "found no assistant's reply after what it shares with rejected")
+        return options.chat().pair(chosen[:shared], chosen[shared:], rejected[shared:])
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    shared = shared_text(chosen, rejected)
+    return PreferencePair(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def prompt_completion(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
+    """A prompt and one good completion, text or messages; the rejected completion is empty."""
+    if not any(isinstance(row.get(column), list | tuple) for column in ("prompt", "completion")):
+        return PreferencePair(text(row, "prompt"), text(row, "completion") if completions else "", "")
+    return options.chat().pair(_prompt_messages(row), messages(row, "completion") if completions else [], [])
+
+
+def conversation(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
+    """One good conversation in `messages`: its last reply is chosen, the rejected completion is empty."""
+    turns = messages(row, "messages")
+    if turns[-1]["role"] == "assistant":
+        return options.chat().pair(turns[:-1], turns[-1:], [])
+    if completions:
+        raise BadCell("no reply", "messages", f"found a last message by {turns[-1]['role']!r} where a reply belongs")
+    return options.chat().pair(turns, [], [])
 
 
 FORMATS: dict[str, RowFormat] = {
     "sql_create_context": RowFormat(("question", "context"), ("answer",), sql_create_context),
     "preference": RowFormat(("prompt",), ("chosen", "rejected"), preference),
+    "implicit_preference": RowFormat(("chosen", "rejected"), (), implicit_preference),
+    "prompt_completion": RowFormat(("prompt",), ("completion",), prompt_completion),
+    "messages": RowFormat(("messages",), (), conversation),
 }
+
+
+def shared_text(chosen: str, rejected: str) -> int:
+    """How many characters of two texts are their prompt.
+
+    What they share, back to the end of its last "\\n\\nAssistant:" where they are transcripts; else back to the
+    last blank, which goes to the completions, so that no word is cut in two.
+    """
+    shared = len(os.path.commonprefix([chosen, rejected]))
+    marker = chosen.rfind(ASSISTANT_TURN, 0, shared)
+    if marker >= 0:
+        return marker + len(ASSISTANT_TURN)
+    return max(0, *(chosen.rfind(blank, 0, shared + 1) for blank in (" ", "\n", "\t")))
+
+
+def shared_messages(chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]]) -> int | None:
+    """How many messages of two conversations are their prompt: those they share, back to where both are replied to."""
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    for turn in range(min(shared, len(chosen) - 1, len(rejected) - 1), 0, -1):
+        if chosen[turn]["role"] == rejected[turn]["role"] == "assistant":
+            return turn
+    return None
+
+
+def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    if isinstance(row.get("prompt"), str):
+        return [{"role": "user", "content": text(row, "prompt")}]
+    return messages(row, "prompt")
+
+
+def user_format(name: str) -> RowFormat:
+    """The user's own row function `package.module:function`: row -> PreferencePair, or a dict read as `preference`.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does; the console script does not
+    try:
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+    except Exception as error:  # whatever the module does when it is run
+        raise UserError(f"data.format '{name}' cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"data.format '{name}' is {type(function).__name__}, not a function")
+
+    def to_pair(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
+        try:
+            made = function(dict(row))
+        except Exception as error:
+            found = _cut(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            raise BadCell("format function", "", f"{name} raised {found}") from error
+        if isinstance(made, PreferencePair):
+            for field in ("prompt", "chosen", "rejected"):
+                text(made._asdict(), field)
+            return with_optional_columns(made, made._asdict())
+        if isinstance(made, Mapping):
+            form = preference if "prompt" in made else implicit_preference
+            pair = form({"rejected": "", **made}, options, completions)
+            return with_optional_columns(pair, made)
+        found = _cut(f"{type(made).__name__} {made!r}")
+        raise BadCell("format function", "", f"{name} returned {found} where a PreferencePair or a dict belongs")
+
+    return RowFormat((), (), to_pair, _file_digest(module))
+
+
+def _file_digest(module: Any) -> str:
+    path = getattr(module, "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def find_format(columns: Sequence[str], source: str, name: str | None = None, completions: bool = True) -> str:
@@ -78,9 +330,7 @@ def find_format(columns: Sequence[str], source: str, name: str | None = None, co
         return [column for column in needed if column not in columns]
 
     if name is not None:
-        if name not in FORMATS:
-            raise UserError(f"unknown data format '{name}': data.format is one of {', '.join(FORMATS)}")
-        if absent := missing(FORMATS[name]):
+        if absent := missing(get_format(name)):
             raise UserError(
                 f"{source}: column {_quoted(absent)} is missing for format '{name}'; the data has {_quoted(columns)}"
             )
@@ -92,12 +342,31 @@ def find_format(columns: Sequence[str], source: str, name: str | None = None, co
         f"{name} needs {', '.join(f.prompt_columns + (f.completion_columns if completions else ()))}"
         for name, f in FORMATS.items()
     )
-    raise UserError(f"{source}: columns {_quoted(columns)} fit no data format ({wanted}); rename the columns")
+    raise UserError(
+        f"{source}: columns {_quoted(columns)} fit no data format ({wanted}); rename the columns, or give data.format "
+        "a function of yours (my_module:my_function)"
+    )
+
+
+def get_format(name: str) -> RowFormat:
+    """A format of `FORMATS`, or a user's function.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if ":" in name:
+        return user_format(name)
+    if name not in FORMATS:
+        raise UserError(
+            f"unknown data format '{name}': data.format is one of {', '.join(FORMATS)}, or my_module:my_function"
+        )
+    return FORMATS[name]
 
 
 def check_templates(options: RowOptions) -> None:
     """Raises UserError where a template names a field that the founding format does not have."""
-    for key, template in options._asdict().items():
+    for key in ("prompt_template", "completion_template"):
+        template = getattr(options, key)
         try:
             fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
         except ValueError as error:
@@ -110,8 +379,11 @@ def check_templates(options: RowOptions) -> None:
         raise UserError("data.prompt_template holds {answer}: the prompt would contain the reply that is to be learnt")
 
 
+# ---------------------------------------------------------------------- rows
+
+
 def row_to_pair(
-    row: Mapping[str, Any], format_name: str, options: RowOptions, where: str, completions: bool = True
+    row: Mapping[str, Any], row_format: RowFormat, options: RowOptions, where: str, completions: bool = True
 ) -> PreferencePair:
     """Checks the columns that the format reads and makes the pair.
 
@@ -119,35 +391,51 @@ def row_to_pair(
         where: file and row number, for the message.
 
     Raises:
-        UserError: a column that is absent, null, not text, or empty where text is needed.
+        BadRow: a column that is absent, null, of the wrong type or damaged, or empty where text is needed.
     """
-    row_format = FORMATS[format_name]
-    for column in row_format.prompt_columns + (row_format.completion_columns if completions else ()):
-        value = row.get(column)
-        if not isinstance(value, str):
-            found = "nothing" if column not in row else "null" if value is None else f"{type(value).__name__} {value!r}"
-            raise UserError(
-                f"{where}, column '{column}': found {_cut(found)} where text belongs; mend or remove the row"
-            )
-    text = {column: value for column, value in row.items() if isinstance(value, str)}
-    pair = row_format.to_pair(text, options)
-    if not pair.prompt.strip():
-        raise UserError(f"{where}: the prompt is empty; mend or remove the row")
-    if completions and not pair.chosen.strip():
-        raise UserError(f"{where}: the chosen completion is empty; mend or remove the row")
-    return pair
+    try:
+        pair = row_format.to_pair(row, options, completions)
+        if row_format.prompt_columns:
+            pair = with_optional_columns(pair, row)
+        if not pair.prompt.strip():
+            raise BadCell("empty prompt", "", "the prompt is empty")
+        if completions and not pair.chosen.strip():
+            raise BadCell("empty chosen", "", "the chosen completion is empty")
+        return pair
+    except BadCell as error:
+        column = f", column '{error.column}'" if error.column else ""
+        raise BadRow(error.reason, f"{where}{column}: {error}") from None
 
 
-def shuffled_partners(texts: Sequence[str], seed: int, source: str) -> np.ndarray:
+def with_optional_columns(pair: PreferencePair, row: Mapping[str, Any]) -> PreferencePair:
+    """Adds `context`, `weight` and `margin` where the row has them.
+
+    Raises:
+        BadCell: a weight below 0, a weight or margin that is not finite, a damaged context.
+    """
+    if isinstance(row.get("context"), str):
+        pair = pair._replace(context=text(row, "context"))
+    if row.get("weight") is None and row.get("margin") is None:
+        return pair
+    weight, margin = number(row, "weight", 1.0), number(row, "margin", 0.0)
+    if weight < 0:
+        raise BadCell("bad weight", "weight", f"found {weight:g} where a number of 0 or more belongs")
+    return pair._replace(weight=weight, margin=margin)
+
+
+def shuffled_partners(texts: Sequence[Any], seed: int, source: str) -> np.ndarray:
     """For `rejected: shuffled`: a permutation, int64 [n], that pairs each text with a different text of the data.
 
     Equal texts are laid side by side in a seeded order and the order is then turned by the size of the largest
     group, so no text can meet its equal, and every text is used exactly once.
 
+    Args:
+        texts: the texts, or numbers that stand for them (their hashes), [n].
+
     Raises:
         UserError: one text makes up more than half of the data, so there is no such permutation.
     """
-    groups, inverse, counts = np.unique(np.asarray(texts, dtype=object), return_inverse=True, return_counts=True)
+    groups, inverse, counts = np.unique(np.asarray(texts), return_inverse=True, return_counts=True)
     turn = int(counts.max())
     if 2 * turn > len(texts):
         raise UserError(

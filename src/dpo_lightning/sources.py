@@ -1,17 +1,21 @@
 """Name of a data set -> its rows: a .jsonl/.json/.csv/.parquet file, a folder written by `save_to_disk`, a hub id."""
 
+import codecs
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import first_line, from_hub_or_folder, looks_local
+from dpo_lightning.rows import BadRow
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+READ_ROWS = 1000  # rows held in memory at a time
 SPLIT_NAMES = {
     "train": ("train",),
     "val": ("validation", "val", "valid", "dev", "test"),
@@ -20,46 +24,51 @@ SPLIT_NAMES = {
 }
 
 
+Row = dict[str, Any] | BadRow
+
+
 class Source(NamedTuple):
     """Rows of one data set, with what is needed to talk about them."""
 
-    name: str  # as the user wrote it
+    name: str  # as the user wrote it, with the split that was picked
     columns: Sequence[str]
-    rows: Iterable[dict[str, Any]]
+    read: Callable[[Sequence[str]], Iterator[tuple[int, Row]]]  # see `rows`
     fingerprint: str  # changes when the data changes
+    unit: str = "row"  # what numbers count: rows, or the lines of a file
 
-    def where(self, row: int) -> str:
-        """How a row is named in messages: its number counted from 1."""
-        return f"{self.name}, row {row + 1}"
+    def rows(self, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
+        """Each row with its number, counted from 1; a BadRow stands for one that cannot be read.
+
+        Args:
+            columns: those that are wanted, as far as they are there; others may be left out. None named: all.
+
+        Raises:
+            UserError: the rest of the file cannot be read.
+        """
+        return self.read([column for column in columns if column in self.columns])
+
+    def where(self, number: int) -> str:
+        """How a row is named in messages."""
+        return f"{self.name}, {self.unit} {number}"
 
 
-class JSONLRows:
-    """The objects of a .jsonl file, read anew at each iteration; blank lines are not rows.
+def dataset_weights(names: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
+    """The data sets of a setting with their weights: how often an epoch has each of their pairs, 1 where none is given.
 
-    Raises (while iterating):
-        UserError: a line that is not UTF-8, not JSON, or not an object.
+    Raises:
+        UserError: a weight that is not above 0, a data set that is named twice.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{self.path}, line {number}"
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{where}: not UTF-8 (byte {error.start + 1} of the line); save it as UTF-8"
-                    ) from error
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}: not valid JSON ({first_line(error)})") from error
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: found {type(row).__name__} where an object with named columns belongs")
-                yield row
+    if not names:
+        return {}
+    if isinstance(names, Mapping):
+        for name, weight in names.items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.train_dataset: the weight of '{name}' is {weight}: it must be above 0")
+        return {name: float(weight) for name, weight in names.items()}
+    names = [names] if isinstance(names, str) else names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"data.train_dataset names '{twice[0]}' twice: give it a weight of 2, as in {{{twice[0]}: 2}}")
+    return dict.fromkeys(names, 1.0)
 
 
 def open_source(name: str, stage: str) -> Source:
@@ -75,7 +84,8 @@ def open_source(name: str, stage: str) -> Source:
     if path.is_file():
         return _open_file(name, path)
     base, _, split = name.partition(":")
-    return _from_dataset(name, _pick_split(load_dataset_named(base), name, split, stage))
+    dataset, split = _pick_split(load_dataset_named(base), name, split, stage)
+    return _from_dataset(f"{base}:{split}" if split else name, dataset)
 
 
 def load_dataset_named(name: str) -> Any:
@@ -93,45 +103,200 @@ def load_dataset_named(name: str) -> Any:
 
 
 def _open_file(name: str, path: Path) -> Source:
-    if path.stat().st_size == 0:
-        raise UserError(f"data set '{name}' is an empty file")
-    if path.suffix == ".jsonl":
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        # Columns may come and go between rows: the first rows tell the format, each row is checked when it is read.
-        columns = dict.fromkeys(key for row in islice(JSONLRows(path), 100) for key in row)
-        if not columns:
-            raise UserError(f"data set '{name}' holds no rows")
-        return Source(name, list(columns), JSONLRows(path), digest.hexdigest())
     if path.suffix not in FILE_TYPES:
         raise UserError(f"data set '{name}': files of type {', '.join(FILE_TYPES)} can be read, not '{path.suffix}'")
-    from datasets import Features, Value, load_dataset
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"data set '{name}' is an empty file")
+        return {".jsonl": _open_jsonl, ".json": _open_json, ".csv": _open_csv, ".parquet": _open_parquet}[path.suffix](
+            name, path
+        )
+    except OSError as error:
+        raise UserError(f"data set '{name}' cannot be read: {error.strerror or first_line(error)}") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _open_jsonl(name: str, path: Path) -> Source:
+    """A file of an object per line. Blank lines are not rows."""
+
+    def read(_: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse_line(line, f"{name}, line {number}", first=number == 1)
+
+    return Source(name, _columns(name, read([])), read, _digest(path), "line")
+
+
+def _parse_line(line: bytes, where: str, first: bool) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"{where}: not UTF-8 (byte {error.start + 1} of the line); save it as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return BadRow("not JSON", f"{where}: not valid JSON ({_json_fault(error)})")
+    return _as_row(row, where)
+
+
+def _json_fault(error: Exception) -> str:
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+
+
+def _as_row(row: Any, where: str) -> Row:
+    if isinstance(row, dict):
+        return row
+    found = type(row).__name__
+    return BadRow("not an object", f"{where}: found {found} where an object with named columns belongs")
+
+
+def _columns(name: str, rows: Iterable[tuple[int, Row]]) -> list[str]:
+    """The columns that the first rows have. They may come and go between rows: each row is checked when it is read."""
+    columns: dict[str, None] = {}
+    bad = None
+    for _, row in islice(rows, 100):
+        if isinstance(row, BadRow):
+            bad = bad or row
+        else:
+            columns |= dict.fromkeys(row)
+    if not columns:
+        raise bad or UserError(f"data set '{name}' holds no rows")
+    return list(columns)
+
+
+def _open_json(name: str, path: Path) -> Source:
+    """A file of one list of objects. What begins otherwise is taken for an object per line."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not start.startswith(b"["):
+        return _open_jsonl(name, path)
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"data set '{name}': not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data set '{name}': not valid JSON ({_json_fault(error)})") from error
+
+    def read(_: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        for number, value in enumerate(values, 1):
+            yield number, _as_row(value, f"{name}, row {number}")
+
+    return Source(name, _columns(name, read([])), read, _digest(path))
+
+
+def _open_csv(name: str, path: Path) -> Source:
+    """A file of comma-separated texts under a line of column names. Blank lines are not rows; numbers stay text.
+
+    Bytes that are no UTF-8 come through as lone surrogates, which `dpo_lightning.rows` refuses cell by cell.
+    """
+    csv.field_size_limit(2**31 - 1)  # a long cell is to be counted as one, not to end the reading
+
+    def records() -> Iterator[tuple[int, list[str] | csv.Error]]:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            while True:
+                line = reader.line_num + 1
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    if "unexpected end of data" in str(error):
+                        raise UserError(f"{name}, line {line}: a quoted cell is never closed") from error
+                    yield line, error
+                    continue
+                if cells:
+                    yield line, cells
+
+    line, header = next(records(), (1, []))
+    if isinstance(header, csv.Error) or any("\udc80" <= character <= "\udcff" for cell in header for character in cell):
+        raise UserError(f"{name}, line {line}: the column names are not CSV in UTF-8; save it as UTF-8")
+    if twice := [column for column in header if header.count(column) > 1]:
+        raise UserError(f"{name}, line {line}: two columns have the name '{twice[0]}'")
+
+    def read(_: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        for line, cells in islice(records(), 1, None):
+            where = f"{name}, line {line}"
+            if isinstance(cells, csv.Error):
+                yield line, BadRow("not CSV", f"{where}: not valid CSV ({cells})")
+            elif len(cells) != len(header):
+                yield line, BadRow("not CSV", f"{where}: found {len(cells)} cells where {len(header)} belong")
+            else:
+                yield line, dict(zip(header, cells, strict=True))
+
+    if not any(True for _ in read([])):
+        raise UserError(f"data set '{name}' holds no rows")
+    return Source(name, header, read, _digest(path), "line")
+
+
+def _open_parquet(name: str, path: Path) -> Source:
+    import pyarrow
+    import pyarrow.parquet
 
     try:
-        options: dict[str, Any] = {}
-        if path.suffix == ".csv":  # read as text, so that an all-digits answer stays an answer
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                header = next(csv.reader(file))
-            options = {"features": Features(dict.fromkeys(header, Value("string"))), "keep_default_na": False}
-        dataset = load_dataset(path.suffix[1:], data_files=str(path), split="train", **options)
-    except Exception as error:  # csv's, pyarrow's and pandas' own errors, wrapped by datasets
-        raise UserError(f"data set '{name}' cannot be read: {first_line(error.__cause__ or error)}") from error
-    return _from_dataset(name, dataset)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns, count = file.schema_arrow.names, file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"data set '{name}' cannot be read: {first_line(error)}") from error
+    if not count:
+        raise UserError(f"data set '{name}' holds no rows")
+
+    def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        number = 0
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(READ_ROWS, columns=list(wanted) or None):
+                    for row in _batch_rows(batch, name, number):
+                        number += 1
+                        yield number, row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{name}: damaged after row {number}: {first_line(error)}") from error
+
+    return Source(name, columns, read, _digest(path))
 
 
 def _from_dataset(name: str, dataset: Any) -> Source:
     if len(dataset) == 0:
         raise UserError(f"data set '{name}' holds no rows")
-    return Source(name, dataset.column_names, dataset, dataset._fingerprint)
+
+    def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        number = 0
+        picked = dataset.select_columns(list(wanted)) if wanted else dataset
+        for batch in picked.with_format("arrow").iter(READ_ROWS):
+            for row in _batch_rows(batch, name, number):
+                number += 1
+                yield number, row
+
+    return Source(name, dataset.column_names, read, dataset._fingerprint)
 
 
-def _pick_split(dataset: Any, name: str, split: str, stage: str) -> Any:
+def _batch_rows(batch: Any, name: str, before: int) -> Iterable[Row]:
+    """The rows of an Arrow table or batch as dicts; `before` is how many rows came before it."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond Python's
+        rows: list[Row] = []
+        for index in range(batch.num_rows):
+            try:
+                rows += batch.slice(index, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable"
+                rows.append(BadRow(kind, f"{name}, row {before + index + 1}: found a cell that is {kind}"))
+        return rows
+
+
+def _pick_split(dataset: Any, name: str, split: str, stage: str) -> tuple[Any, str]:
+    """The Dataset of a split and the split's name, which is empty where there are no splits."""
     from datasets import DatasetDict
 
     if not isinstance(dataset, DatasetDict):
-        return dataset
+        return dataset, ""
     if not split:
         found = [candidate for candidate in SPLIT_NAMES[stage] if candidate in dataset] or list(dataset)[:2]
         if len(found) > 1 and found[0] not in SPLIT_NAMES[stage]:
@@ -141,4 +306,4 @@ def _pick_split(dataset: Any, name: str, split: str, stage: str) -> Any:
         split = found[0]
     if split not in dataset:
         raise UserError(f"data set '{name}': there is no split '{split}', only {', '.join(dataset)}")
-    return dataset[split]
+    return dataset[split], split

@@ -1,0 +1,287 @@
+"""Checkpoints that are whole or not there: written beside and renamed, checked before they are loaded, found again.
+
+A crash, a full disk or a kill while one is written leaves the one before it as it was.
+"""
+
+import os
+import pickle
+import shutil
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.hub import first_line
+from dpo_lightning.run_context import find_callback, run_folder
+
+LAST, PREVIOUS, PARTIAL = "last.ckpt", "previous.ckpt", ".partial"
+SHARDED = "meta.pt"  # in the folder of a sharded checkpoint, all but the weights and the optimizer
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically, checked before loading, and never unpickled."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes beside, flushes to the disk, renames.
+
+        Raises:
+            UserError: the file cannot be written; one that was there before stands.
+        """
+        if "://" in str(path):  # an object store has its own way to be atomic
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _flush_folder(path.parent)
+        except (OSError, RuntimeError) as error:
+            reason = _system_error(error)
+            if reason is None:
+                raise
+            stands = " (the one before it stands)" if path.exists() else ""
+            raise UserError(
+                f"the checkpoint '{path}' cannot be written{stands}: {reason.strerror}; make room, or choose another "
+                "folder with trainer.default_root_dir, and go on with --ckpt_path last"
+            ) from error
+        finally:
+            _remove(partial)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        """Loads tensors and plain values, to the CPU unless told otherwise.
+
+        Raises:
+            UserError: there is no such file, it is damaged, or it holds other Python objects.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location or "cpu", weights_only=True)
+        check_checkpoint(path)
+        return read_checkpoint(path, map_location or "cpu")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename in a folder survive a power cut, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's own error in a chain of them: torch.save wraps it while it closes its archive."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # a folder that cannot be written: then it was not written either
+        pass
+
+
+# ---------------------------------------------------------------------- whole or not
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes, None where nothing is: each record has a CRC-32, and all are checked.
+
+    A sharded checkpoint is a folder; `meta.pt` is written last.
+    """
+    if path.is_dir():
+        return None if (path / SHARDED).is_file() else f"its {SHARDED} is missing"
+    if not path.stat().st_size:
+        return "it is empty"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except Exception as error:  # a damaged archive fails anywhere in zipfile
+        return str(error) or type(error).__name__
+    return record and f"the bytes of {record} have changed"
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raises:
+    UserError: there is no such checkpoint, or it is damaged; the newest whole one beside it is named.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"--ckpt_path '{path}': there is no such file")
+    if reason := damage(path):
+        whole = next((other for other in newest_first(path.parent) if other != path and not damage(other)), None)
+        raise UserError(
+            f"--ckpt_path '{path}' is not a readable checkpoint: {reason}; "
+            + (f"the newest whole one beside it is '{whole}'" if whole else "there is no other one beside it")
+        )
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, of a sharded one all but weights and optimizer. `mmap`: tensors are read when used.
+
+    Raises:
+        UserError: it cannot be read, or holds Python objects other than tensors and plain values.
+    """
+    file = Path(path) / SHARDED if Path(path).is_dir() else path
+    try:
+        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"--ckpt_path '{path}' holds Python objects, which could run code of their own when loaded: only tensors "
+            "and plain values are loaded"
+        ) from error
+    except Exception as error:  # a damaged file fails anywhere in torch.load
+        raise UserError(f"--ckpt_path '{path}' is not a readable checkpoint: {first_line(error)}") from error
+    if not isinstance(checkpoint, dict) or not {"global_step", "hyper_parameters"} <= set(checkpoint):
+        raise UserError(f"--ckpt_path '{path}' is not a checkpoint of dpo-lightning")
+    return checkpoint
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first; of two that are equally new, `last.ckpt`."""
+    return sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
+
+
+def newest_whole(folders: Iterable[Path]) -> Path | None:
+    """The newest whole checkpoint of the first folder that has checkpoints, None if none has.
+
+    Damaged ones are passed over, with a warning each.
+
+    Raises:
+        UserError: that folder's checkpoints are all damaged.
+    """
+    for folder in folders:
+        found = newest_first(folder)
+        for path in found:
+            reason = damage(path)
+            if reason is None:
+                return path
+            rank_zero_warn(f"passing over the checkpoint '{path}', which is damaged: {reason}")
+        if found:
+            raise UserError(
+                f"--ckpt_path last: all {len(found)} checkpoints in '{folder}' are damaged: start anew without "
+                "--ckpt_path, or give the file of an older run"
+            )
+    return None
+
+
+def version(run: Path) -> int:
+    """version_12 -> 12, -1 for another folder."""
+    number = run.name.removeprefix("version_")
+    return int(number) if number.isdecimal() and number != run.name else -1
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The folders of checkpoints of all runs under a folder, the newest run's first."""
+    runs = [run for run in (root / "lightning_logs").glob("version_*") if version(run) >= 0]
+    return [run / "checkpoints" for run in sorted(runs, key=version, reverse=True)]
+
+
+# ---------------------------------------------------------------------- when
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`, to resume from, and the one before it as `previous.ckpt`.
+
+    They are written every so often, when training ends, and when it is stopped, always between two optimizer steps
+    and after everything about a step has been logged. They stand beside the best checkpoints of ModelCheckpoint.
+
+    Args:
+        every_n_minutes: minutes between two of them; 0 leaves it to `every_n_steps`.
+        every_n_steps: optimizer steps between two of them; 0 leaves it to `every_n_minutes`.
+    """
+
+    def __init__(self, every_n_minutes: float = 5.0, every_n_steps: int = 0) -> None:
+        if every_n_minutes < 0 or every_n_steps < 0:
+            raise UserError("last.every_n_minutes and last.every_n_steps must be 0 or more")
+        self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
+        self.path = Path(LAST)  # the run's, once it trains
+        self._step, self._saved = 0, 0.0  # of the newest one: its step, and when it was written
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting, and removes what a kill left half written.
+
+        Raises:
+            UserError: the folder holds another run's `last.ckpt`, which this run would replace.
+        """
+        best, run = find_callback(trainer, ModelCheckpoint), run_folder(trainer)
+        self._step, self._saved = trainer.global_step, time.monotonic()
+        if run is None:
+            return
+        self.path = Path(best.dirpath if best and best.dirpath else run / "checkpoints") / LAST
+        if self.path.exists() and trainer.ckpt_path is None:
+            raise UserError(
+                f"'{self.path}' is another run's: go on with that run with --ckpt_path last, or choose another "
+                "checkpoint.dirpath"
+            )
+        if trainer.is_global_zero:
+            for partial in self.path.parent.glob(f"*{PARTIAL}"):
+                _remove(partial)
+            if self.path.exists() and damage(self.path):  # else it would become the previous one
+                self.path.replace(self.path.with_suffix(".damaged"))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Saves what the steps before this batch have led to, if it is time."""
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._due(trainer):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the end."""
+        self.save(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        steps = trainer.global_step - self._step
+        if not steps:
+            return False
+        late = bool(self.every_n_minutes) and time.monotonic() - self._saved >= 60 * self.every_n_minutes
+        late = late or bool(self.every_n_steps) and steps >= self.every_n_steps
+        return trainer.strategy.reduce_boolean_decision(late, all=False)
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves, unless this step is saved or a trial run. To be called on all ranks."""
+        if trainer.global_step == self._step or trainer.fast_dev_run:
+            return
+        best = find_callback(trainer, ModelCheckpoint)
+        same = best and best._last_global_step_saved == trainer.global_step and not best.save_weights_only
+        same = trainer.strategy.broadcast(same and Path(best._last_checkpoint_saved).is_file())
+        if trainer.is_global_zero and self.path.exists():
+            _name_too(self.path, self.path.with_name(PREVIOUS))
+        if same and trainer.is_global_zero:  # the best is of this step: no need to write it twice
+            _name_too(Path(best._last_checkpoint_saved), self.path)
+        trainer.strategy.barrier("LastCheckpoint")
+        if not same:
+            trainer.save_checkpoint(self.path)
+        self._step, self._saved = trainer.global_step, time.monotonic()
+
+
+def _name_too(path: Path, name: Path) -> None:
+    """Gives a checkpoint a second name, in place of what had it; a folder, which has but one, loses its own.
+
+    Where the file system has no hard links a file is copied.
+    """
+    if path.is_dir():
+        shutil.rmtree(name, ignore_errors=True)
+        path.rename(name)
+        return
+    partial = name.with_name(name.name + PARTIAL)
+    _remove(partial)
+    try:
+        os.link(path, partial)
+    except OSError:
+        shutil.copyfile(path, partial)
+    partial.replace(name)
+    _remove(partial)  # a rename does nothing where both are one file already

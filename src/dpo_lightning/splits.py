@@ -1,0 +1,64 @@
+"""Pairs -> which of them are held out, and how often an epoch has the others: positions, seeded."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_lightning.errors import UserError
+
+
+def mixed(rows: np.ndarray, starts: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """Positions as often as their data set's weight says, ascending: 2.5 is twice each, and a seeded half once more.
+
+    Args:
+        rows: positions in the data sets laid end to end, ascending, [n].
+        starts: position of each data set's first row.
+        weights: one for each data set.
+    """
+    rng = np.random.default_rng(seed)
+    parts = np.split(rows, np.searchsorted(rows, starts[1:]))
+    kept = []
+    for part, weight in zip(parts, weights, strict=True):
+        whole, share = divmod(weight, 1)
+        kept += [part] * int(whole) + ([rng.permutation(part)[: round(share * len(part))]] if share else [])
+    return np.sort(np.concatenate(kept))
+
+
+def split_by_key(keys: Sequence[Any], sizes: dict[str, float], seed: int, source: str) -> dict[str, np.ndarray]:
+    """Seeded split of positions in which equal keys (contexts) stay together.
+
+    Args:
+        keys: a key per row.
+        sizes: name of a held-out split -> share below 1, or number of rows but at most a tenth of them; it gets at
+            least that many rows.
+
+    Returns:
+        Name -> positions, ascending int64, for every size above 0 and for "train", the rest.
+
+    Raises:
+        UserError: too few different keys to give every split one.
+    """
+    most = math.ceil(0.1 * len(keys))  # of a number of rows: a small data set is there to be trained on
+    wanted = {
+        name: min(size, most) if size >= 1 else math.ceil(size * len(keys)) for name, size in sizes.items() if size > 0
+    }
+    _, first, group, counts = np.unique(np.asarray(keys), return_index=True, return_inverse=True, return_counts=True)
+    left = np.argsort(first).tolist()  # groups in the order in which they come
+    np.random.default_rng(seed).shuffle(left)
+    split_of_group = np.zeros(len(first), dtype=np.int64)
+    for number, size in enumerate(wanted.values(), 1):
+        rows = 0
+        while rows < size and left:
+            split_of_group[left[-1]] = number
+            rows += counts[left.pop()]
+    split_of_row = split_of_group[group]
+    splits = {name: np.flatnonzero(split_of_row == number) for number, name in enumerate(("train", *wanted))}
+    if empty := [name for name in (*wanted, "train") if not len(splits[name])]:
+        raise UserError(
+            f"{source}: its {len(keys)} rows have only {len(first)} different contexts, too few to keep "
+            f"{' and '.join(wanted)} apart from train (nothing is left for {empty[0]}); "
+            + ", ".join(f"give data.{name}_dataset or set data.{name}_size to 0" for name in wanted)
+        )
+    return splits
