@@ -10,6 +10,7 @@ import yaml
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.commands import DPOCLI, DownloadCLI, configured
+from dpo_lightning.inspection import InspectCLI
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 READMES = sorted(REPO.glob("README*.md"))
@@ -42,6 +43,10 @@ def check_cli(command, args):
         parse_only(DownloadCLI, args, run=False)
     elif command == "export":
         assert set(args[::2]) == {"--ckpt_path", "--output_dir"}
+    elif command == "inspect":
+        parse_only(InspectCLI, args, run=False)
+    elif command == "chat":
+        assert set(args[::2]) <= {"--model", "--reference"}
     else:
         parse_only(DPOCLI, [command, *args], run=True)
 

@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 
 
 class GuardsCallback(Callback):
-    """Warns, once each, of what `preflight`, `identical_pairs`, displacement and `gone_wrong` tell; stops at NaN.
+    """Warns, once each, of what `preflight`, displacement and `gone_wrong` tell; stops at NaN.
 
     No step waits for the device because of this: on one CPU process each loss is looked at after its step;
     elsewhere losses are collected on the device and looked at together, every `log_every_n_steps` and before each
@@ -49,14 +49,8 @@ class GuardsCallback(Callback):
         self._said: set[str] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts the pairs that teach nothing."""
-        data = preference_data(trainer, self)
-        pairs = data.datasets["train"]
-        if same := identical_pairs(pairs["chosen"][:], pairs["rejected"][:]):
-            rank_zero_warn(
-                f"{len(same)} of {len(pairs)} training pairs have the same text as chosen and rejected (the first in "
-                f"row {data.row_numbers('train', same[:1])[0]}), so they teach nothing: remove them"
-            )
+        """Checks that rows can be named."""
+        preference_data(trainer, self)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PairBatch, batch_idx: int
@@ -128,10 +122,10 @@ class GuardsCallback(Callback):
         for batch in seen:
             for name, value in {"loss": batch.loss, "gradient norm": batch.grad_norm}.items():
                 if value is not None and not value.isfinite():
-                    rows = ", ".join(map(str, sorted(data.row_numbers("train", batch.pair_ids.tolist()))))
+                    rows = "; ".join(data.where("train", sorted(batch.pair_ids.tolist())))
                     raise UserError(
-                        f"the {name} is {value.item()} at step {batch.step}, on rows {rows} of "
-                        f"{data.hparams.train_dataset}; {good}; look at these rows, {remedy}"
+                        f"the {name} is {value.item()} at step {batch.step}, on these rows: {rows}; {good}; look at "
+                        f"the rows, {remedy}"
                     )
 
 
@@ -190,11 +184,6 @@ def first_pairs(batch: PairBatch, count: int) -> PairBatch:
 def untrained_eos(pairs: Sequence[EncodedPair], eos: int) -> int:
     """How many pairs have a completion whose last trained token is not EOS."""
     return sum(pair.chosen_ids[-1] != eos or pair.rejected_ids[-1] != eos for pair in pairs)
-
-
-def identical_pairs(chosen: Sequence[str], rejected: Sequence[str]) -> list[int]:
-    """Positions of the pairs whose two completions are the same."""
-    return [position for position, (one, other) in enumerate(zip(chosen, rejected, strict=True)) if one == other]
 
 
 def gone_wrong(shown: Sequence[tuple[int, dict[str, float]]]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A run -> the README.md of its exported model: what it was made from and how, how good it is, how it answers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from dpo_lightning.hub import looks_local
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reply_views import markdown_table, markdown_text
 from dpo_lightning.run_context import find_callback
+from dpo_lightning.sources import dataset_weights
 
 if TYPE_CHECKING:
     from dpo_lightning.module import DPOModule
@@ -46,7 +47,7 @@ def model_card(module: "DPOModule", data: Mapping[str, Any], adapter: bool, trai
     prompt = replies.pairs[0].prompt if replies and replies.pairs else "your prompt"
     kind = "An adapter for" if adapter else "A model trained from"
     parts = [
-        _metadata(base, data.get("train_dataset"), adapter),
+        _metadata(base, dataset_weights(data.get("train_dataset")), adapter),
         f"# {markdown_text(Path(base).name)}, DPO",
         f"{kind} {markdown_text(base)} with Direct Preference Optimization "
         "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) by dpo-lightning.",
@@ -67,7 +68,7 @@ def public_name(name: str) -> str:
     return Path(name).expanduser().resolve().name if local else name
 
 
-def _metadata(base: str, dataset: str | None, adapter: bool) -> str:
+def _metadata(base: str, datasets: Iterable[str], adapter: bool) -> str:
     fields: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -75,8 +76,8 @@ def _metadata(base: str, dataset: str | None, adapter: bool) -> str:
     }
     if "/" in base:
         fields["base_model"] = base
-    if dataset and "/" in public_name(dataset):
-        fields["datasets"] = [dataset.partition(":")[0]]
+    if on_hub := [name.partition(":")[0] for name in datasets if "/" in public_name(name)]:
+        fields["datasets"] = on_hub
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]  # JSON is YAML
     return "\n".join(["---", *lines, "---"])
 
@@ -88,7 +89,7 @@ def _literal(text: str) -> str:
 
 def _settings(values: Mapping[str, Any]) -> str:
     rows = [
-        (name, public_name(value) if name.endswith("_dataset") else str(value))
+        (name, ", ".join(map(public_name, dataset_weights(value))) if name.endswith("_dataset") else str(value))
         for name, value in values.items()
         if value not in (None, False)
     ]

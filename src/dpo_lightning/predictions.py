@@ -44,7 +44,7 @@ class ReplyWriter(BasePredictionWriter):
         data = preference_data(trainer, self)
         self._check_writable(trainer)
         prompts = data.datasets["predict"]
-        self._kept = self._read_kept(prompts["prompt"][:])
+        self._kept = self._read_kept(list(zip(prompts["row"][:], prompts["prompt"][:], strict=True)))
         # At least one prompt for each process stays, so that there is always something to run and check.
         del self._kept[max(0, len(prompts) - trainer.world_size) :]
         self._all_prompts = prompts
@@ -59,14 +59,16 @@ class ReplyWriter(BasePredictionWriter):
         except OSError as error:
             raise UserError(f"replies cannot be written to '{self.output}': {error.strerror}") from error
 
-    def _read_kept(self, prompts: list[str]) -> list[dict[str, Any]]:
+    def _read_kept(self, prompts: list[tuple[int, str]]) -> list[dict[str, Any]]:
         try:
             kept = whole_lines(Path(self.output))
         except ValueError as error:
             raise UserError(self._refusal("is not a file of replies")) from error
-        for row, line in enumerate(kept, 1):
-            if row > len(prompts) or (line.get("row"), line.get("prompt")) != (row, prompts[row - 1]):
-                raise UserError(self._refusal(f"holds, in line {row}, a reply to another prompt than these data have"))
+        for number, line in enumerate(kept, 1):
+            if number > len(prompts) or (line.get("row"), line.get("prompt")) != prompts[number - 1]:
+                raise UserError(
+                    self._refusal(f"holds, in line {number}, a reply to another prompt than these data have")
+                )
         return kept
 
     def _refusal(self, what: str) -> str:
@@ -106,10 +108,11 @@ class ReplyWriter(BasePredictionWriter):
             answered = sorted(item for shard in shards for item in shard)
         if not trainer.is_global_zero:
             return
-        pairs = trainer.datamodule.pairs("predict", [position for position, _ in answered])
+        positions = [position for position, _ in answered]
+        pairs = trainer.datamodule.pairs("predict", positions)
+        rows = trainer.datamodule.row_numbers("predict", positions)
         lines = []
-        for (position, reply), pair in zip(answered, pairs, strict=True):
-            row = len(self._kept) + position + 1
+        for (_, reply), pair, row in zip(answered, pairs, rows, strict=True):
             line = {"row": row, "prompt": pair.prompt, "reply": reply.text, "stopped": reply.stopped}
             wanted = {"wanted": pair.chosen, "context": pair.context}
             lines.append(line | {key: text for key, text in wanted.items() if text} | {"model": self._model})

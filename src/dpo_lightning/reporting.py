@@ -17,7 +17,9 @@ from dpo_lightning.history import Curve, History
 from dpo_lightning.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.report import Run, render
 from dpo_lightning.run_context import find_callback, preference_data, run_folder
+from dpo_lightning.sources import dataset_weights
 from dpo_lightning.storyboard import settings
+from dpo_lightning.tables import numbers
 
 MAX_MARGINS = 2000  # remembered of one validation
 
@@ -120,7 +122,7 @@ class ReportCallback(Callback):
         replies = find_callback(trainer, RepliesCallback)
         sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in data.datasets.items())
         train = data.datasets["train"]
-        cut = sum(train["prompt_cut"]), sum(train["completion_cut"])
+        cut = [int(numbers(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
         step, accumulated, batch_size = trainer.global_step, trainer.accumulate_grad_batches, data.hparams.batch_size
         epochs = step * batch_size * accumulated * trainer.world_size / len(train)
         weights, trained = (
@@ -128,15 +130,19 @@ class ReportCallback(Callback):
             for everything in (True, False)
         )
         loss = h.loss_type if isinstance(h.loss_type, str) else " + ".join(h.loss_type)
+        trained_on = " + ".join(
+            name if weight == 1 else f"{weight:g} × {name}"
+            for name, weight in dataset_weights(data.hparams.train_dataset).items()
+        )
         return Run(
-            title=f"{h.name_or_path} on {data.hparams.train_dataset}",
+            title=f"{h.name_or_path} on {trained_on}",
             outcome=f"{outcome} after {step} steps and {duration(self._seconds())}, {time.strftime('%Y-%m-%d %H:%M')}.",
             facts={
                 "model": h.name_or_path,
                 "weights": f"{weights:.4g} million, "
                 + ("all trained" if weights == trained else f"{trained:.4g} million of them trained")
                 + (" (LoRA)" if h.lora else ""),
-                "data": data.hparams.train_dataset,
+                "data": trained_on,
                 "pairs": f"{sizes}; rejected completions: {data.hparams.rejected}",
                 "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",
                 "loss": f"{loss}, beta {h.beta}",
