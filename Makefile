@@ -22,7 +22,7 @@ test: $(VENV)/.installed-test  ## set-up and all tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: $(VENV)/.installed-test  ## the checks on a real model, where its files can be had
+slow: $(VENV)/.installed-test  ## checks on a real model, where its files can be had, and of whole commands in several processes
 	$(BIN)/python -m pytest -m slow
 
 faults: $(VENV)/.installed-test  ## runs killed a hundred times and more, each ending as if it had never been killed

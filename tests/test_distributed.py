@@ -127,6 +127,7 @@ def run_to_the_end(command, cwd):
     assert list((run / "checkpoints").glob("*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_two_processes_train_from_one_command(hosts, model_folder, write_rows, tmp_path):
     # 41 pairs in steps of 20: the last one would be left to one process, while the other waits.

@@ -134,7 +134,7 @@ def test_predictions_are_written_in_order(run, quiet_trainer, tmp_path):
     output = tmp_path / "sub" / "replies.jsonl"
     quiet_trainer(callbacks=[ReplyWriter(str(output))]).predict(module, data, return_predictions=False)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(1, len(data.datasets["test"]) + 1))
+    assert [line["row"] for line in lines] == data.row_numbers("test", range(len(data.datasets["test"])))
     for line, pair in zip(lines, data.pairs("test", range(len(lines))), strict=True):
         assert (line["prompt"], line["wanted"], line["context"]) == (pair.prompt, pair.chosen, pair.context)
         assert isinstance(line["reply"], str) and isinstance(line["stopped"], bool)

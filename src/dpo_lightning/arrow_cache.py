@@ -37,14 +37,9 @@ def cached_dataset(
     Raises:
         UserError: the cache folder cannot be written.
     """
-    import datasets.config
-
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo_lightning" / fingerprint
-    try:
-        if folder.is_dir():
-            return _open(folder, fingerprint)
-    except (pa.ArrowException, OSError, ValueError):  # a disk's fault: made anew
-        shutil.rmtree(folder, ignore_errors=True)
+    if found := find_dataset(fingerprint):
+        return found
+    folder = dataset_folder(fingerprint)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder.parent)
@@ -65,6 +60,23 @@ def cached_dataset(
                 "HF_DATASETS_CACHE to a folder that can"
             ) from error
     return _open(folder, fingerprint)
+
+
+def find_dataset(fingerprint: str) -> tuple["Dataset", dict[str, Any]] | None:
+    """The data set of this fingerprint and its note, where the cache has them undamaged."""
+    folder = dataset_folder(fingerprint)
+    try:
+        return _open(folder, fingerprint) if folder.is_dir() else None
+    except (pa.ArrowException, OSError, ValueError):  # a disk's fault: to be made anew
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def dataset_folder(fingerprint: str) -> Path:
+    """Where the data set of a fingerprint is, or is to be."""
+    import datasets.config
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_lightning" / fingerprint
 
 
 def _remove_abandoned(cache: Path) -> None:

@@ -127,8 +127,10 @@ def keep_quiet() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The dirpath has changed")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(
-            ("💡", "TPU available", "Loading `train_dataloader`", "`weights_only` was not set")
+        lambda record: (
+            not record.getMessage().startswith(
+                ("💡", "TPU available", "Loading `train_dataloader`", "`weights_only` was not set")
+            )
         )
     )
 

@@ -32,6 +32,7 @@ from dpo_lightning.download import download
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import EvaluationCallback
 from dpo_lightning.export import ExportCallback, export_policy
+from dpo_lightning.generated import MODEL_SETTINGS
 from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.hardware import fastest_precision
 from dpo_lightning.hub import first_line, from_hub_or_folder
@@ -83,10 +84,13 @@ class DPOCLI(LightningCLI):
         return self.config[self.subcommand] if self.subcommand else self.config
 
     def before_instantiate_classes(self) -> None:
-        """Fills in what follows from the rest of the config: tokenizer and precision."""
+        """Fills in what follows from the rest of the config: tokenizer, generating model, precision."""
         config = self.settings
         if config.data.tokenizer is None:
             config.data.tokenizer = tokenizer_name(config.model.name_or_path)
+        if config.data.rejected == "generated":
+            model = {name: config.model[name] for name in MODEL_SETTINGS}
+            config.data.generation = model | (config.data.generation or {})
         if config.trainer.precision is None:
             config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
             rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")

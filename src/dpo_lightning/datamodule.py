@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from dpo_lightning.arrow_cache import Columns, cached_dataset
 from dpo_lightning.batching import LengthGroupedBatchSampler, PairBatch, PromptBatch, collate, collate_prompts
+from dpo_lightning.digests import content_digest
 from dpo_lightning.encoding import EncodedPair, encode_batch, encode_prompts, load_tokenizer, tokenizer_fingerprint
 from dpo_lightning.errors import UserError
+from dpo_lightning.generated import RejectedGenerator, generation_from, said
 from dpo_lightning.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
 from dpo_lightning.reference_cache import ReferenceCache
 from dpo_lightning.resume import ResumableLoader
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from dpo_lightning.chat import ChatTemplate
 
 ENCODING_VERSION = 2  # raise it when encoding or row reading changes, so that old caches are not used
-REJECTED = ("empty", "shuffled")
+REJECTED = ("empty", "shuffled", "generated")
 IDS = pa.list_(pa.int32())
 PROMPT_COLUMNS = pa.schema([*PAIR_COLUMNS, pa.field("prompt_ids", IDS)])
 ENCODED_COLUMNS = pa.schema(
@@ -73,7 +75,10 @@ class PreferenceDataModule(LightningDataModule):
         prompt_template: prompt of the founding format, from {context} and {question}.
         completion_template: completion of the founding format, from {answer}; it begins with the space that parts it
             from the prompt, because the two are tokenized apart.
-        rejected: for data without a rejected completion: `empty` (EOS alone) or `shuffled` (another row's chosen).
+        rejected: for data without a rejected completion: `empty` (EOS alone), `shuffled` (another row's chosen) or
+            `generated` (a reply of the model, sampled before it is trained).
+        generation: for `generated`, the model and its sampling, see `dpo_lightning.generated.Generation`; the CLI
+            fills in the model that is trained.
         val_size: split off for validation where `val_dataset` is left out: a share below 1, or a number of pairs
             (at most a tenth of them).
         test_size: the same for testing.
@@ -99,6 +104,7 @@ class PreferenceDataModule(LightningDataModule):
         prompt_template: str = RowOptions().prompt_template,
         completion_template: str = RowOptions().completion_template,
         rejected: str = "empty",
+        generation: dict[str, Any] | None = None,
         val_size: float = 0.05,
         test_size: float = 0.05,
         max_length: int = 1024,
@@ -124,6 +130,8 @@ class PreferenceDataModule(LightningDataModule):
             raise UserError(f"data.max_length is {max_length}: a prompt and a completion need at least 8 tokens")
         if num_workers < 0:
             raise UserError(f"data.num_workers is {num_workers}: it must be 0 or more")
+        if rejected == "generated":
+            generation_from(generation, max_length)  # wrong settings are said before anything is read
         self.row_options = RowOptions(prompt_template, completion_template, self._chat_template)
         check_templates(self.row_options)
         self._train_weights = dataset_weights(train_dataset)
@@ -134,6 +142,8 @@ class PreferenceDataModule(LightningDataModule):
         self.accounts: dict[str, RowAccount] = {}  # by data set: what became of its rows
         self._origins: dict[str, Origin] = {}  # of the pairs of each of `datasets`
         self._largest_id = -1
+        self.generates = True  # else data sets without generated completions on disk get empty ones
+        self.not_generated: list[str] = []  # those data sets
 
     @functools.cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -154,7 +164,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fills the cache of encoded pairs in one process, so that several ranks do not all encode."""
-        self.setup(self.trainer.state.fn if self.trainer else "fit")
+        if self.hparams.rejected != "generated":  # which all ranks do together
+            self.setup(self.trainer.state.fn if self.trainer else "fit")
 
     def setup(self, stage: str) -> None:
         """Loads what a stage needs into `self.datasets` ("train", "val", "test", "predict"), once."""
@@ -284,31 +295,59 @@ class PreferenceDataModule(LightningDataModule):
             self.tokenizer = copy.deepcopy(self.tokenizer)
             self.tokenizer.eos_token = end
 
-    def _rejected(self, pairs: "Dataset", name: str) -> Callable[[int, int], list[str]] | None:
-        """Where `data.rejected` makes them: what gives the rejected completions of pairs [start, stop)."""
+    def _rejected(self, pairs: "Dataset", name: str) -> "Rejected | None":
+        """The rejected completions of a data set, where `data.rejected` makes them."""
         if self.hparams.rejected == "empty":
             return None
         if any(any(columns["rejected"]) for columns in batches_of(pairs, ["rejected"])):
             raise UserError(f"{name} has rejected completions of its own: leave data.rejected out")
+        if self.hparams.rejected == "generated":
+            return self._generated(pairs, name)
         chosen = pairs.select_columns("chosen")
         partners = shuffled_partners(text_keys(pairs, "chosen"), self.hparams.seed, name)
-        return lambda start, stop: chosen[partners[start:stop].tolist()]["chosen"]
+        return Rejected(
+            ("shuffled", self.hparams.seed),
+            lambda start, stop: {"rejected": chosen[partners[start:stop].tolist()]["chosen"]},
+        )
 
-    def _encoded(self, pairs: "Dataset", name: str, rejected: Callable[[int, int], list[str]] | None) -> "Dataset":
+    def _generated(self, pairs: "Dataset", name: str) -> "Rejected | None":
+        """Replies of the model, made now where they are not on disk yet; None where they are not to be made."""
+        generation = generation_from(self.hparams.generation, self.max_length)
+        generator = RejectedGenerator(generation, self.tokenizer, self.max_length, self.hparams.seed)
+        if self.generates:
+            found = generator.make(pairs, name, self.eval_batch_size, self.trainer)
+        else:
+            found = generator.find(pairs)
+        if found is None:
+            self.not_generated.append(name)
+            return None
+        replies, note = found
+        made, *doubts = said(name, note, len(replies))
+        rank_zero_info(made)
+        for doubt in doubts:
+            rank_zero_warn(doubt)
+
+        def columns(start: int, stop: int) -> Columns:
+            rows = replies[start:stop]
+            return {"rejected": rows["text"], "rejected_tokens": rows["tokens"]}
+
+        return Rejected(("generated", replies._fingerprint), columns)
+
+    def _encoded(self, pairs: "Dataset", name: str, rejected: "Rejected | None") -> "Dataset":
         def batches() -> Iterator[Columns]:
             start = 0
             for columns in progress(batches_of(pairs), f"Encoding {name}", len(pairs)):
                 stop = start + len(columns["prompt"])
                 if rejected:
-                    columns["rejected"] = rejected(start, stop)
+                    columns |= rejected.columns(start, stop)
                 encoded = encode_batch(columns, self.tokenizer, self.max_length)
                 for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
                     self._largest_id = max(self._largest_id, *map(max, encoded[side]))
                 yield columns | encoded
                 start = stop
 
-        how = (self.hparams.rejected, self.hparams.seed) if rejected else ("empty",)
-        return self._written(self._fingerprint(pairs, *how), ENCODED_COLUMNS, batches)
+        made = rejected.made if rejected else ("empty",)
+        return self._written(self._fingerprint(pairs, *made), ENCODED_COLUMNS, batches)
 
     def _written(self, fingerprint: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]]) -> "Dataset":
         before, self._largest_id = self._largest_id, -1
@@ -415,16 +454,7 @@ class PreferenceDataModule(LightningDataModule):
 
     @functools.cached_property
     def _train_digest(self) -> str:
-        digest = hashlib.sha256()
-        columns = self.datasets["train"].select_columns(list(EncodedPair._fields)).with_format("arrow")
-        for table in columns.iter(1000):
-            for chunks in table.columns:
-                values = chunks.combine_chunks()
-                if hasattr(values, "value_lengths"):  # lists of ids
-                    digest.update(np.asarray(values.value_lengths()))
-                    values = values.flatten()
-                digest.update(np.asarray(values))
-        return digest.hexdigest()[:16]
+        return content_digest(self.datasets["train"], EncodedPair._fields)[:16]
 
     def pairs(self, name: str, positions: Sequence[int]) -> list[PreferencePair]:
         """The texts of pairs of a data set ("train", "val", "test", "predict") by their position."""
@@ -452,6 +482,13 @@ class Origin(NamedTuple):
 
     sources: list[tuple[str, str, int]]  # name, what its row numbers count, position of its first pair
     positions: Sequence[int] | None  # of the pairs among all of them; None where they are all
+
+
+class Rejected(NamedTuple):
+    """Rejected completions that the rows do not have themselves."""
+
+    made: tuple  # what tells them from others
+    columns: Callable[[int, int], Columns]  # of pairs [start, stop): `rejected`, and its ids where there are any
 
 
 class IndexedRows:

@@ -108,6 +108,8 @@ def encode_batch(
 ) -> dict[str, list]:
     """Encodes columns `prompt`, `chosen`, `rejected` (text) and, if there, `chat`, `weight`, `margin`.
 
+    Completions that a model generated have their ids already, without EOS: in `chosen_tokens`, `rejected_tokens`.
+
     A pair whose prompt and longer completion exceed `max_length` tokens loses tokens from the left of its prompt.
     Only a completion that leaves no room for a single prompt token is shortened, and it keeps its EOS.
 
@@ -117,7 +119,12 @@ def encode_batch(
         `completion_cut` (whether something was cut).
     """
     eos = tokenizer.eos_token_id
-    completions = [encode_completions(tokenizer, columns[side]) for side in ("chosen", "rejected")]
+    completions = [
+        [[*ids, eos] for ids in columns[f"{side}_tokens"]]
+        if f"{side}_tokens" in columns
+        else encode_completions(tokenizer, columns[side])
+        for side in ("chosen", "rejected")
+    ]
     prompts = encode_prompts(tokenizer, columns["prompt"], chat=columns.get("chat"))
     out: dict[str, list] = {key: [] for key in (*EncodedPair._fields, "length", "prompt_cut", "completion_cut")}
     out["weight"] = [float(weight) for weight in columns.get("weight", [1.0] * len(prompts))]

@@ -62,6 +62,7 @@ def run_inspect(args: Sequence[str]) -> None:
     cli = configured(InspectCLI, args[1:], run=False)
     data, trainer = cli.datamodule, cli.trainer
     data.trainer = trainer  # which knows the number of devices
+    data.generates = False
     data.setup("fit")
     for line in inspect(data, cli.config.rows):
         print(line)
@@ -116,6 +117,9 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
     """Lines on a datamodule that is set up for "fit": rows, lengths, batches, and the first `rows` pairs decoded."""
     for account in data.accounts.values():
         yield from account_lines(account)
+    for name in data.not_generated:
+        model = data.hparams.generation["name_or_path"]
+        yield f"{name}: its rejected completions, here empty, are yet to be generated: `fit` begins with that ({model})"
     yield ""
     for name, pairs in data.datasets.items():
         yield f"{name}: {len(pairs):,} pairs, {len(np.unique(context_keys(pairs))):,} different contexts (or prompts)"

@@ -18,9 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dpo_lightning.batching import PairBatch, collate
+from dpo_lightning.digests import content_digest, file_digest
 from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.errors import UserError
 from dpo_lightning.logps import evaluating
+from dpo_lightning.tables import id_counts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 MANIFEST, LOGPS = "manifest.json", "logps.float32"
 FORMAT = 1  # raise it when the files or what they mean change
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-ROWS_AT_A_TIME = 10_000
 
 
 def is_cached(choice: str | None, trainer: "Trainer | None") -> bool:
@@ -104,15 +105,9 @@ class TokenizedPairs(NamedTuple):
 
 
 def tokenized_pairs(data: "Dataset") -> TokenizedPairs:
-    """Reads the token columns once, a few thousand rows at a time."""
-    digest, counts = hashlib.sha256(), []
-    for table in data.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(ROWS_AT_A_TIME):
-        lengths = {name: table[name].combine_chunks().value_lengths().to_numpy() for name in TOKEN_COLUMNS}
-        for name in TOKEN_COLUMNS:
-            digest.update(lengths[name].astype(np.int64).tobytes())
-            digest.update(table[name].combine_chunks().flatten().to_numpy().astype(np.int64).tobytes())
-        counts.append(lengths["chosen_ids"] + lengths["rejected_ids"])
-    return TokenizedPairs(digest.hexdigest(), np.concatenate([[0], np.cumsum(np.concatenate(counts))]))
+    """What the token columns hold."""
+    counts = id_counts(data, "chosen_ids").astype(np.int64) + id_counts(data, "rejected_ids")
+    return TokenizedPairs(content_digest(data, TOKEN_COLUMNS), np.concatenate([[0], np.cumsum(counts)]))
 
 
 def weights_digest(model: nn.Module, but: Callable[[str], bool] = lambda name: False) -> str:
@@ -183,15 +178,6 @@ def _problem(folder: Path, key: dict[str, Any]) -> str:
     return ""
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def build_cache(
     root: Path,
     key: dict[str, Any],
@@ -226,7 +212,7 @@ def build_cache(
     strategy.barrier("reference cache read")
     longest_first = missing[np.argsort(offsets[missing] - offsets[missing + 1], kind="stable")]
     share = longest_first[strategy.global_rank :: strategy.world_size]
-    for positions in _with_progress(share, batch_size, description, strategy.is_global_zero):
+    for positions in with_progress(share, batch_size, description, strategy.is_global_zero):
         cache.write(positions, score(positions))
     cache.values.flush()
     strategy.barrier("reference cache computed")
@@ -268,7 +254,8 @@ def _complete(partial: Path, folder: Path, key: dict[str, Any]) -> None:
     partial.rename(folder)
 
 
-def _with_progress(positions: np.ndarray, size: int, description: str, shown: bool) -> Iterator[list[int]]:
+def with_progress(positions: np.ndarray, size: int, description: str, shown: bool) -> Iterator[list[int]]:
+    """Hands out positions, `size` at a time, and shows how many pairs are done."""
     from tqdm import tqdm
 
     with tqdm(total=len(positions), desc=description, unit="pair", disable=not shown) as bar:

@@ -19,7 +19,7 @@ from dpo_lightning.run_context import preference_data, run_folder, tensorboard_w
 from dpo_lightning.sql import compiles, equivalent_text, same_result
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 REMEMBERED = 6  # prompts whose replies are kept in memory and in checkpoints, for the report
 
@@ -34,13 +34,18 @@ class Reply(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: "PreTrainedModel", prompts: PromptBatch, tokenizer: "PreTrainedTokenizerBase", max_new_tokens: int
+    model: "PreTrainedModel",
+    prompts: PromptBatch,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_new_tokens: int,
+    processors: "Sequence[LogitsProcessor]" = (),
 ) -> list[Reply]:
     """Greedy replies to a batch of prompts on the model's device, with a KV cache.
 
-    The model's own generation settings (sampling, penalties) are not used: replies are to show the model.
+    The model's own generation settings (sampling, penalties) are not used: replies are to show the model. Processors
+    change each new token's logits first.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     eos = tokenizer.eos_token_id
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
@@ -53,6 +58,7 @@ def generate(
             input_ids=prompts.input_ids[:, -room:],
             attention_mask=prompts.attention_mask[:, -room:],
             generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
         )
     replies = []
     for ids in output[:, prompts.input_ids[:, -room:].shape[1] :].tolist():

@@ -4,7 +4,6 @@ A format says which columns it reads, so it can be recognised from the columns o
 function and a line in `FORMATS`; a user's own is a function named in YAML (`my_pkg.my_module:my_row_fn`).
 """
 
-import hashlib
 import importlib
 import math
 import os
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from dpo_lightning.digests import file_digest
 from dpo_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -308,12 +308,7 @@ def user_format(name: str) -> RowFormat:
         found = _cut(f"{type(made).__name__} {made!r}")
         raise BadCell("format function", "", f"{name} returned {found} where a PreferencePair or a dict belongs")
 
-    return RowFormat((), (), to_pair, _file_digest(module))
-
-
-def _file_digest(module: Any) -> str:
-    path = getattr(module, "__file__", None)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return RowFormat((), (), to_pair, file_digest(Path(module.__file__)) if getattr(module, "__file__", None) else "")
 
 
 def find_format(columns: Sequence[str], source: str, name: str | None = None, completions: bool = True) -> str:

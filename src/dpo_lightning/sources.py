@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_lightning.digests import file_digest
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import first_line, from_hub_or_folder, looks_local
 from dpo_lightning.rows import BadRow
@@ -115,14 +115,6 @@ def _open_file(name: str, path: Path) -> Source:
         raise UserError(f"data set '{name}' cannot be read: {error.strerror or first_line(error)}") from error
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _open_jsonl(name: str, path: Path) -> Source:
     """A file of an object per line. Blank lines are not rows."""
 
@@ -132,7 +124,7 @@ def _open_jsonl(name: str, path: Path) -> Source:
                 if line.strip():
                     yield number, _parse_line(line, f"{name}, line {number}", first=number == 1)
 
-    return Source(name, _columns(name, read([])), read, _digest(path), "line")
+    return Source(name, _columns(name, read([])), read, file_digest(path), "line")
 
 
 def _parse_line(line: bytes, where: str, first: bool) -> Row:
@@ -187,7 +179,7 @@ def _open_json(name: str, path: Path) -> Source:
         for number, value in enumerate(values, 1):
             yield number, _as_row(value, f"{name}, row {number}")
 
-    return Source(name, _columns(name, read([])), read, _digest(path))
+    return Source(name, _columns(name, read([])), read, file_digest(path))
 
 
 def _open_csv(name: str, path: Path) -> Source:
@@ -232,7 +224,7 @@ def _open_csv(name: str, path: Path) -> Source:
 
     if not any(True for _ in read([])):
         raise UserError(f"data set '{name}' holds no rows")
-    return Source(name, header, read, _digest(path), "line")
+    return Source(name, header, read, file_digest(path), "line")
 
 
 def _open_parquet(name: str, path: Path) -> Source:
@@ -258,7 +250,7 @@ def _open_parquet(name: str, path: Path) -> Source:
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{name}: damaged after row {number}: {first_line(error)}") from error
 
-    return Source(name, columns, read, _digest(path))
+    return Source(name, columns, read, file_digest(path))
 
 
 def _from_dataset(name: str, dataset: Any) -> Source:
