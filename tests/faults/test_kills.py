@@ -117,7 +117,6 @@ SHORT = (Moment("save", 3, 0.001), Moment("validation", 2, 0.0), Moment("trainin
 
 
 @pytest.mark.skipif(not LONG, reason="in the long version only: it starts python four times")
-@pytest.mark.slow
 def test_ctrl_c_ends_both_ranks_of_lightnings_own_launcher_and_they_go_on(make_run: Callable[..., Run]) -> None:
     twin = make_run("twin", args=TWO_RANKS, ranks=2)
     assert twin.wait(twin.start()) == [0, 0], twin.tail()
