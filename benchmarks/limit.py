@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import contenders
 import torch
+import vs_trl
 import workloads
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rows", required=True, help="JSONL with question, context, answer")
     parser.add_argument("--model", help="model folder; left out, GPT-2 small with random weights")
     parser.add_argument("--tokenizer", default="gpt2", help="for random weights: tokenizer folder or hub id")
-    parser.add_argument("--workload", default="founding", choices=workloads.WORKLOADS)
+    parser.add_argument("--workload", default="founding", choices=vs_trl.WORKLOADS)
     parser.add_argument("--reference", default="online", choices=("online", "cached"))
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")

@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+WORKLOADS = ("founding", "shuffled", "long")  # see workloads.py, which this small process does not import
 REFERENCES = ("online", "cached")
 GIB = 2**30
 
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--rows", required=True, help="JSONL with question, context, answer")
     parser.add_argument("--model", help="model folder; left out, GPT-2 small with random weights")
     parser.add_argument("--tokenizer", default="gpt2", help="for random weights: tokenizer folder or hub id")
-    parser.add_argument("--workloads", nargs="+", default=["founding", "shuffled", "long"])
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--references", nargs="+", default=list(REFERENCES), choices=REFERENCES)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16", help="the same for both")

@@ -12,7 +12,6 @@ from dpo_lightning.batching import LengthGroupedBatchSampler
 from dpo_lightning.encoding import encode_batch, load_tokenizer
 from dpo_lightning.rows import shuffled_partners
 
-WORKLOADS = ("founding", "shuffled", "long")
 LONG = 400  # tokens
 SEED = 42
 

@@ -8,7 +8,7 @@ The last token of a completion predicts nothing and is left out; the last prompt
 both completions. With an empty rejected completion (EOS alone) the rejected side adds no token at all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +94,12 @@ def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
         weight=torch.tensor([pair.weight for pair in pairs]),
         margin=torch.tensor([pair.margin for pair in pairs]),
     )
+
+
+def collate_columns(columns: Mapping[str, Sequence], pair_ids: Sequence[int]) -> PairBatch:
+    """`collate` for pairs that come as columns, one for each field of EncodedPair."""
+    pairs = zip(*(columns[field] for field in EncodedPair._fields), strict=True)
+    return collate([EncodedPair(*fields) for fields in pairs], pair_ids)
 
 
 def to_separate(batch: PairBatch) -> PairBatch:

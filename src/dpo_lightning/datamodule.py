@@ -5,7 +5,6 @@ Useful without the rest of the package: any pipeline that wants tokenized prefer
 
 import copy
 import functools
-import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch.utils.data import DataLoader
 
 from dpo_lightning.arrow_cache import Columns, cached_dataset
-from dpo_lightning.batching import LengthGroupedBatchSampler, PairBatch, PromptBatch, collate, collate_prompts
-from dpo_lightning.digests import content_digest
+from dpo_lightning.batching import LengthGroupedBatchSampler, PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.digests import content_digest, key_digest
 from dpo_lightning.encoding import EncodedPair, encode_batch, encode_prompts, load_tokenizer, tokenizer_fingerprint
 from dpo_lightning.errors import UserError
 from dpo_lightning.generated import RejectedGenerator, generation_from, said
@@ -506,9 +505,7 @@ class IndexedRows:
 
 def collate_pair_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch:
     """A batch's encoded columns and their positions -> PairBatch."""
-    columns, positions = item
-    pairs = zip(*(columns[field] for field in EncodedPair._fields), strict=True)
-    return collate([EncodedPair(*ids) for ids in pairs], positions)
+    return collate_columns(*item)
 
 
 def collate_prompt_rows(item: tuple[dict[str, list], list[int]]) -> PromptBatch:
@@ -534,4 +531,4 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps([ENCODING_VERSION, *parts]).encode()).hexdigest()[:32]
+    return key_digest([ENCODING_VERSION, *parts])

@@ -1,9 +1,10 @@
-"""Contents -> SHA-256, in hex: of files, and of columns of encoded data sets."""
+"""Contents -> SHA-256, in hex: of files, of columns of encoded data sets, of the keys of caches."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,3 +34,8 @@ def file_digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def key_digest(key: Any) -> str:
+    """Of plain JSON that tells one cached thing from all others: its name, 32 digits."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

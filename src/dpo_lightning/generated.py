@@ -27,13 +27,13 @@ from torch import Tensor
 
 from dpo_lightning.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset
 from dpo_lightning.batching import PromptBatch, collate_prompts
-from dpo_lightning.digests import file_digest
+from dpo_lightning.digests import file_digest, key_digest
 from dpo_lightning.encoding import encode_prompts, tokenizer_fingerprint
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import from_hub_or_folder
 from dpo_lightning.jsonl import append_lines, whole_lines
 from dpo_lightning.policy import ADAPTER_CONFIG, base_model_name, load_policy
-from dpo_lightning.reference_cache import key_digest, with_progress
+from dpo_lightning.reference_cache import with_progress
 from dpo_lightning.tables import text_keys
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dpo_lightning.batching import PADDING, PairBatch, to_pairs
+from dpo_lightning.batching import PADDING, PairBatch, collate_columns, to_pairs
 from dpo_lightning.commands import DPOCLI, configured
-from dpo_lightning.datamodule import PreferenceDataModule, collate_pair_rows
+from dpo_lightning.datamodule import PreferenceDataModule
 from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.reading import RowAccount
 from dpo_lightning.reporting import duration
@@ -174,7 +174,7 @@ def padding(data: PreferenceDataModule) -> float:
 def shown(data: PreferenceDataModule, position: int) -> Iterator[str]:
     """A training pair as its batch holds it."""
     columns = data.datasets["train"].select_columns(list(EncodedPair._fields))[[position]]
-    (pair,) = to_pairs(collate_pair_rows((columns, [position])))
+    (pair,) = to_pairs(collate_columns(columns, [position]))
     prompt = data.tokenizer.decode(pair.prompt_ids)
     yield data.where("train", [position])[0]
     yield f"  prompt    {'…' + prompt[-SHOWN:] if len(prompt) > SHOWN else prompt}"

@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from dpo_lightning.batching import PairBatch, collate
-from dpo_lightning.digests import content_digest, file_digest
+from dpo_lightning.batching import PairBatch, collate_columns
+from dpo_lightning.digests import content_digest, file_digest, key_digest
 from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.errors import UserError
 from dpo_lightning.logps import evaluating
@@ -151,11 +151,6 @@ class ReferenceCache:
         return np.flatnonzero(np.add.reduceat(unknown, self.offsets[:-1]))
 
 
-def key_digest(key: dict[str, Any]) -> str:
-    """The name of a cache's folder."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def find_cache(root: Path, key: dict[str, Any], offsets: np.ndarray) -> tuple[ReferenceCache | None, str]:
     """The complete cache of a key and "", or None and why there is none that can be used."""
     folder = root / key_digest(key)
@@ -266,6 +261,4 @@ def with_progress(positions: np.ndarray, size: int, description: str, shown: boo
 
 def batch_of(data: "Dataset", positions: Sequence[int]) -> PairBatch:
     """Pairs of an encoded data set as a batch."""
-    rows = data.select_columns(list(TOKEN_COLUMNS))[list(positions)]
-    pairs = [EncodedPair(*ids) for ids in zip(*(rows[name] for name in TOKEN_COLUMNS), strict=True)]
-    return collate(pairs, positions)
+    return collate_columns(data.select_columns(list(EncodedPair._fields))[list(positions)], positions)
