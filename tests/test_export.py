@@ -19,7 +19,7 @@ IDS = torch.arange(5, 25)[None]
 
 def load(folder):
     """Loads with the attention kernel that the policy used; another one would round differently."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.fixture

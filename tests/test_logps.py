@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -170,6 +171,26 @@ def test_head_in_chunks_equals_head_at_once(monkeypatch):
         results.append((values.detach(), hidden.grad.clone(), model.lm_head.weight.grad.clone()))
     for at_once, chunked in zip(*results, strict=True):
         torch.testing.assert_close(at_once, chunked, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_target_log_probs_and_their_gradient_are_those_of_cross_entropy(dtype, monkeypatch):
+    monkeypatch.setattr(logps, "LOGITS_IN_CACHE", 3 * VOCABULARY)  # blocks of 3 rows, and one of 2
+    targets, factors = torch.randint(0, VOCABULARY, (11,)), torch.randn(11)
+    hidden, weight = torch.randn(11, 8).to(dtype), (3 * torch.randn(VOCABULARY, 8)).to(dtype).requires_grad_()
+    (values := logps._target_logps(hidden @ weight.T, targets)).backward(factors)
+    found, weight.grad = weight.grad, None
+    (expected := -F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")).backward(factors)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(found, weight.grad)
+
+
+def test_logits_that_the_backward_pass_has_written_over_are_not_used_again():
+    logits = torch.randn(4, VOCABULARY, requires_grad=True) * 1
+    values = logps._target_logps(logits, torch.arange(4)).sum()
+    values.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        values.backward()
 
 
 def test_the_head_sees_only_predicting_positions():

@@ -118,7 +118,7 @@ def found(tokenizer, tmp_path_factory):
         assert (policy.sums - reference.sums).abs().max() > 1e-3, "three steps must have changed the policy"
 
         export_policy(module, tokenizer, folder / "out")
-        loaded = AutoModelForCausalLM.from_pretrained(folder / "out", attn_implementation="eager").eval()
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "out").eval()
         with torch.no_grad():
             expected, logits = (model(batch.input_ids).logits for model in (module.causal_lm, loaded))
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -228,7 +228,7 @@ def test_an_adapter_on_quantized_weights_trains_and_exports_merged(
     assert (torch.uint8 if quantization == "4bit" else torch.int8) in dtypes
     assert all("lora_" in name for name in module.state_dict())
     export_policy(module, tokenizer, tmp_path / "out", merge=True)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
     (a,), (b,) = (

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.errors import UserError
+from dpo_lightning.hardware import fastest_attention
 from dpo_lightning.reference import AdapterOff, FrozenCopy
 
 LORA = {"r": 4, "lora_alpha": 8}
@@ -93,6 +94,27 @@ def test_one_pair_accumulated_eight_times_is_a_batch_of_eight(data, module, quie
     apart = max((results[0][name] - results[1][name]).abs().max().item() for name in results[0])
     assert moved > 1e-3
     assert apart < 1e-4 * moved
+
+
+def test_gradients_are_gone_before_the_next_forward_pass(data, module, quiet_trainer):
+    held = []
+
+    class Watching(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            held.append(sum(p.grad is not None for p in pl_module.parameters()))
+
+    model = module()
+    quiet_trainer(max_steps=3, accumulate_grad_batches=2, callbacks=[Watching()]).fit(model, data(batch_size=4))
+    everything = sum(1 for _ in model.parameters())
+    assert held == [0, everything, 0, everything, 0, everything]
+
+
+@pytest.mark.parametrize(("precision", "attention"), [("32-true", "sdpa"), ("bf16-mixed", "eager")])
+def test_attention_is_what_trains_fastest_on_a_cpu(data, module, quiet_trainer, precision, attention):
+    model = module()
+    quiet_trainer(max_steps=1, precision=precision).fit(model, data(batch_size=4))
+    assert model.causal_lm.config._attn_implementation == attention
+    assert fastest_attention("cpu", bf16=True, row_length=400) is fastest_attention("cuda", True, 70) is None
 
 
 def test_dropout_is_off_in_both_models_while_training(module):

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +27,7 @@ SHARED_PREFIX_MODEL_TYPES = frozenset(
     "deepseek_v3 gptj codegen xglm gpt_oss".split()
 )
 HEAD_CHUNK = 1024  # predicted tokens whose [chunk, V] logits exist at a time
+LOGITS_IN_CACHE, LOGITS_AT_ONCE = 2**20, 2**26  # elements that a CPU and that a GPU works on in one go
 
 
 class PairLogps(NamedTuple):
@@ -175,7 +175,39 @@ def _logits(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
 
 
 def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    return _TargetLogps.apply(logits, targets)
+
+
+class _TargetLogps(torch.autograd.Function):
+    """Log-softmax in float32 of logits [N, V], at `targets` [N] only: [N] float32.
+
+    Beyond the logits, as they come, nothing of their size is kept or made: the backward pass writes their gradient
+    where they were. Both passes go by blocks of rows that stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Gives the log-probabilities."""
+        totals = torch.cat([block.float().logsumexp(-1) for block in logits.split(_block_rows(logits))])
+        ctx.save_for_backward(logits, targets, totals)
+        return logits.gather(1, targets[:, None]).squeeze(1).float() - totals
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Gives the gradient of the logits: (1 at the target - probability) times that of the log-probability."""
+        logits, targets, totals = ctx.saved_tensors
+        rows = _block_rows(logits)
+        for block, *columns in zip(*(t.split(rows) for t in (logits, targets, totals, grad)), strict=True):
+            target, total, factor = (column[:, None] for column in columns)
+            gradient = (block.float() - total).exp_().mul_(-factor)
+            block.copy_(gradient.scatter_add_(1, target, factor))
+        return logits, None
+
+
+def _block_rows(logits: Tensor) -> int:
+    elements = LOGITS_IN_CACHE if logits.device.type == "cpu" else LOGITS_AT_ONCE
+    return max(1, elements // logits.shape[1])
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpo_lightning import resume
 from dpo_lightning.batching import PairBatch, PromptBatch
 from dpo_lightning.errors import UserError
+from dpo_lightning.hardware import fastest_attention
 from dpo_lightning.logps import PairLogps, Scoring, choose_scoring, pair_logps
 from dpo_lightning.metrics import PairMetrics
 from dpo_lightning.policy import assert_no_dropout, load_policy
@@ -24,6 +25,7 @@ from dpo_lightning.reference import AdapterOff, FrozenCopy, Reference
 from dpo_lightning.reference_adapter import AdapterCopy, MovingCopy, load_weights, move, weights_to_save
 from dpo_lightning.reference_cache import is_cached, open_caches, weights_digest
 from dpo_lightning.sharding import data_parallel_mesh, shard, whole
+from dpo_lightning.tables import numbers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,7 +55,7 @@ class DPOModule(LightningModule):
             and keeps the log-probs on disk for later epochs and runs; left out, cached if there is more than one epoch.
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); left out, all weights train.
         gradient_checkpointing: less memory for about a third more time.
-        attn_implementation: `eager` or `sdpa`; left out, what is faster here.
+        attn_implementation: `eager` or `sdpa`; left out, what is faster here (`hardware.fastest_attention`).
         dtype: of the weights in memory; float32 is right for mixed precision.
         quantization: `4bit` or `8bit` weights under an adapter, by bitsandbytes.
         router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; left out, what its config asks for.
@@ -174,7 +176,16 @@ class DPOModule(LightningModule):
     def load_policy(self, **changes: Any) -> "PreTrainedModel | PeftModel":
         """The policy as it was before training, loaded anew; `changes` are settings of `policy.load_policy`."""
         settings = {name: self.hparams[name] for name in inspect.signature(load_policy).parameters}
+        settings["attn_implementation"] = self.hparams.attn_implementation or self._fastest_attention()
         return load_policy(**settings | changes)
+
+    def _fastest_attention(self) -> str | None:
+        trainer = self._trainer
+        pairs = getattr(trainer and trainer.datamodule, "datasets", {}).get("train")
+        if pairs is None or "length" not in pairs.column_names:
+            return None
+        bf16 = self.hparams.dtype == "bfloat16" or trainer.precision.startswith("bf16")
+        return fastest_attention(trainer.strategy.root_device.type, bf16, numbers(pairs, "length").mean())
 
     def make_reference(self) -> Reference:
         """The model that the policy started from, or where it may move, its present state."""
@@ -296,6 +307,8 @@ class DPOModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and stops the clock: validation and replies, which come between steps, are not counted."""
         super().optimizer_step(*args, **kwargs)
+        # Lightning would keep the gradients until the next forward pass is over, on top of all its activations.
+        self.optimizers(use_pl_optimizer=False).zero_grad()
         # Not when the batch has ended: the checkpoint of this step is written before that.
         if self.hparams.sync_ref_model and (self.global_step + 1) % self.hparams.ref_model_sync_steps == 0:
             move(self.reference, self.policy, self.hparams.ref_model_mixup_alpha)

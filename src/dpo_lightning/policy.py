@@ -35,8 +35,7 @@ def load_policy(
     Args:
         name_or_path: hub id or folder of a model, or folder of an adapter; its base model is found from its config.
         lora: arguments of `peft.LoraConfig`; the base model is then frozen and only the adapter trains.
-        attn_implementation: "eager" or "sdpa"; left out, eager on a CPU (its backward is faster for short masked
-            rows) and what transformers prefers elsewhere (sdpa where the model has it).
+        attn_implementation: "eager" or "sdpa"; left out, what transformers prefers (sdpa where the model has it).
         dtype: of the weights. Mixed precision wants float32 ("master") weights, whatever they are stored in.
         quantization: "4bit" or "8bit" (`quantized`) for the frozen weights under an adapter.
         router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; None leaves it to the config.
@@ -64,7 +63,7 @@ def load_policy(
             name,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation or (None if torch.cuda.is_available() else "eager"),
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
