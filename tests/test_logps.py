@@ -22,6 +22,7 @@ from transformers import (
 from dpo_lightning import logps
 from dpo_lightning.batching import EncodedPair, collate
 from dpo_lightning.logps import Scoring, choose_scoring, head_logps, pair_logps, scoring_from_config, within_window
+from dpo_lightning.reference import FrozenCopy
 
 VOCABULARY = 97
 # A large initial spread: with the usual 0.02 a tiny model hardly looks at its context and any mask would pass.
@@ -204,6 +205,19 @@ def test_the_head_sees_only_predicting_positions():
 def test_lengths_count_eos():
     batch = collate([EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])], [0, 1])
     assert pair_logps(make_model("gpt2"), batch).lengths.tolist() == [[3, 2], [2, 1]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gpt_neox", "opt", "phi", "mamba", "bloom"])
+@torch.no_grad()
+def test_a_reference_kept_in_the_dtype_of_its_products_is_bitwise_the_same(name):
+    model, batch = make_model(name), make_batch()
+    scoring = choose_scoring(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = pair_logps(model, batch, scoring)
+    reference = FrozenCopy(model, torch.bfloat16)
+    assert torch.equal(reference.logps(batch, scoring).token_logps, expected.token_logps)
+    sizes = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in (reference.model, model)]
+    assert sizes[0] < 0.8 * sizes[1]
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 from lightning.pytorch import Callback
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.errors import UserError
 from dpo_lightning.hardware import fastest_attention
 from dpo_lightning.reference import AdapterOff, FrozenCopy
+from dpo_lightning.schedules import rate_at
 
 LORA = {"r": 4, "lora_alpha": 8}
 
@@ -110,10 +111,11 @@ def test_gradients_are_gone_before_the_next_forward_pass(data, module, quiet_tra
 
 
 @pytest.mark.parametrize(("precision", "attention"), [("32-true", "sdpa"), ("bf16-mixed", "eager")])
-def test_attention_is_what_trains_fastest_on_a_cpu(data, module, quiet_trainer, precision, attention):
+def test_precision_decides_attention_and_how_the_reference_is_kept(data, module, quiet_trainer, precision, attention):
     model = module()
     quiet_trainer(max_steps=1, precision=precision).fit(model, data(batch_size=4))
     assert model.causal_lm.config._attn_implementation == attention
+    assert model.reference.autocast_dtype == (torch.bfloat16 if precision == "bf16-mixed" else None)
     assert fastest_attention("cpu", bf16=True, row_length=400) is fastest_attention("cuda", True, 70) is None
 
 
@@ -203,6 +205,20 @@ def test_schedule_warms_up_and_then_decays_over_the_run(data, module, quiet_trai
     quiet_trainer(max_steps=5, callbacks=[Watch()]).fit(dpo, data())
     assert seen[0] == 0
     assert seen[1:] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")]
+)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedules_are_those_of_transformers(schedule, theirs, warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=10)
+    for step in range(11):
+        assert rate_at(step, schedule, warmup, 10) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert rate_at(12, schedule, warmup, 10) == rate_at(10, schedule, warmup, 10), "nothing changes after the end"
 
 
 def test_metrics_are_logged_under_trls_names_with_their_stage(data, module, quiet_trainer):

@@ -3,6 +3,7 @@
 The step is the same in training, validation and testing: log-probs of policy and reference, their loss, metrics.
 """
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from dpo_lightning.preference_loss import PreferenceLoss
 from dpo_lightning.reference import AdapterOff, FrozenCopy, Reference
 from dpo_lightning.reference_adapter import AdapterCopy, MovingCopy, load_weights, move, weights_to_save
 from dpo_lightning.reference_cache import is_cached, open_caches, weights_digest
+from dpo_lightning.schedules import SCHEDULES, rate_at
 from dpo_lightning.sharding import data_parallel_mesh, shard, whole
 from dpo_lightning.tables import numbers
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from dpo_lightning.replies import Reply
 
-SCHEDULES = ("linear", "cosine", "constant")
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the Trainer's precision
 IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
 
 
@@ -191,9 +193,11 @@ class DPOModule(LightningModule):
         """The model that the policy started from, or where it may move, its present state."""
         moving = self.hparams.sync_ref_model
         if self.policy is self.causal_lm:
-            if not self._untrained:
-                return FrozenCopy(self.load_policy().to(self.device))
-            return MovingCopy(self.policy) if moving else FrozenCopy(self.policy)
+            if moving and self._untrained:
+                return MovingCopy(self.policy)
+            # A sharded model wants all its weights in one dtype.
+            autocast = None if self.device_mesh is not None else AUTOCAST.get(self._trainer and self._trainer.precision)
+            return FrozenCopy(self.policy if self._untrained else self.load_policy().to(self.device), autocast)
         new_adapter = self.hparams.lora is not None
         return AdapterOff(self.policy) if new_adapter and not moving else AdapterCopy(self.policy)
 
@@ -361,8 +365,6 @@ class DPOModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with linear warm-up and the chosen schedule over all steps of the run."""
-        from transformers import get_scheduler
-
         h = self.hparams
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         if not trainable:
@@ -381,8 +383,8 @@ class DPOModule(LightningModule):
                 )
             steps = 0
         warmup = round(h.warmup_steps * steps) if h.warmup_steps < 1 else int(h.warmup_steps)
-        name = "constant_with_warmup" if h.lr_scheduler_type == "constant" else h.lr_scheduler_type
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps))
+        rate = functools.partial(rate_at, schedule=h.lr_scheduler_type, warmup_steps=warmup, steps=int(steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

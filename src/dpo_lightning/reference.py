@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_lightning.batching import PairBatch
 from dpo_lightning.logps import PairLogps, Scoring, pair_logps
@@ -28,19 +28,40 @@ class Reference(Protocol):
 
 
 class FrozenCopy:
-    """A copy of the policy as it is now. It belongs to no module, so no checkpoint and no optimizer sees it."""
+    """A copy of the policy as it is now. It belongs to no module, so no checkpoint and no optimizer sees it.
 
-    def __init__(self, policy: "PreTrainedModel") -> None:
+    Args:
+        autocast_dtype: what matrix products are computed in, in mixed precision. The weights of linear layers are
+            then kept in it: the same products with half the memory, and no conversion at every batch.
+    """
+
+    def __init__(self, policy: "PreTrainedModel", autocast_dtype: torch.dtype | None = None) -> None:
         self.model = copy.deepcopy(policy).requires_grad_(False).eval()
+        self.autocast_dtype = autocast_dtype
+        if autocast_dtype is not None:
+            for weight in _product_weights(self.model):
+                weight.data = weight.data.to(autocast_dtype)
 
     @torch.no_grad()
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
         """As `pair_logps`, of the copy."""
-        return pair_logps(self.model, batch, scoring)
+        if self.autocast_dtype is None:
+            return pair_logps(self.model, batch, scoring)
+        with torch.autocast(batch.input_ids.device.type, self.autocast_dtype):
+            return pair_logps(self.model, batch, scoring)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Follows the module to another device or dtype."""
         self.model._apply(function)
+
+
+def _product_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Weights that nothing but a linear layer's product reads: not those that are embeddings too, nor biases."""
+    from transformers.pytorch_utils import Conv1D
+
+    looked_up = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    linear = [layer.weight for layer in model.modules() if type(layer) in (nn.Linear, Conv1D)]
+    return [weight for weight in linear if id(weight) not in looked_up]
 
 
 class AdapterOff:
