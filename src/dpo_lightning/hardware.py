@@ -1,14 +1,10 @@
 """What this machine is good at and what a run used of it."""
 
-import ctypes
-import platform
 import sys
 from pathlib import Path
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-DEFAULT_TRIM_THRESHOLD, DEFAULT_MMAP_MAX = 128 * 1024, 65536  # mallopt(3)
 SHORT_ROW = 256  # tokens
 BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})  # CPUs with one of these multiply bfloat16 in hardware
 
@@ -30,21 +26,6 @@ def fastest_attention(accelerator: str, bf16: bool, row_length: float) -> str | 
     That is sdpa, except that its backward pass in bfloat16 on a CPU is slower than plain products while rows are short.
     """
     return "eager" if accelerator == "cpu" and bf16 and row_length < SHORT_ROW else None
-
-
-def reuse_freed_memory(on: bool = True) -> None:
-    """Lets glibc's malloc keep what is freed for the next allocation, or (`on=False`) do as it does by default.
-
-    By default it hands large blocks back at once, and at every training step the kernel finds and clears the same
-    gigabyte anew, page by page. Where the C library is another one this does nothing.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    c_library = ctypes.CDLL(None)
-    c_library.mallopt(M_MMAP_MAX, 0 if on else DEFAULT_MMAP_MAX)
-    c_library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if on else DEFAULT_TRIM_THRESHOLD)
-    if not on:
-        c_library.malloc_trim(0)
 
 
 def cpu_flags() -> set[str]:
