@@ -55,7 +55,9 @@ class Contender:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.name} ended early:\n{self.log.read_text()[-3000:]}")
+            status = self.process.wait()
+            killed = " (killed: the machine's memory is probably too small for this batch)" if status == -9 else ""
+            sys.exit(f"{self.name} ended early with status {status}{killed}:\n{self.log.read_text()[-3000:]}")
         answer = json.loads(line)
         self.losses += answer["losses"]
         self.peak_bytes = answer["peak_bytes"]
