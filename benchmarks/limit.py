@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--model", help="model folder; left out, GPT-2 small with random weights")
     parser.add_argument("--tokenizer", default="gpt2", help="for random weights: tokenizer folder or hub id")
     parser.add_argument("--workload", default="founding", choices=vs_trl.WORKLOADS)
-    parser.add_argument("--reference", default="online", choices=("online", "cached"))
+    parser.add_argument("--reference", default="online", choices=vs_trl.REFERENCES)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--steps", type=int, default=5, help="timed optimizer steps")

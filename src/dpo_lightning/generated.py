@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,10 +188,7 @@ class RejectedGenerator:
             if not self.generation.quantization:  # else it is there already
                 model = model.to(device)
             for positions in shares:
-                if trainer:
-                    with trainer.precision_plugin.forward_context():
-                        lines = self._lines(model, pairs, positions)
-                else:
+                with trainer.precision_plugin.forward_context() if trainer else nullcontext():
                     lines = self._lines(model, pairs, positions)
                 append_lines(Path(file.name), lines)
         del model

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -45,9 +46,8 @@ class FrozenCopy:
     @torch.no_grad()
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
         """As `pair_logps`, of the copy."""
-        if self.autocast_dtype is None:
-            return pair_logps(self.model, batch, scoring)
-        with torch.autocast(batch.input_ids.device.type, self.autocast_dtype):
+        dtype, device = self.autocast_dtype, batch.input_ids.device.type
+        with nullcontext() if dtype is None else torch.autocast(device, dtype):
             return pair_logps(self.model, batch, scoring)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:

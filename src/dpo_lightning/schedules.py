@@ -1,7 +1,7 @@
 """Optimizer step -> multiple of the learning rate: a linear warm-up, then one of the decays below, found by name.
 
-The same rates as transformers' `get_scheduler` gives (a test compares them), whose import takes longer than a demo's
-first twenty steps: it brings in every trainer integration that is installed.
+The same rates as transformers' `get_scheduler` gives (a test compares them), whose import takes
+seconds: it brings in peft and what that integrates with.
 """
 
 import math
