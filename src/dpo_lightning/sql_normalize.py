@@ -11,7 +11,7 @@ from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 from dpo_lightning.sql_sandbox import QueryError, read_query
-from dpo_lightning.sql_tokens import tokenize
+from dpo_lightning.sql_tokens import tokenize, without_blanks
 
 if TYPE_CHECKING:
     from sqlglot.expressions import Expression
@@ -22,10 +22,17 @@ MAX_DEPTH = 20  # of parentheses; sqlglot recurses
 
 def equivalent_text(reply: str, wanted: str) -> bool:
     """Whether both are the same query after normalising; what is no query may differ in spacing."""
-    if " ".join(reply.split()) == " ".join(wanted.split()):
+    if reply == wanted or ((plain := without_blanks(reply)) and plain == without_blanks(wanted)):
         return True
-    reply_tree = _normalized(reply)
-    return reply_tree is not None and reply_tree == _normalized(wanted)
+    reply_tree, wanted_tree = _normalized(reply), _normalized(wanted)
+    if reply_tree is None or wanted_tree is None or reply_tree != wanted_tree:
+        return False
+    return _text(reply_tree) == _text(wanted_tree)
+
+
+def _text(tree: Expression) -> str:
+    """The tree as SQL: to sqlglot, trees are equal, too, whose JSON paths differ in case."""
+    return tree.sql(dialect="sqlite", comments=False, normalize_functions="upper")
 
 
 def _normalized(text: str) -> Expression | None:
@@ -34,8 +41,9 @@ def _normalized(text: str) -> Expression | None:
     from sqlglot import exp
 
     try:
-        query = read_query(text)
-        if len(query) > MAX_CHARS or _depth(query) > MAX_DEPTH:
+        # Without comments and blanks, on whose ends sqlglot and sqlite do not agree.
+        query = without_blanks(read_query(text))
+        if len(query) > MAX_CHARS or _depth(query) > MAX_DEPTH or _has_false_blanks(query):
             return None
         trees = sqlglot.parse(query, dialect="sqlite")
         if len(trees) != 1 or not isinstance(trees[0], exp.Query):
@@ -55,6 +63,11 @@ def _normalized(text: str) -> Expression | None:
         return None
     except Exception:  # whatever sqlglot stumbles over in a text nobody has read, RecursionError among it
         return None
+
+
+def _has_false_blanks(query: str) -> bool:
+    """Whether sqlglot would skip a character outside of quotes that sqlite does not."""
+    return any(not token.raw.isprintable() for token in tokenize(query) if token.kind in ("word", "sign", "number"))
 
 
 def _depth(query: str) -> int:
@@ -116,7 +129,7 @@ def _plain_joins_and_orders(tree: Expression) -> Expression:
         if join.args.get("kind") in ("INNER", "OUTER"):  # LEFT OUTER JOIN is LEFT JOIN
             join.set("kind", None)
     for term in tree.find_all(exp.Ordered):
-        term.set("nulls_first", None)  # set by sqlglot from the direction
+        term.set("nulls_first", bool(term.args.get("nulls_first")))  # where nothing is said, sqlglot sets sqlite's way
         if not term.args.get("desc"):
             term.set("desc", None)
     return tree

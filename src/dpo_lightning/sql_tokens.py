@@ -1,4 +1,8 @@
-"""SQL text -> tokens: sqlite's quotes, numbers and comments, but no grammar. Enough to look a query over."""
+"""SQL text -> tokens: sqlite's quotes, numbers and comments, but no grammar. Enough to look a query over.
+
+Blanks are sqlite's own five. What else looks blank is part of a word to sqlite (U+00A0, as all that is not
+ASCII) or an error (a vertical tab).
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,26 @@ class Token(NamedTuple):
 
 
 _TOKEN = re.compile(
-    r"""(?P<space>\s+|--[^\n]*|/\*.*?(?:\*/|\Z))
+    r"""(?P<space>[ \t\n\r\f]+|--[^\n]*|/\*.*?(?:\*/|\Z))
       | (?P<string>'[^']*(?:''[^']*)*(?:'|\Z))
       | (?P<quoted>"[^"]*(?:""[^"]*)*(?:"|\Z)|`[^`]*(?:``[^`]*)*(?:`|\Z)|\[[^\]]*(?:\]|\Z))
-      | (?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?!\w))
-      | (?P<word>\w+)
+      | (?P<number>(?:0[xX][0-9a-fA-F]+|(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)(?![\w$]|[^\0-\x7f]))
+      | (?P<word>(?:\w|[^\0-\x7f])(?:[\w$]|[^\0-\x7f])*)
       | (?P<sign><>|!=|<=|>=|==|\|\||.)""",
     re.DOTALL | re.VERBOSE,
 )
+
+
+def without_blanks(sql: str) -> str:
+    """The text with one space for each run of blanks and comments; what is in quotes stays as it is."""
+    parts, gap = [], False
+    for match in _TOKEN.finditer(sql):
+        if match.lastgroup == "space":
+            gap = True
+        else:
+            parts.append(" " * (gap and bool(parts)) + match.group())
+            gap = False
+    return "".join(parts)
 
 
 def tokenize(sql: str) -> list[Token]:
