@@ -19,7 +19,7 @@ from dpo_lightning.sql_tokens import tokenize
 
 __all__ = ["SQLMetrics", "compiles", "equivalent_text", "same_result"]
 
-FILLINGS = 18
+FILLINGS = 24
 MAX_SECONDS = 0.3  # CPU time; of queries so slow the remaining fillings are left out
 
 

@@ -18,9 +18,12 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from dpo_lightning.sql_sandbox import Column
 from dpo_lightning.sql_tokens import Token
+
+_END = Token("sign", ";", ";")
 
 MAX_ROWS_PER_TABLE = 60
 MAX_LITERALS_PER_COLUMN = 24
@@ -50,6 +53,7 @@ class Style:
     null: float
     variety: int  # how many plain values a pool has
     distinct: bool = False  # no value twice in a column: no ties, so ORDER BY and LIMIT are unambiguous
+    letters: bool = False  # plain texts are words, never numbers, which come before all words
 
 
 STYLES = (
@@ -58,6 +62,8 @@ STYLES = (
     Style(rows=12, hit=0.40, miss=0.25, null=0.0, variety=14, distinct=True),
     Style(rows=16, hit=0.60, miss=0.20, null=0.20, variety=2),
     Style(rows=10, hit=0.60, miss=0.25, null=0.10, variety=20),
+    Style(rows=12, hit=0.40, miss=0.25, null=0.10, variety=14, distinct=True),
+    Style(rows=10, hit=0.20, miss=0.10, null=0.0, variety=30, distinct=True, letters=True),
     Style(rows=14, hit=0.10, miss=0.20, null=0.10, variety=6),
 )
 
@@ -74,7 +80,14 @@ class Plan:
 
 def plan_fillings(tables: Tables, queries: list[list[Token]]) -> Plan:
     """Read the queries' literals, comparisons and joins off their tokens."""
-    mentions = [[token.name for token in tokens if token.name in tables] for tokens in queries]
+    mentions = [
+        [
+            token.name
+            for token, after in itertools.pairwise([*tokens, _END])
+            if token.name in tables and not after.is_sign(".")
+        ]
+        for tokens in queries
+    ]
     named = {name: tables[name] for name in tables if any(name in names for names in mentions)}
     pools = _column_pools(named)
     sizes: list[int] = []
@@ -117,6 +130,9 @@ def _read_query_into(pools: dict[str, Pool], tokens: list[Token], sizes: list[in
     harmless elsewhere: a literal too many only widens a pool. Literals before any column (`3 < x`) go to all.
     """
     column, operator, counting, patterns = None, "=", False, {}
+    calls_around = _date_calls(tokens)
+    dated = _date_formats(tokens, calls_around, pools)
+    of_format = None
     for index, token in enumerate(tokens):
         following = tokens[index + 1] if index + 1 < len(tokens) else None
         calls = following is not None and following.is_sign("(")
@@ -132,9 +148,14 @@ def _read_query_into(pools: dict[str, Pool], tokens: list[Token], sizes: list[in
             if column is not None and _compares(tokens, index):
                 _join(pools, column, token.name)
             column, operator = token.name, "="
-        elif index >= 2 and tokens[index - 2].is_word("strftime"):
-            continue  # its format
+            of_format = dated.get(index)
         elif (literal := _literal(token, tokens[index - 1] if index else None)) is not None:
+            if calls_around[index] and not (calls_around[index] in _DATE_CALLS and _DATE.match(str(literal))):
+                continue  # a format, a modifier, a place in a date
+            if of_format and not calls_around[index] and (found := _dates_by_format(of_format, literal, operator)):
+                pools[column].hits += found[0]
+                pools[column].misses += found[1]
+                continue
             if counting and isinstance(literal, int):
                 sizes.append(min(literal, MAX_ROWS_PER_TABLE // 3))
             for pool in [pools[column]] if column else [] if counting else pools.values():
@@ -146,6 +167,93 @@ def _read_query_into(pools: dict[str, Pool], tokens: list[Token], sizes: list[in
             pools[column].hits.append("".join(cores))
 
 
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DATE_CALLS = ("strftime", "date", "datetime", "time", "julianday", "unixepoch", "timediff")
+_PART_CALLS = ("substr", "substring")
+
+
+def _date_calls(tokens: list[Token]) -> list[str]:
+    """For each token the call around it of a function of dates or of parts of texts; empty outside of all."""
+    around, stack = [], [""]
+    for index, token in enumerate(tokens):
+        if token.is_sign(")") and len(stack) > 1:
+            stack.pop()
+        around.append(stack[-1])
+        if token.is_sign("("):
+            before = tokens[index - 1].name if index else ""
+            inside = stack[-1] if before not in ("in", "select") else ""
+            stack.append(before if before in _DATE_CALLS + _PART_CALLS else inside)
+    return around
+
+
+def _date_formats(tokens: list[Token], around: list[str], pools: dict[str, Pool]) -> dict[int, str]:
+    """Places of the columns inside of calls on dates -> what the call makes of them, as strftime's format.
+
+    A column of texts that a date is read from is one of dates. `'1990' = strftime('%Y', day)` works, too: the
+    columns that no literal follows do no harm.
+    """
+    formats, found = "", {}
+    for index, token in enumerate(tokens):
+        if token.is_word("strftime") and index + 2 < len(tokens):
+            formats = tokens[index + 2].text
+        following = tokens[index + 1] if index + 1 < len(tokens) else None
+        if around[index] in _DATE_CALLS and _is_column(token, following, pools):
+            if pools[token.name].kind == "text":
+                pools[token.name].kind = "date"
+            call = {"strftime": formats, "date": "%Y-%m-%d", "time": "%H:%M:%S", "datetime": "%Y-%m-%d %H:%M:%S"}
+            found[index] = call.get(around[index], "")
+    return found
+
+
+_FIELDS = {"%Y": "(?P<year>[0-9]{4})", "%m": "(?P<month>[0-9]{1,2})", "%d": "(?P<day>[0-9]{1,2})"}
+_FIELDS |= {"%H": "(?P<hour>[0-9]{1,2})", "%M": "(?P<minute>[0-9]{1,2})", "%S": "(?P<second>[0-9]{1,2})"}
+_FIELDS |= {"%w": "(?P<weekday>[0-6])", "%j": "(?P<yearday>[0-9]{1,3})", "%F": "(?P<date>[0-9]{4}-[0-9]{2}-[0-9]{2})"}
+
+
+def _dates_by_format(form: str, literal: int | float | str, operator: str) -> tuple[list[str], list[str]] | None:
+    """Dates for which `strftime(form, day) operator literal` holds, and dates beside them."""
+    if len(form) > 20 or not 0 <= len(str(literal)) <= 20:
+        return None
+    parts = re.split("(%.)", form)
+    if len(set(parts) & set(_FIELDS)) != sum(part in _FIELDS for part in parts):
+        return None
+    match = re.fullmatch("".join(_FIELDS.get(part, re.escape(part)) for part in parts), str(literal))
+    if not match or not match.groupdict():
+        return None
+    field = match.lastgroup
+    try:
+        dates = [_date_from(match.groupdict(), field, by) for by in (-1, 0, 1)]
+    except (ValueError, OverflowError):
+        return None
+    timed = field in ("hour", "minute", "second")
+    below, same, above = ([str(date if timed else date.date()) for date in group] for group in dates)
+    hits = {"<": below, "<=": below + same, ">": above, ">=": same + above, "<>": below + above, "!=": below + above}
+    return hits.get(operator, same), below + same + above
+
+
+def _date_from(fields: dict[str, str], last: str, by: int) -> list[datetime]:
+    """Two dates with the fields, the last field moved by `by`."""
+    if "date" in fields:
+        return [datetime.fromisoformat(fields["date"]) + timedelta(days=by)]
+    given = {name: int(value) for name, value in fields.items()}
+    if last in ("year", "month"):
+        given[last] += by
+        by = 0
+    if not 1 <= given.get("month", 1) <= 12:  # January has no month before it in the same year
+        given["month"] = 6
+    dates = []
+    for month, day in ((1, 1), (12, 28)):
+        start = datetime(given.get("year", 2011), given.get("month", month), given.get("day", day))
+        start += timedelta(**{f"{unit}s": given.get(unit, 0) for unit in ("hour", "minute", "second")})
+        if "yearday" in given:
+            start = start.replace(month=1, day=1) + timedelta(days=given["yearday"] - 1)
+        if "weekday" in given:
+            start += timedelta(days=(given["weekday"] - start.isoweekday()) % 7)
+        unit = f"{last}s" if last in ("hour", "minute", "second") else "days"
+        dates.append(start + timedelta(**{unit: by}))
+    return dates
+
+
 def _is_column(token: Token, following: Token | None, pools: dict[str, Pool]) -> bool:
     qualifier_or_function = following is not None and following.is_sign(".", "(")
     return token.kind in ("word", "quoted") and token.name in pools and not qualifier_or_function
@@ -154,7 +262,8 @@ def _is_column(token: Token, following: Token | None, pools: dict[str, Pool]) ->
 def _literal(token: Token, before: Token | None) -> int | float | str | None:
     """The value of a literal; a double-quoted text that names no column is one to sqlite."""
     if token.kind == "number":
-        value = float(token.text)
+        hexadecimal = token.name.startswith("0x")
+        value = int(token.text, 16) % 2**62 if hexadecimal else float(token.text)
         if token.text.isascii() and token.text.isdecimal() and value < 2**62:  # sqlite's integers: 64 bits
             value = int(token.text)
         negative = before is not None and before.is_sign("-")
@@ -232,6 +341,9 @@ def _dates_with(literal: str) -> tuple[list[str], list[str]] | None:
     if year:
         inside, outside = int(year[1]), (int(year[1]) - 1, int(year[1]) + 1)
         return [f"{inside}-01-01", f"{inside}-12-31"], [f"{outside[0]}-12-31", f"{outside[1]}-01-01"]
+    if month and not 1 <= int(month[1]) <= 12:  # `substr(day, 9) = '15'`
+        day = int(month[1])
+        return ([f"2011-07-{day}"], [f"2011-07-{day - 1}", f"2011-07-{day + 1}"]) if 13 <= day <= 30 else None
     if month:
         in_year = literal[:4] if literal[:4].isdecimal() else "2011"
         others = (max(1, int(month[1]) - 1), min(int(month[1]) + 1, 12))
@@ -239,7 +351,7 @@ def _dates_with(literal: str) -> tuple[list[str], list[str]] | None:
     return None
 
 
-def _plain_value(kind: str, rng: random.Random) -> Value:
+def _plain_value(kind: str, letters: bool, rng: random.Random) -> Value:
     if kind == "integer":
         return rng.randint(0, 99)
     if kind == "real":
@@ -247,16 +359,18 @@ def _plain_value(kind: str, rng: random.Random) -> Value:
     if kind == "date":
         return f"20{rng.randint(8, 14):02d}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
     # Texts, among them numbers: many data sets declare every column VARCHAR and then add them up.
-    return rng.choice("abcdeABCDE") + rng.choice("fgh") if rng.random() < 0.6 else str(rng.randint(1, 120))
+    if letters or rng.random() < 0.6:
+        return rng.choice("abcdeABCDE") + rng.choice("fgh")
+    return str(rng.randint(1, 120))
 
 
 def _draw_filling(plan: Plan, style: Style, rng: random.Random) -> dict[str, list[list[Value]]]:
     plain = {}
     for pool in plan.pools.values():
-        plain[id(pool)] = [_plain_value(pool.kind, rng) for _ in range(style.variety)]
+        plain[id(pool)] = [_plain_value(pool.kind, style.letters, rng) for _ in range(style.variety)]
     rows = max(style.rows, min(3 * plan.rows, MAX_ROWS_PER_TABLE))
     if plan.crowded > 2:  # the cross product must stay within the sandbox's steps
-        rows = min(rows, max(4, int(20_000 ** (1 / plan.crowded))))
+        rows = min(rows, max(4 if plan.crowded <= 10 else 1, int(20_000 ** (1 / plan.crowded))))
     filling = {}
     for table, columns in plan.tables.items():
         cells = [_draw_column(plan.pools[column.name.lower()], plain, style, rows, rng) for column in columns]
@@ -269,8 +383,12 @@ def _draw_column(pool: Pool, plain: dict[int, list[Value]], style: Style, rows: 
     if style.distinct:
         candidates = list(dict.fromkeys(pool.hits + pool.misses + others))
         while len(candidates) < rows:
-            candidates.append(len(candidates) + 1000)
-        return rng.sample(candidates, rows)
+            number = len(candidates) + 1000
+            candidates.append(f"{'mN'[number % 2]}{number}" if style.letters and pool.kind == "text" else number)
+        column = rng.sample(candidates, rows)
+        if style.null:
+            column[rng.randrange(rows)] = None
+        return column
     column = []
     for index in range(rows):
         draw = rng.random()

@@ -101,6 +101,9 @@ def _lower_names(tree: Expression) -> Expression:
     for name in tree.find_all(exp.Identifier):
         name.set("this", name.this.lower())
         name.set("quoted", False)
+    for collation in tree.find_all(exp.Collate):
+        for name in collation.find_all(exp.Var):
+            name.set("this", name.name.lower())
     return tree
 
 
@@ -126,7 +129,8 @@ def _plain_joins_and_orders(tree: Expression) -> Expression:
     from sqlglot import exp
 
     for join in tree.find_all(exp.Join):
-        if join.args.get("kind") in ("INNER", "OUTER"):  # LEFT OUTER JOIN is LEFT JOIN
+        kind = join.args.get("kind")
+        if kind == "INNER" or (kind == "OUTER" and join.args.get("side")):  # LEFT OUTER JOIN is LEFT JOIN
             join.set("kind", None)
     for term in tree.find_all(exp.Ordered):
         term.set("nulls_first", bool(term.args.get("nulls_first")))  # where nothing is said, sqlglot sets sqlite's way

@@ -26,7 +26,8 @@ from dpo_lightning.sql_tokens import Token, tokenize
 
 MAX_QUERY_CHARS = 5_000
 MAX_CONTEXT_CHARS = 30_000
-MAX_SELECTS = 16  # in one query; with MAX_EXPANSION it bounds what sqlite may unfold while compiling
+MAX_SELECTS = 16  # nested in each other; with MAX_EXPANSION it bounds what sqlite may unfold while compiling
+MAX_SIBLINGS = 64  # SELECTs strung together by UNION and its like, in all
 MAX_EXPANSION = 4_000
 MAX_STEPS = 400_000  # sqlite's virtual machine instructions per query, about 10 ms
 TICK = 100  # instructions between two looks at the limits
@@ -40,7 +41,7 @@ _LIMITS = {  # names of sqlite3.SQLITE_LIMIT_*
     "SQL_LENGTH": 4 * MAX_CONTEXT_CHARS,
     "COLUMN": 500,
     "EXPR_DEPTH": 200,
-    "COMPOUND_SELECT": MAX_SELECTS,
+    "COMPOUND_SELECT": MAX_SIBLINGS,
     "VDBE_OP": 25_000,
     "FUNCTION_ARG": 32,
     "ATTACHED": 0,
@@ -51,17 +52,30 @@ _LIMITS = {  # names of sqlite3.SQLITE_LIMIT_*
 # Python before 3.11 cannot set those limits; sqlite's heap limit, which is the whole process's, stands in.
 _HEAP_BYTES_WITHOUT_LIMITS = 128 << 20
 
-# Left out on purpose: randomblob and zeroblob; printf and format, since `%.*c` spins for seconds before the
-# size limit stops it; the JSON functions; all that reaches outside (load_extension, fts3_tokenizer, ...).
+# sqlite's own, of all versions, as far as they compute something from their arguments. Left out on purpose:
+# randomblob, since a verdict must not be drawn by lot; json_pretty, whose indent grows past every limit; what
+# tells about the library or the connection; all that reaches outside (load_extension, fts3_tokenizer, ...).
 _FUNCTIONS = frozenset(
     """
-    abs avg ceil ceiling char coalesce concat concat_ws count cume_dist current_date current_time
-    current_timestamp date datetime dense_rank exp first_value floor glob group_concat hex ifnull iif instr
-    julianday lag last_value lead length like ln log log10 log2 lower ltrim max min mod nth_value ntile nullif
-    percent_rank pi pow power random rank replace round row_number rtrim sign sqrt strftime string_agg substr
-    substring sum time total trim trunc typeof unicode unixepoch upper
+    abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling char coalesce concat concat_ws cos cosh count
+    cume_dist current_date current_time current_timestamp date datetime degrees dense_rank exp first_value floor
+    glob group_concat hex if ifnull iif instr julianday lag last_value lead length like likelihood likely ln log
+    log10 log2 lower ltrim max median min mod nth_value ntile nullif octet_length percent_rank percentile
+    percentile_cont percentile_disc pi pow power quote radians random rank replace round row_number rtrim sign
+    sin sinh soundex sqrt strftime string_agg substr substring subtype sum tan tanh time timediff total trim
+    trunc typeof unhex unicode unistr unistr_quote unixepoch unlikely upper
     """.split()
 )
+# In queries alone: contexts have no use for them.
+_QUERY_FUNCTIONS = _FUNCTIONS | frozenset(
+    """
+    -> ->> format json json_array json_array_insert json_array_length json_error_position json_extract
+    json_group_array json_group_object json_insert json_object json_patch json_quote json_remove json_replace
+    json_set json_type json_valid jsonb jsonb_array jsonb_array_insert jsonb_extract jsonb_group_array
+    jsonb_group_object jsonb_insert jsonb_object jsonb_patch jsonb_remove jsonb_replace jsonb_set printf zeroblob
+    """.split()
+)
+_WIDE = re.compile(r"%[^a-zA-Z%]*(?:[0-9]{4}|\*)")  # in a format: a width or precision of over 999
 
 _READ, _FUNCTION, _SELECT = sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_SELECT
 # What CREATE TABLE does to sqlite's own table.
@@ -105,27 +119,83 @@ def read_query(reply: str) -> str:
         raise QueryError("a read query begins with SELECT, WITH or VALUES")
     if any(token.is_sign(";") for token in tokens):
         raise QueryError("there is more than one statement")
-    _check_expansion(tokens)
+    _check_expansion(tokens, _cte_names(query))
     return query
 
 
-def _check_expansion(tokens: list[Token]) -> None:
-    """Refuse a query that could unfold into too many parts while sqlite compiles it.
+class _Level:
+    """The SELECTs strung together by UNION and its like between one pair of parentheses, or outside of all.
 
-    sqlite copies a CTE or a flattened subquery wherever it is named, so each SELECT can multiply what is
-    below it by as often as it repeats one name; the product over all SELECTs bounds the growth.
+    sqlite copies a CTE or a flattened subquery wherever it is named. So a SELECT multiplies what is nested in
+    it by as often as it repeats one name, or names CTEs; siblings add up; and the CTEs of a WITH, which may
+    copy each other, multiply.
     """
-    selects, expansion, names = 0, 1, Counter()
+
+    def __init__(self, ctes: set[str]):
+        self._ctes = ctes
+        self._shared, self._added = 1, 0
+        self._nested, self._names = 0, Counter()
+        self.mentioned: set[str] = set()
+        self.selects = 0
+
+    def begin_select(self) -> None:
+        if self.selects:
+            self._added += self._sibling()
+            self._nested, self._names = 0, Counter()
+        self.selects += 1
+
+    def name(self, name: str) -> None:
+        self._names[name] += 1
+        self.mentioned.add(name)
+
+    def take_in(self, inner: _Level) -> None:
+        """A pair of parentheses with SELECTs in it was closed in this level."""
+        if not self.selects:  # a CTE of this level's WITH
+            self._shared *= inner.expansion
+            return
+        self._nested += inner.expansion
+        for name in inner.mentioned:
+            self.name(name)
+
+    @property
+    def expansion(self) -> int:
+        return self._shared * (self._added + self._sibling())
+
+    def _sibling(self) -> int:
+        repeated = max(self._names.values(), default=1)
+        copied = sum(count for name, count in self._names.items() if name in self._ctes)
+        return max(repeated, copied) * max(1, self._nested)
+
+
+def _check_expansion(tokens: list[Token], ctes: set[str]) -> None:
+    """Refuse a query that could unfold into too many parts while sqlite compiles it."""
+    outermost = _Level(ctes)
+    levels, open_levels, selects, nested = [outermost], [], 0, 0
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        if token.is_word("select", "values"):
+        level = levels[-1]
+        if token.is_sign("("):
+            begins = following is not None and following.is_word("select", "values", "with")
+            open_levels.append(begins)
+            if begins:
+                nested += 1
+                levels.append(_Level(ctes))
+        elif token.is_sign(")") and open_levels:
+            if open_levels.pop():
+                inner = levels.pop()
+                levels[-1].take_in(inner)
+        elif token.is_word("select", "values"):
             selects += 1
-            expansion *= max(names.values(), default=1)
-            names.clear()
+            level.begin_select()
         elif token.kind in ("word", "quoted", "string") and not _is_syntax(token, following):
-            names[token.name] += 1
-    expansion *= max(names.values(), default=1)
-    if selects > MAX_SELECTS or expansion > MAX_EXPANSION:
-        raise QueryError(f"too deeply nested: {selects} SELECTs whose repeated names multiply to {expansion}")
+            level.name(token.name)
+    while len(levels) > 1:  # parentheses left open, which sqlite refuses
+        inner = levels.pop()
+        levels[-1].take_in(inner)
+    if nested >= MAX_SELECTS or selects > MAX_SIBLINGS or outermost.expansion > MAX_EXPANSION:
+        raise QueryError(
+            f"too deeply nested: {selects} SELECTs, {nested} of them within others, whose repeated names "
+            f"multiply to {outermost.expansion}"
+        )
 
 
 _KEYWORDS = frozenset("and or not as on is in null case when then else end between like by asc desc join".split())
@@ -144,6 +214,7 @@ class Sandbox:
     """
 
     def __init__(self, context: str):
+        self._formatter: sqlite3.Connection | None = None  # opened by the first printf
         self._filled: dict[str, list[str]] = {}
         self._ctes: set[str] = set()
         # By lower-case name. Generated columns, which take no values, are left out.
@@ -165,6 +236,8 @@ class Sandbox:
 
     def __exit__(self, *_) -> None:
         self._connection.close()
+        if self._formatter is not None:
+            self._formatter.close()
 
     def check(self, query: str) -> None:
         """Compile the query without running it; QueryError when sqlite refuses it."""
@@ -252,8 +325,20 @@ class Sandbox:
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, True)
         # A verdict must not be drawn by lot.
         connection.create_function("random", 0, lambda: 0, deterministic=True)
+        # sqlite's own spin for seconds over a wide field before the limit on lengths stops them.
+        for name in ("printf", "format"):
+            connection.create_function(name, -1, self._format, deterministic=True)
         connection.set_progress_handler(self._over_limit, TICK)
         connection.set_authorizer(self._authorize)
+
+    def _format(self, *values: str | bytes | float | None) -> str | None:
+        """sqlite's printf without wide fields."""
+        if values and _WIDE.search(str(values[0])):
+            raise ValueError("the format has a wide field, or one whose width is an argument")
+        if self._formatter is None:
+            self._formatter = sqlite3.connect(":memory:", check_same_thread=False)
+        (text,) = self._formatter.execute(f"SELECT printf({', '.join('?' * len(values))})", values).fetchone()
+        return text
 
     def _over_limit(self) -> bool:
         self._steps += TICK
@@ -261,7 +346,7 @@ class Sandbox:
 
     def _authorize(self, action: int, first: str | None, second: str | None, *_) -> int:
         if action == _FUNCTION:
-            allowed = second.lower() in _FUNCTIONS
+            allowed = second.lower() in (_QUERY_FUNCTIONS if self._allowed is _QUERY_ACTIONS else _FUNCTIONS)
         elif action == _READ and self._allowed is _QUERY_ACTIONS:
             table = first.lower()
             allowed = table in self.tables or (not second and table in self._ctes)
