@@ -294,7 +294,10 @@ def _join(pools: dict[str, Pool], left: str, right: str) -> None:
 def _add_literal(pool: Pool, operator: str, literal: int | float | str) -> None:
     if len(pool.hits) >= MAX_LITERALS_PER_COLUMN:
         return
-    if pool.kind == "date" and isinstance(literal, str) and (dates := _dates_with(literal)):
+    dates = None
+    if pool.kind == "date" and isinstance(literal, str):
+        dates = _dates_by_format("%Y-%m-%d", literal, operator) or _dates_with(literal)
+    if dates:
         hits, misses = dates
     elif isinstance(literal, str) and operator in ("like", "glob"):
         hits, misses = _around_pattern(literal)
@@ -305,7 +308,7 @@ def _add_literal(pool: Pool, operator: str, literal: int | float | str) -> None:
         hits = beside.get(operator, [literal])
         misses = [literal, lower, upper]
         if isinstance(literal, str):
-            misses += [literal.swapcase(), literal + "q", "q" + literal, literal[:-1]]
+            misses += [literal.swapcase(), f" {literal} ", literal + "q", "q" + literal, literal[:-1]]
         elif isinstance(literal, float):
             misses += [int(literal)] if abs(literal) < 1e15 else []
     pool.hits += hits

@@ -73,12 +73,13 @@ def test_another_order_is_another_result(reply, wanted):
         ("strftime('%Y', {}) IN ('1990')", "strftime('%Y', {}) = '1990'"),
         ("strftime('%d', {}) = '15'", "strftime('%d', {}) = '15'"),
         ("strftime('%w', {}) = '0'", "strftime('%w', {}) = '0'"),
+        ("{} >= '1990-01-01' AND {} < '1991-01-01'", "strftime('%Y', {}) = '1990'"),
         ("strftime('%H', {}) = '13'", "strftime('%H', {}) = '13'"),
         ("date({}, '+1 day') = '1990-05-04'", "date({}, '+1 day') = '1990-05-04'"),
     ],
 )
 def test_dates_are_drawn_around_the_formats(reply, wanted, day):
-    reply, wanted = (f"SELECT name FROM e WHERE {text.format(day)}" for text in (reply, wanted))
+    reply, wanted = (f"SELECT name FROM e WHERE {text.replace('{}', day)}" for text in (reply, wanted))
     assert same_result(reply, wanted, EVENTS) is True
 
 
@@ -96,6 +97,11 @@ def test_dates_are_drawn_around_the_formats(reply, wanted, day):
 )
 def test_valid(reply, context):
     assert compiles(reply, context) is True
+
+
+def test_blanks_around_a_text_count():
+    wanted = "SELECT goals FROM players WHERE name = 'ab'"
+    assert same_result("SELECT goals FROM players WHERE trim(name) = 'ab'", wanted, PLAYERS) is False
 
 
 def test_a_join_of_thirty_tables_is_executed():
