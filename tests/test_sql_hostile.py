@@ -34,6 +34,15 @@ def chained_ctes(levels: int) -> str:
     return "WITH c0 AS (SELECT x FROM t), " + ", ".join(links) + f" SELECT x FROM c{levels - 1}"
 
 
+def sibling_ctes(levels: int, siblings: int) -> str:
+    """Fibonacci's CTEs, each of several SELECTs strung together."""
+    links = [
+        f"c{i} AS ({' UNION ALL '.join([f'SELECT 1 FROM c{i - 1}, c{i - 2}'] * siblings)})" for i in range(2, levels)
+    ]
+    starts = "WITH c0 AS (SELECT 1 FROM t), c1 AS (SELECT 1 FROM t), "
+    return starts + ", ".join(links) + f" SELECT 1 FROM c{levels - 1}"
+
+
 def nested_replace(levels: int) -> str:
     text = "'aaaaaaaa'"
     for _ in range(levels):
@@ -235,6 +244,7 @@ FAMILIES = {
         *map(fibonacci_ctes, (14, 40, 80)),
         *map(chained_ctes, (6, 13, 40, 80)),
         *map(shadowed_ctes, (4, 13, 40)),
+        *(sibling_ctes(levels, siblings) for levels in (6, 10, 13, 16) for siblings in (2, 3, 4)),
     ],
     "endless": [
         COUNTER + "SELECT n FROM r",
