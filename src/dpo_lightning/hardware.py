@@ -69,7 +69,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 def _peak_working_set() -> int | None:
     try:
-        import psutil  # accelerate, which peft needs, brings it
+        import psutil  # peft needs it, but that may change
     except ImportError:
         return None
     return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows has it

@@ -9,10 +9,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
-from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning import DPOModule, PreferenceDataModule, reference_cache
+from dpo_lightning.cli import main
 from dpo_lightning.errors import UserError
 from dpo_lightning.guards import GuardsCallback
+from dpo_lightning.metrics import PairMetrics
 from dpo_lightning.preference_loss import PreferenceLoss
+from test_losses import logps
 
 
 class Log(Callback):
@@ -30,6 +33,7 @@ class Log(Callback):
         self.moved.append(not all(map(torch.equal, self.before, trained(pl_module).values())))
 
     def on_train_start(self, trainer, pl_module):
+        self.start = {name: weight.detach().clone() for name, weight in trained(pl_module).items()}
         log = pl_module.log  # callback_metrics keep a value until its next one
 
         def logging(name, value, **options):
@@ -63,11 +67,11 @@ def fit(model_folder, tokenizer, rows_file, quiet_trainer):
         )
         log = Log()
         trainer = quiet_trainer(callbacks=[*callbacks, GuardsCallback(), log], **defaults | options)
-        module.configure_model()
+        torch.manual_seed(0)
         prepare(module)
-        start = {name: weight.detach().clone() for name, weight in trained(module).items()}
         trainer.fit(module, pairs, ckpt_path=ckpt_path)
-        return module, log, torch.cat([(w.detach() - start[name]).flatten() for name, w in trained(module).items()])
+        moves = [(w.detach() - log.start[name]).flatten() for name, w in trained(module).items()]
+        return module, log, torch.cat(moves)
 
     return run
 
@@ -210,3 +214,118 @@ def test_a_resumed_run_knows_scale_schedule_and_count(fit, tmp_path):
     _, rest, _ = fit(plugin, overflow_at(6), ckpt_path=tmp_path / "step=4.ckpt", **options)
     assert rest.losses == whole.losses[4:] and rest.rates == whole.rates[4:]
     assert rest.of("train/skipped_steps")[-1] == 3 and plugin.scaler.get_scale() == 2.0**9
+
+
+# ---------------------------------------------------------------------- 16-true and bf16-true
+
+LORA = {"r": 4, "lora_alpha": 8}
+SIXTEEN_BITS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+@pytest.mark.parametrize("convert", [
+    lambda module: module.to(torch.bfloat16), lambda module: module.half(), lambda module: module.bfloat16(),
+    lambda module: module.to(dtype=torch.float16),
+])  # fmt: skip
+@pytest.mark.parametrize("seen_before", [0, 300])
+def test_metrics_count_in_float32_in_whatever_the_module_is(convert, seen_before, model_folder):
+    module = DPOModule(str(model_folder))
+    metrics, exact = module.val_metrics, PairMetrics()
+    policy = logps(*[([-1.37], [-2.71])] * 16)
+    reference = logps(*[([-1.01], [-1.0])] * 16)
+    losses, rewards = torch.linspace(0.1, 0.9, 16), PreferenceLoss(beta=0.1).rewards(policy, reference)
+    for batch in range(600):
+        if batch == seen_before:
+            convert(module)
+        for each in (metrics, exact):
+            each.update(losses, rewards, policy, reference)
+    assert metrics.pairs == 600 * 16
+    for name, value in metrics.compute().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact.compute()[name], rtol=1e-6, atol=1e-6)
+    metrics.reset()
+    metrics.update(losses, rewards, policy, reference)
+    assert metrics.sums.dtype == metrics.pairs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_an_adapter_stays_in_float32_and_trains_over_a_base_in_16_bits(fit, precision):
+    model = {"lora": LORA, "learning_rate": 1e-5}  # steps that float32 shows and bfloat16 would mostly swallow
+    model |= {"lr_scheduler_type": "constant"}
+    module, log, moved = fit(model=model, precision=precision, data={"rejected": "shuffled"}, max_steps=6)
+    dtypes = {name: weight.dtype for name, weight in module.policy.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" not in name} == {SIXTEEN_BITS[precision]}
+    assert {moment.dtype for state in module.optimizers().state.values() for moment in state.values()} == {torch.float32}
+    assert (moved != 0).float().mean() > 0.95
+    assert log.losses[0] == pytest.approx(math.log(2), abs=0.02)
+    logged = module.trainer.callback_metrics
+    assert {value.dtype for value in logged.values()} == {torch.float32}
+    assert logged["train/learning_rate"].item() == pytest.approx(1e-5, rel=1e-6)
+
+
+def test_an_adapter_learns_in_bf16_true_as_in_float32(fit):
+    options = {"model": {"lora": LORA, "learning_rate": 1e-3}, "data": {"rejected": "shuffled"}, "max_steps": 10}
+    options["prepare"] = lambda module: module.configure_model()  # the same random start, drawn in float32
+    (_, exact, expected), (_, log, moved) = (fit(precision=name, **options) for name in ("32-true", "bf16-true"))
+    assert log.losses == pytest.approx(exact.losses, abs=0.05)
+    assert torch.cosine_similarity(moved, expected, dim=0) > 0.8
+
+
+def test_a_resumed_adapter_loses_no_bits_in_bf16_true(fit, tmp_path):
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"model": {"lora": LORA}, "precision": "bf16-true", "max_steps": 4, "data": {"rejected": "shuffled"}}
+    whole, log, _ = fit(None, saves, enable_checkpointing=True, **options)
+    resumed, rest, _ = fit(ckpt_path=tmp_path / "step=2.ckpt", **options)
+    assert rest.losses == log.losses[2:]
+    assert all(torch.equal(weight, trained(resumed)[name]) for name, weight in trained(whole).items())
+
+
+def test_a_moving_adapter_reference_stays_in_float32(fit):
+    model = {"lora": LORA, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
+    module, _, _ = fit(model=model, precision="bf16-true", max_steps=2)
+    assert all(torch.equal(weight, module.reference.weights[name]) for name, weight in trained(module).items())
+    assert {weight.dtype for weight in module.reference.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_weights_and_cached_log_probs_of_a_batch_are_not_rounded(fit, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_cache, "cache_root", lambda: tmp_path)
+    found = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found.append((batch.weight.dtype, batch.margin.dtype, batch.reference_logps.dtype))
+
+    fit(None, Look(), model={"lora": LORA, "reference": "cached"}, precision=precision)
+    assert set(found) == {(torch.float32,) * 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"precision": "bf16-true"}, "bfloat16"),
+        ({"precision": "16-true"}, "float16"),
+        ({"model": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"model": {"dtype": "float16"}, "precision": "bf16-mixed"}, "float16"),
+        ({"prepare": lambda module: (module.configure_model(), module.half())}, "float16"),
+        ({"model": {"lora": LORA | {"modules_to_save": ["lm_head"]}}, "precision": "bf16-true"}, "bfloat16"),
+    ],
+)
+def test_weights_in_16_bits_are_not_trained(fit, options, named):
+    with pytest.raises(UserError, match=f"weights in {named} cannot be trained: .*trainer.precision: bf16-mixed"):
+        fit(**options)
+
+
+def test_the_command_refuses_them_before_data_are_read(model_folder, capsys, tmp_path, monkeypatch, rows_file):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PreferenceDataModule, "setup", lambda *_: pytest.fail("data are read"))
+    argv = ["fit", "--model.name_or_path", str(model_folder), "--data.train_dataset", rows_file]
+    assert main([*argv, "--trainer.accelerator", "cpu", "--trainer.precision", "bf16-true"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "about 3 % of the weights move" in line and "configs/lora.yaml" in line
+
+
+def test_a_model_in_16_bits_may_be_tested(model_folder, tokenizer, rows_file, quiet_trainer):
+    data = PreferenceDataModule(tokenizer, rows_file, val_size=4, test_size=4, batch_size=4)
+    (result,) = quiet_trainer(precision="bf16-true").test(DPOModule(str(model_folder)), data, verbose=False)
+    assert result["test/loss"] == pytest.approx(math.log(2), abs=0.02)
