@@ -40,8 +40,8 @@ class GuardsCallback(Callback):
 
     No step waits for the device because of this: on one CPU process each loss is looked at after its step;
     elsewhere losses are collected on the device and looked at together, every `log_every_n_steps` and before each
-    checkpoint, so that a bad policy never replaces a good checkpoint. Steps that a gradient scaler skips harm nothing: only
-    where nothing else comes any more is the run stopped.
+    checkpoint, so that a bad policy never replaces a good checkpoint. Steps that a gradient scaler skips harm nothing:
+    only where nothing else comes any more is the run stopped.
     """
 
     def __init__(self) -> None:

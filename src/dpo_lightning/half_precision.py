@@ -1,4 +1,4 @@
-"""16-true and bf16-true: what must stay in float32 where Lightning converts a whole module, and what cannot be trained."""
+"""16-true and bf16-true: what stays in float32 where Lightning converts a whole module, and what cannot be trained."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

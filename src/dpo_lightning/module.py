@@ -154,8 +154,9 @@ class DPOModule(LightningModule):
         """
         check_strategy(self.trainer.strategy)
         keep_inputs(self.trainer)
-        h, whole_model = self.hparams, self.hparams.lora is None
-        if self.trainer.state.fn == TrainerFn.FITTING and whole_model and base_model_name(h.name_or_path) == h.name_or_path:
+        h = self.hparams
+        adapter = h.lora is not None or base_model_name(h.name_or_path) != h.name_or_path
+        if self.trainer.state.fn == TrainerFn.FITTING and not adapter:
             check_trained_dtype([TRUE.get(self.trainer.precision, torch.float32), getattr(torch, h.dtype)])
         return []
 
