@@ -27,9 +27,10 @@ SHARED_PREFIX_MODEL_TYPES = frozenset(
     "deepseek_v3 gptj codegen xglm gpt_oss".split()
 )
 HEAD_CHUNK = 1024  # predicted tokens whose [chunk, V] logits exist at a time
-# By how much two ways of scoring may differ per token in the mean, relative to 1 + |log-prob|. Measured: 2e-7 in float32,
-# 1e-5 in TF32, 1e-3 in bfloat16, and with a wrong mask 1e-3 (an untrained model) to 0.1.
-NOISE, NOISE_IN_16_BITS = 2e-4, 5e-3
+# By how much two ways of scoring may differ per token in the mean, relative to 1 + |log-prob|. Measured: 2e-7 in
+# float32, 1e-5 to 3e-4 in TF32, 1e-3 in bfloat16; a wrong mask differs thirty times or more as much as TF32 does in the
+# same model: 5e-4 in an untrained one, up to 0.1 in others.
+NOISE, NOISE_IN_16_BITS = 4e-4, 1e-2
 LOGITS_IN_CACHE, LOGITS_AT_ONCE = 2**20, 2**26  # elements that a CPU and that a GPU works on in one go
 
 
@@ -256,7 +257,7 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
             return False  # models with their own idea of masks refuse a 4D one
         off = (found - truth).abs() / (1 + truth.abs())
         # Means and quantiles, since on some hardware a single token is off by more. NaN agrees with nothing.
-        return bool(off.mean() <= tolerance and off.quantile(0.99) <= 10 * tolerance)
+        return bool(off.mean() <= tolerance and off.quantile(0.99) <= 5 * tolerance)
 
     with torch.autocast(device.type, enabled=False), float32_products(), evaluating(model):
         truth = pair_logps(model, probe, Scoring(shared=False, gathered=False)).token_logps
