@@ -9,12 +9,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
+from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule, reference_cache
 from dpo_lightning.cli import main
 from dpo_lightning.errors import UserError
 from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.metrics import PairMetrics
 from dpo_lightning.preference_loss import PreferenceLoss
+from ranks import run_ranks
 from test_losses import logps
 
 
@@ -330,3 +332,31 @@ def test_a_model_in_16_bits_may_be_tested(model_folder, tokenizer, rows_file, qu
     data = PreferenceDataModule(tokenizer, rows_file, val_size=4, test_size=4, batch_size=4)
     (result,) = quiet_trainer(precision="bf16-true").test(DPOModule(str(model_folder)), data, verbose=False)
     assert result["test/loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_an_adapter_stays_in_float32_over_two_processes(strategy, model_folder, rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["fit", "--config", str(REPO / "configs" / "gpt2.yaml"), "--model.name_or_path", str(model_folder)]
+    argv += ["--data.train_dataset", rows_file, "--data.val_size", "4", "--data.test_size", "0"]
+    argv += ["--data.batch_size", "4", "--data.max_length", "128", "--model.lora.r", "2", "--model.max_new_tokens", "4"]
+    argv += ["--trainer.accelerator", "cpu", "--trainer.precision", "bf16-true", "--trainer.max_steps", "3"]
+    argv += ["--trainer.devices", "2", "--replies.num_prompts", "2", "--export.enabled", "false"]
+    argv += {"ddp": ["--trainer.strategy", "ddp"], "fsdp2": ["--config", str(REPO / "configs" / "fsdp.yaml")]}[strategy]
+    assert run_ranks(2, lambda rank: main([*argv, "--data.batch_size", "4", "--trainer.accelerator", "cpu"])) == [0, 0]
+    (last,) = tmp_path.glob("lightning_logs/version_0/checkpoints/last.ckpt")
+    adapter = torch.load(last, weights_only=True)["state_dict"]
+    assert adapter and {weight.dtype for weight in adapter.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_an_overflow_of_one_process_is_skipped_by_all(fit):
+    def on(rank):
+        overflow = [overflow_at(2)] if rank == 0 else []
+        module, log, _ = fit(float16(), *overflow, devices=2, strategy="ddp", gradient_clip_val=1.0)
+        return log.moved, log.of("train/skipped_steps"), next(iter(trained(module).values())).double().sum().item()
+
+    first, second = run_ranks(2, on)
+    assert first == second
+    assert first[:2] == ([True, False, True], [0, 1, 1])
