@@ -37,7 +37,10 @@ class SkippedSteps:
 
     @contextmanager
     def counting(self, trainer: Trainer) -> Iterator[None]:
-        """Around one optimizer step: looks whether it was skipped, which is where the scaler lowers its scale."""
+        """Around one optimizer step: looks whether it was skipped, which is where the scaler lowers its scale.
+
+        That waits for the device, as the scaler itself does in every step.
+        """
         scaler = gradient_scaler(trainer)
         before = scaler and scaler.get_scale()
         yield

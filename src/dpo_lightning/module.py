@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from dpo_lightning.replies import Reply
 
-TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the Trainer's precision
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of products, by the Trainer's precision
+CONVERTED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # of weights, by the same
 IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
 
 
@@ -157,7 +157,7 @@ class DPOModule(LightningModule):
         h = self.hparams
         adapter = h.lora is not None or base_model_name(h.name_or_path) != h.name_or_path
         if self.trainer.state.fn == TrainerFn.FITTING and not adapter:
-            check_trained_dtype([TRUE.get(self.trainer.precision, torch.float32), getattr(torch, h.dtype)])
+            check_trained_dtype([CONVERTED.get(self.trainer.precision, torch.float32), getattr(torch, h.dtype)])
         return []
 
     def configure_model(self) -> None:

@@ -150,7 +150,7 @@ class ReportCallback(Callback):
                 "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
                 "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
                 "precision": str(trainer.precision)
-                + (f", {module.skipped.total} steps skipped for overflow" if module.skipped.total else ""),
+                + (f", steps skipped for overflow: {module.skipped.total}" if module.skipped.total else ""),
             },
             settings=settings(trainer, module),
             curves=self._curves,

@@ -16,6 +16,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.metrics import PairMetrics
 from dpo_lightning.preference_loss import PreferenceLoss
+from dpo_lightning.reporting import ReportCallback
 from ranks import run_ranks
 from test_losses import logps
 
@@ -152,6 +153,11 @@ def test_an_overflow_that_the_scaler_skips_is_counted_and_harms_nothing(fit, cap
     assert len(log.of("train/grad_norm")) == 4, "where a step was skipped there is none"
     assert all(map(math.isfinite, log.of("train/grad_norm") + log.losses))
     assert "3 of 7 steps were skipped because their gradients overflowed float16" in caplog.text
+
+
+def test_the_report_says_how_many_steps_were_skipped(fit, tmp_path):
+    fit(float16(), ReportCallback(), overflow_at(2, 3))
+    assert "<td>16-mixed, steps skipped for overflow: 2</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_the_first_scale_that_is_too_large_is_found_smaller(fit):
