@@ -41,6 +41,7 @@ from dpo_lightning.policy import base_model_name, tokenizer_name
 from dpo_lightning.predictions import ReplyWriter
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reporting import ReportCallback
+from dpo_lightning.sharding import check_strategy
 from dpo_lightning.stopping import StoppingCallback
 from dpo_lightning.storyboard import StoryboardCallback
 
@@ -86,6 +87,7 @@ class DPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fills in what follows from the rest of the config: tokenizer, generating model, precision."""
         config = self.settings
+        check_strategy(config.trainer.strategy)
         if config.data.tokenizer is None:
             config.data.tokenizer = tokenizer_name(config.model.name_or_path)
         if config.data.rejected == "generated":

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dpo_lightning.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.checkpoints import LastCheckpoint
 from dpo_lightning.errors import UserError
+from dpo_lightning.gradient_scaler import MAX_SKIPS_IN_A_ROW
 from dpo_lightning.logps import pair_logps
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.run_context import find_callback, preference_data
@@ -31,7 +32,7 @@ class Seen(NamedTuple):
     step: int
     pair_ids: Tensor
     loss: Tensor
-    grad_norm: Tensor | None  # of the step that the batch ended, where gradients are clipped
+    grad_norm: Tensor | None  # of the step that the batch ended, where gradients are clipped and it was not skipped
 
 
 class GuardsCallback(Callback):
@@ -39,7 +40,8 @@ class GuardsCallback(Callback):
 
     No step waits for the device because of this: on one CPU process each loss is looked at after its step;
     elsewhere losses are collected on the device and looked at together, every `log_every_n_steps` and before each
-    checkpoint, so that a bad policy never replaces a good checkpoint.
+    checkpoint, so that a bad policy never replaces a good checkpoint. Steps that a gradient scaler skips harm nothing:
+    only where nothing else comes any more is the run stopped.
     """
 
     def __init__(self) -> None:
@@ -73,8 +75,15 @@ class GuardsCallback(Callback):
         """Looks at the loss: at once where that is free, else where the run waits for the device anyway."""
         self._unseen.append(Seen(self._step, batch.pair_ids, outputs["loss"].detach(), pl_module.grad_norm))
         free = pl_module.device.type == "cpu" and trainer.world_size == 1
-        if free or trainer.global_step % trainer.log_every_n_steps == 0:
+        too_often = pl_module.skipped.in_a_row >= MAX_SKIPS_IN_A_ROW
+        if free or too_often or trainer.global_step % trainer.log_every_n_steps == 0:
             self._stop_at_nan(trainer)
+        if too_often:
+            raise UserError(
+                f"the gradients of {MAX_SKIPS_IN_A_ROW} steps in a row, up to step {trainer.global_step}, overflowed "
+                f"float16, so all were skipped and nothing is learned; {last_good(trainer)}; set trainer.precision: "
+                "32-true (or bf16-mixed where the hardware has it), or lower model.learning_rate"
+            )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps a policy that has met NaN out of the checkpoints."""
@@ -84,6 +93,11 @@ class GuardsCallback(Callback):
         """Looks at what came after the last step."""
         self._stop_at_nan(trainer)
         self._look(trainer, pl_module)
+        if skipped := pl_module.skipped.total:
+            rank_zero_info(
+                f"{skipped} of {trainer.global_step} steps were skipped because their gradients overflowed float16: a "
+                "few are normal, since the gradient scaler finds its scale so"
+            )
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step > warmup_steps(trainer, module):
@@ -110,11 +124,7 @@ class GuardsCallback(Callback):
         finite = bool(torch.stack([getattr(v, "full_tensor", lambda v=v: v)() for v in values]).isfinite().all())
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             return
-        written, last = trainer.checkpoint_callback, find_callback(trainer, LastCheckpoint)
-        path = getattr(written, "last_model_path", "") or getattr(written, "best_model_path", "")
-        if last is not None and last.path.exists():
-            path = last.path
-        good = f"the last good checkpoint is {path}" if path else "no checkpoint was written before"
+        good = last_good(trainer)
         remedy = "lower model.learning_rate, or set trainer.gradient_clip_val: 1.0 or trainer.precision: 32-true"
         if finite:
             raise UserError(f"another process met a loss or gradient that is not finite; {good}; {remedy}")
@@ -127,6 +137,15 @@ class GuardsCallback(Callback):
                         f"the {name} is {value.item()} at step {batch.step}, on these rows: {rows}; {good}; look at "
                         f"the rows, {remedy}"
                     )
+
+
+def last_good(trainer: Trainer) -> str:
+    """Which checkpoint a run that went wrong can go back to, as half a sentence."""
+    written, last = trainer.checkpoint_callback, find_callback(trainer, LastCheckpoint)
+    path = getattr(written, "last_model_path", "") or getattr(written, "best_model_path", "")
+    if last is not None and last.path.exists():
+        path = last.path
+    return f"the last good checkpoint is {path}" if path else "no checkpoint was written before"
 
 
 def warmup_steps(trainer: Trainer, module: LightningModule) -> float:

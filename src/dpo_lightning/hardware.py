@@ -1,5 +1,6 @@
 """What this machine is good at and what a run used of it."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "this GPU computes in bfloat16"
         return "32-true", "this GPU does not compute in bfloat16"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "32-true", "on Apple's GPU mixed precision has not been measured"
     if fast := sorted(cpu_flags() & BF16_FLAGS):
         return "bf16-mixed", f"this CPU computes in bfloat16: {', '.join(fast)}"
     return "32-true", f"this CPU has no bfloat16 arithmetic ({', '.join(sorted(BF16_FLAGS))})"
@@ -37,11 +40,36 @@ def cpu_flags() -> set[str]:
     return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU, of the whole process elsewhere."""
+def device_name(device: torch.device) -> str:
+    """What a run has computed on, for its report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU (MPS), {platform.machine()}"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes, None where the system does not tell.
+
+    On CUDA of tensors on the GPU; on Apple's GPU what its driver has given out, which the allocator's cache keeps near
+    the peak; elsewhere of the whole process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where CUDA may be
-
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _peak_working_set()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def _peak_working_set() -> int | None:
+    try:
+        import psutil  # peft needs it, but that may change
+    except ImportError:
+        return None
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows has it

@@ -10,23 +10,26 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dpo_lightning import resume
 from dpo_lightning.batching import PairBatch, PromptBatch
 from dpo_lightning.errors import UserError
+from dpo_lightning.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
+from dpo_lightning.half_precision import check_trained_dtype, full, keep_inputs
 from dpo_lightning.hardware import fastest_attention
 from dpo_lightning.logps import PairLogps, Scoring, choose_scoring, pair_logps
 from dpo_lightning.metrics import PairMetrics
-from dpo_lightning.policy import assert_no_dropout, load_policy
+from dpo_lightning.policy import assert_no_dropout, base_model_name, load_policy
 from dpo_lightning.preference_loss import PreferenceLoss
 from dpo_lightning.reference import AdapterOff, FrozenCopy, Reference
 from dpo_lightning.reference_adapter import AdapterCopy, MovingCopy, load_weights, move, weights_to_save
 from dpo_lightning.reference_cache import is_cached, open_caches, weights_digest
 from dpo_lightning.schedules import SCHEDULES, rate_at
-from dpo_lightning.sharding import data_parallel_mesh, shard, whole
+from dpo_lightning.sharding import check_strategy, data_parallel_mesh, shard, whole
 from dpo_lightning.tables import numbers
 
 if TYPE_CHECKING:
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
 
     from dpo_lightning.replies import Reply
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # by the Trainer's precision
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of products, by the Trainer's precision
+CONVERTED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # of weights, by the same
 IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
 
 
@@ -58,7 +62,7 @@ class DPOModule(LightningModule):
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); left out, all weights train.
         gradient_checkpointing: less memory for about a third more time.
         attn_implementation: `eager` or `sdpa`; left out, what is faster here (`hardware.fastest_attention`).
-        dtype: of the weights in memory; float32 is right for mixed precision.
+        dtype: of the weights in memory; float32 is right for mixed precision. 16 bits only under an adapter.
         quantization: `4bit` or `8bit` weights under an adapter, by bitsandbytes.
         router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; left out, what its config asks for.
         sync_ref_model: let the reference follow the policy (TR-DPO).
@@ -133,6 +137,7 @@ class DPOModule(LightningModule):
         self.scoring: Scoring | None = None
         self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
         self.grad_norm: Tensor | None = None
+        self.skipped = SkippedSteps()
         self.router_loss: Tensor | None = None
         self.metrics_at_step: dict[str, Tensor] = {}  # kept by `resume.note_step`
         self._logged_step = 0
@@ -140,6 +145,20 @@ class DPOModule(LightningModule):
         self._seconds, self._pairs = 0.0, 0  # of optimizer steps since the last log
 
     # ------------------------------------------------------------------ models
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None; of all hooks Lightning calls this one first, so what cannot work is refused before data are read.
+
+        Raises:
+            UserError: a strategy that is not supported, or weights that would be trained in 16 bits.
+        """
+        check_strategy(self.trainer.strategy)
+        keep_inputs(self.trainer)
+        h = self.hparams
+        adapter = h.lora is not None or base_model_name(h.name_or_path) != h.name_or_path
+        if self.trainer.state.fn == TrainerFn.FITTING and not adapter:
+            check_trained_dtype([CONVERTED.get(self.trainer.precision, torch.float32), getattr(torch, h.dtype)])
+        return []
 
     def configure_model(self) -> None:
         """Loads the policy and makes the reference from it, before any training and any checkpoint.
@@ -227,7 +246,15 @@ class DPOModule(LightningModule):
         # The reference is no submodule (so that it is in no checkpoint), but it must follow to the device.
         if self.reference is not None:
             self.reference.apply(fn)
-        return super()._apply(fn, *args, **kwargs)
+        adapter, in_full = self._adapter_tensors(), full(fn)
+        return super()._apply(lambda tensor: (in_full if id(tensor) in adapter else fn)(tensor), *args, **kwargs)
+
+    def _adapter_tensors(self) -> set[int]:
+        """Ids of an adapter's weights and gradients, not of whole layers that are trained beside it."""
+        if self.policy is None or self.policy is self.causal_lm:
+            return set()
+        weights = [p for name, p in self.policy.named_parameters() if p.requires_grad and "modules_to_save" not in name]
+        return {id(tensor) for weight in weights for tensor in (weight, weight.grad)}
 
     # ------------------------------------------------------------------ the step
 
@@ -240,7 +267,7 @@ class DPOModule(LightningModule):
         getattr(self, f"{stage}_metrics").update(losses.detach(), rewards, policy, reference)
         if policy.router_loss is None:
             return losses.mean()
-        self.router_loss = policy.router_loss.detach()
+        self.router_loss = policy.router_loss.detach().float()
         return losses.mean() + policy.router_loss
 
     def reference_logps(self, batch: PairBatch) -> PairLogps | None:
@@ -263,7 +290,7 @@ class DPOModule(LightningModule):
         ranks = self.trainer.world_size
         if ranks == 1:
             return 1.0
-        pairs = torch.tensor(float(batch.num_pairs), device=self.device)
+        pairs = torch.tensor(batch.num_pairs, dtype=torch.float32, device=self.device)
         return pairs * ranks / self.trainer.strategy.reduce(pairs.clone(), reduce_op="sum")
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -297,6 +324,7 @@ class DPOModule(LightningModule):
 
     def on_train_start(self) -> None:
         """From here on the policy is not its reference. A resumed run has logged the step that it goes on from."""
+        unscale_before_clipping(self.trainer)
         self._untrained = False
         self._logged_step = self.global_step
 
@@ -309,8 +337,15 @@ class DPOModule(LightningModule):
             self._step_began = time.perf_counter()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps, and stops the clock: validation and replies, which come between steps, are not counted."""
-        super().optimizer_step(*args, **kwargs)
+        """Steps, and stops the clock: validation and replies, which come between steps, are not counted.
+
+        A step that the gradient scaler skips counts as one, for `max_steps` and for the moves of the reference; only
+        the learning rate's schedule waits (`lr_scheduler_step`).
+        """
+        with self.skipped.counting(self.trainer):
+            super().optimizer_step(*args, **kwargs)
+        if self.skipped.in_a_row:
+            self.grad_norm = None  # there is none: its gradients overflowed
         # Lightning would keep the gradients until the next forward pass is over, on top of all its activations.
         self.optimizers(use_pl_optimizer=False).zero_grad()
         # Not when the batch has ended: the checkpoint of this step is written before that.
@@ -325,6 +360,8 @@ class DPOModule(LightningModule):
         if step % self.trainer.log_every_n_steps == 0 and step != self._logged_step:
             self._logged_step = step
             self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])
+            if gradient_scaler(self.trainer) is not None:
+                self.log("train/skipped_steps", float(self.skipped.total))
             if self.grad_norm is not None:
                 self.log("train/grad_norm", whole(self.grad_norm))
             if self.router_loss is not None:
@@ -369,6 +406,7 @@ class DPOModule(LightningModule):
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         if not trainable:
             raise UserError("nothing is trainable: the policy's weights are frozen; unfreeze some, or set model.lora")
+        check_trained_dtype(p.dtype for p in trainable)
         groups = [
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": h.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
@@ -393,12 +431,20 @@ class DPOModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as the Trainer says; the norm that clipping computes anyway is kept for the log."""
+        """Clips as the Trainer says; the norm that clipping computes anyway is kept for the log.
+
+        Gradients are unscaled by now (`unscale_before_clipping`).
+        """
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Steps the schedule, unless the gradient scaler has skipped the step: warm-up is of real steps."""
+        if not self.skipped.in_a_row:
+            super().lr_scheduler_step(scheduler, metric)
 
     # ------------------------------------------------------------------ checkpoint
 
@@ -406,6 +452,7 @@ class DPOModule(LightningModule):
         """Adds what resuming needs (`dpo_lightning.resume`), and the reference where it moves."""
         if self.hparams.sync_ref_model:
             checkpoint["reference"] = weights_to_save(self.reference)
+        checkpoint["skipped_steps"] = self.skipped.total
         resume.save(self.trainer, self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -420,6 +467,7 @@ class DPOModule(LightningModule):
             self.configure_model()
             load_weights(self.reference, checkpoint["reference"])
         if self._trainer is not None:
+            self.skipped.total = checkpoint.get("skipped_steps", 0)
             resume.load(self.trainer, self, checkpoint)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lightning.batching import PairBatch
+from dpo_lightning.half_precision import full
 from dpo_lightning.logps import PairLogps, Scoring, pair_logps
 from dpo_lightning.reference import FrozenCopy
 from dpo_lightning.sharding import placed_like, shard_of, whole
@@ -49,8 +50,8 @@ class AdapterCopy:
             torch._foreach_copy_(weights, kept)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Follows the module to another device or dtype."""
-        self.weights = {name: function(weight) for name, weight in self.weights.items()}
+        """Follows the module to another device; as the policy's own adapter, it stays out of 16 bits."""
+        self.weights = {name: full(function)(weight) for name, weight in self.weights.items()}
 
 
 class MovingCopy(FrozenCopy):

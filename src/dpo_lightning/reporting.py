@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.errors import Stopped
-from dpo_lightning.hardware import peak_memory
+from dpo_lightning.hardware import device_name, peak_memory
 from dpo_lightning.history import Curve, History
 from dpo_lightning.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.report import Run, render
@@ -149,7 +149,8 @@ class ReportCallback(Callback):
                 "optimizer": f"AdamW, learning rate {h.learning_rate}, {h.lr_scheduler_type}, warm-up {h.warmup_steps}",
                 "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
                 "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
-                "precision": str(trainer.precision),
+                "precision": str(trainer.precision)
+                + (f", steps skipped for overflow: {module.skipped.total}" if module.skipped.total else ""),
             },
             settings=settings(trainer, module),
             curves=self._curves,
@@ -163,18 +164,15 @@ class ReportCallback(Callback):
     def _costs(self, replies: RepliesCallback | None) -> dict[str, str]:
         seconds = self._seconds()
         speed = [value for _, value in self._curves.get("train/pairs_per_second", [])]
-        on_gpu = self._device.type == "cuda"
         costs = {"time": duration(seconds)}
         if replies:
             costs["of it for replies"] = f"{duration(replies.seconds)} ({replies.seconds / seconds:.1%})"
         if speed:
             costs["speed"] = f"{sum(speed) / len(speed):.3g} pairs per second, without validation and replies"
-        costs["peak memory"] = (
-            f"{peak_memory(self._device) / 2**30:.2f} GiB {'on the GPU' if on_gpu else 'of the process'}"
-        )
-        costs["machine"] = (
-            torch.cuda.get_device_name(self._device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-        )
+        if (peak := peak_memory(self._device)) is not None:
+            of = "of the process" if self._device.type == "cpu" else "on the GPU"
+            costs["peak memory"] = f"{peak / 2**30:.2f} GiB {of}"
+        costs["machine"] = device_name(self._device)
         versions = {"torch": torch, "lightning": lightning, "transformers": transformers}
         costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         costs["versions"] += f", Python {platform.python_version()}"

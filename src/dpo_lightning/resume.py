@@ -109,7 +109,7 @@ def load(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) 
         )
     for name, value in saved["metrics"].items():
         own = value[trainer.global_rank] if trainer.world_size > 1 else value
-        setattr(module.train_metrics, name, own.to(module.device))
+        setattr(module.train_metrics, name, own.to(module.device, torch.float32))
 
 
 def _metrics(module: LightningModule) -> dict[str, torch.Tensor]:

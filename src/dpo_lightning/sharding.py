@@ -1,5 +1,6 @@
 """Model -> the same model with its weights sharded over ranks (FSDP2), and sharded weights -> whole ones."""
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,24 @@ from dpo_lightning.logps import compute_pair_logps
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuses a `trainer.strategy` that shards weights in a way that is not supported.
+
+    Args:
+        strategy: a Strategy, the name of a registered one, or what a configuration gives: a namespace with class_path.
+
+    Raises:
+        UserError: it is FSDP1 or DeepSpeed.
+    """
+    named = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
+    names = [named] if named else [kind.__name__ for kind in type(strategy).__mro__]
+    if any(re.search("(^|\\.)(fsdp|deepspeed)", name, re.IGNORECASE) for name in names):
+        raise UserError(
+            f"trainer.strategy {names[0]} is not supported: FSDP2 shards weights here, which is Lightning's "
+            "ModelParallelStrategy; lay configs/fsdp.yaml over your configuration"
+        )
 
 
 def data_parallel_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
