@@ -15,10 +15,12 @@ from dpo_lightning.export_folder import MANIFEST
 
 
 @pytest.fixture(autouse=True)
-def run(model_folder, tmp_path, monkeypatch):
-    """A copy of a run, in a working directory that holds nothing else."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained(model_folder) / "lightning_logs", tmp_path / "lightning_logs")
+def here(model_folder, tmp_path, monkeypatch):
+    """A working directory, under one of the test's own, that holds a copy of a run and nothing else."""
+    here = tmp_path / "here"
+    shutil.copytree(trained(model_folder) / "lightning_logs", here / "lightning_logs")
+    monkeypatch.chdir(here)
+    return here
 
 
 def export(folder, *args):
@@ -53,7 +55,7 @@ def test_a_folder_with_anything_else_is_refused(name, capsys):
     )
 
 
-def test_an_empty_folder_and_a_previous_export_are_written(tmp_path):
+def test_an_empty_folder_and_a_previous_export_are_written(here):
     Path("out").mkdir()
     for args in ([], ["--dtype", "bfloat16"]):
         assert export("out", *args) == 0
@@ -62,11 +64,11 @@ def test_an_empty_folder_and_a_previous_export_are_written(tmp_path):
     assert export("out") == 0
     listed = json.loads(Path("out", MANIFEST).read_text(encoding="utf-8"))["files"]
     assert set(listed) | {MANIFEST} == {path.name for path in Path("out").iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs", "out"}
+    assert {path.name for path in here.iterdir()} == {"lightning_logs", "out"}
 
 
 @pytest.mark.parametrize("change", ["added", "edited", "added deep", "replaced by a link"])
-def test_a_previous_export_that_the_user_worked_on_is_refused(change, tmp_path, capsys):
+def test_a_previous_export_that_the_user_worked_on_is_refused(change, here, capsys):
     assert export("out") == 0
     card = Path("out", "README.md")
     if change == "added":
@@ -78,7 +80,7 @@ def test_a_previous_export_that_the_user_worked_on_is_refused(change, tmp_path, 
         Path("out", "notes", "a.txt").write_text("mine")
     else:
         card.rename("card.md")
-        card.symlink_to(tmp_path / "card.md")
+        card.symlink_to(here / "card.md")
     refused("out", "which is not as an export left it", capsys)
 
 
@@ -106,21 +108,21 @@ def test_a_manifest_that_lists_nothing_gives_nothing_away(text, capsys):
         ("file/out", ""),
     ],
 )
-def test_a_target_where_it_would_harm_is_refused(folder, words, tmp_path, capsys):
+def test_a_target_where_it_would_harm_is_refused(folder, words, here, capsys):
     Path("empty").mkdir()
     Path("link").symlink_to("empty")
     Path("dangling").symlink_to("nowhere")
     Path("there").symlink_to("lightning_logs")
     Path("file").write_text("mine")
-    refused(folder, words, capsys, tmp_path)
+    refused(folder, words, capsys, here)
 
 
 @pytest.mark.parametrize(("folder", "words"), [("", "it is or holds"), ("..", "it is or holds"), ("out", "it lies in")])
-def test_the_model_that_was_trained_is_not_replaced(folder, words, model_folder, tmp_path, capsys):
+def test_the_model_that_was_trained_is_not_replaced(folder, words, model_folder, here, capsys):
     """Not even where it is a previous export itself, whose files an export might replace."""
     assert export("all/base") == 0
-    given = edited(model_folder, tmp_path / "given.ckpt", {"name_or_path": "all/base"})
-    before = contents(tmp_path)
+    given = edited(model_folder, here / "given.ckpt", {"name_or_path": "all/base"})
+    before = contents(here)
     target = str(Path("all", "base", folder))
     assert main(["export", "--ckpt_path", given, "--output_dir", target]) == 2
     assert f"{words} the model's folder" in error_line(capsys)
@@ -128,18 +130,18 @@ def test_the_model_that_was_trained_is_not_replaced(folder, words, model_folder,
     assert f"{words} the model's folder" in error_line(capsys)
     shutil.rmtree("lightning_logs/version_1", ignore_errors=True)
     Path("rows.jsonl").unlink()
-    assert contents(tmp_path) == before
+    assert contents(here) == before
 
 
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device"), KeyboardInterrupt()]
 )
-def test_a_failed_export_leaves_what_was_there_and_nothing_else(error, tmp_path, monkeypatch, capsys):
+def test_a_failed_export_leaves_what_was_there_and_nothing_else(error, here, monkeypatch, capsys):
     for folder in ("new", "out"):
         if folder == "out":
             assert export("out") == 0
         capsys.readouterr()
-        before = contents(tmp_path)
+        before = contents(here)
 
         def fail(self, path, **options):
             Path(path, "half.safetensors").write_text("half")
@@ -150,10 +152,10 @@ def test_a_failed_export_leaves_what_was_there_and_nothing_else(error, tmp_path,
             assert export(folder) == (130 if isinstance(error, KeyboardInterrupt) else 2)
         stderr = capsys.readouterr().err
         assert "Traceback" not in stderr and ("No space left" in stderr or "interrupted" in stderr)
-        assert contents(tmp_path) == before
+        assert contents(here) == before
 
 
-def test_what_comes_while_the_model_is_written_is_kept(tmp_path, monkeypatch, capsys):
+def test_what_comes_while_the_model_is_written_is_kept(here, monkeypatch, capsys):
     assert export("out") == 0
     save = GPT2LMHeadModel.save_pretrained
 
@@ -165,7 +167,7 @@ def test_what_comes_while_the_model_is_written_is_kept(tmp_path, monkeypatch, ca
     assert export("out") == 2
     assert "notes.txt" in error_line(capsys)
     assert Path("out", "notes.txt").read_text() == "mine" and Path("out", "model.safetensors").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs", "out"}
+    assert {path.name for path in here.iterdir()} == {"lightning_logs", "out"}
 
 
 def test_a_folder_that_is_called_partial_is_nobodys_scratch(model_folder):
@@ -180,7 +182,7 @@ def test_a_folder_that_is_called_partial_is_nobodys_scratch(model_folder):
     assert Path("lightning_logs/version_1/huggingface.partial/mine").read_text() == "mine"
 
 
-def test_the_written_folder_is_as_readable_as_any_other(tmp_path):
+def test_the_written_folder_is_as_readable_as_any_other(here):
     before = os.umask(0o022)
     try:
         assert export("out") == 0
@@ -193,17 +195,17 @@ def test_the_written_folder_is_as_readable_as_any_other(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["mine", "lightning_logs/version_0", "lightning_logs", ".", "link", "file"])
-def test_fit_looks_at_the_folder_before_it_trains(folder, model_folder, tmp_path, capsys):
+def test_fit_looks_at_the_folder_before_it_trains(folder, model_folder, here, capsys):
     Path("mine").mkdir()
     Path("mine", "thesis.tex").write_text("mine")
     Path("link").symlink_to("mine")
     Path("file").write_text("mine")
-    before = contents(tmp_path)
+    before = contents(here)
     assert command("fit", model_folder, "--export.folder", folder) == 2
     line = error_line(capsys)
     assert f"the model cannot be written to '{folder}'" in line and "export.folder" in line
     assert "optimizer" not in capsys.readouterr().out and not list(Path("lightning_logs/version_1").glob("*/*.ckpt"))
-    assert before.items() <= contents(tmp_path).items()
+    assert before.items() <= contents(here).items()
 
 
 def test_fit_keeps_away_from_its_own_checkpoints(model_folder, capsys):
@@ -224,10 +226,10 @@ def test_a_resumed_run_replaces_its_own_export(model_folder):
 
 def test_a_resumed_run_is_refused_at_once_where_the_user_worked_on_its_export(model_folder, capsys):
     Path("lightning_logs/version_0/huggingface/model.gguf").write_text("converted")
+    before = LAST.read_bytes()
     assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "4") == 2
     assert "it holds 'model.gguf'" in error_line(capsys)
-    last = edited(model_folder, Path("again.ckpt"))
-    assert LAST.stat().st_size == Path(last).stat().st_size  # nothing was trained
+    assert LAST.read_bytes() == before, "refused before anything is trained"
     args = ["--export.enabled", "false", "--trainer.max_steps", "3"]
     assert command("fit", model_folder, "--ckpt_path", "last", *args) == 0
     assert Path("lightning_logs/version_0/huggingface/model.gguf").read_text() == "converted"
