@@ -37,7 +37,7 @@ from dpo_lightning.datamodule import PreferenceDataModule
 from dpo_lightning.download import download
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import EvaluationCallback
-from dpo_lightning.export import ExportCallback, export_policy, export_target
+from dpo_lightning.export import ExportCallback, check_options, export_policy, export_target
 from dpo_lightning.generated import MODEL_SETTINGS
 from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.hardware import fastest_precision
@@ -278,6 +278,7 @@ def export(
         max_shard_size: largest size of a weights file; more is split into several.
         trust_remote_code: run the own Python code of the hub model that the checkpoint names.
     """
+    check_options(dtype, max_shard_size)
     check_checkpoint(ckpt_path)
     checkpoint = read_checkpoint(ckpt_path)
     if "state_dict" not in checkpoint:

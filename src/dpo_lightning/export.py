@@ -5,6 +5,7 @@ same layout (vLLM, SGLang, TGI).
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,8 +57,7 @@ def export_policy(
     Raises:
         UserError: an unknown dtype or size, or the folder cannot be written, or holds what no export wrote.
     """
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+    check_options(dtype, max_shard_size)
     trainer = module._trainer
     policy = whole_policy(module, merge)
     if policy is None:
@@ -73,6 +73,14 @@ def export_policy(
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(module, data or {}, adapter, trainer), encoding="utf-8")
+
+
+def check_options(dtype: str | None, max_shard_size: str) -> None:
+    """Raises UserError for a dtype or a size that there is not."""
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"\s*[1-9]\d*\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
+        raise UserError(f"export.max_shard_size '{max_shard_size}' is not a size such as 500MB or 5GB")
 
 
 def export_target(
@@ -148,8 +156,7 @@ class ExportCallback(Callback):
         max_shard_size: str = "5GB",
         enabled: bool = True,
     ) -> None:
-        if dtype not in (None, *DTYPES):
-            raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+        check_options(dtype, max_shard_size)
         self.folder, self.merge, self.dtype, self.max_shard_size = folder, merge, dtype, max_shard_size
         self.enabled = enabled
 

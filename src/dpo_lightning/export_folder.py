@@ -136,7 +136,7 @@ def _write_manifest(folder: Path) -> None:
 
 def _beside(folder: Path, what: str) -> Path:
     """A name beside a folder that nobody else has."""
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{what}")
+    return folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.{what}")
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

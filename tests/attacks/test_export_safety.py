@@ -171,15 +171,13 @@ def test_what_comes_while_the_model_is_written_is_kept(here, monkeypatch, capsys
 
 
 def test_a_folder_that_is_called_partial_is_nobodys_scratch(model_folder):
-    for folder in ("out", "lightning_logs/version_1/huggingface"):
-        Path(f"{folder}.partial").mkdir(parents=True)
-        Path(f"{folder}.partial", "mine").write_text("mine")
+    for folder in ("out.partial", "final.partial"):
+        Path(folder).mkdir()
+        Path(folder, "mine").write_text("mine")
     assert export("out") == 0
-    assert command("fit", model_folder) == 0
-    for folder in ("out", *Path("lightning_logs").glob("version_*/huggingface")):
-        if Path(f"{folder}.partial").exists():
-            assert Path(f"{folder}.partial", "mine").read_text() == "mine"
-    assert Path("lightning_logs/version_1/huggingface.partial/mine").read_text() == "mine"
+    assert command("fit", model_folder, "--export.folder", "final") == 0
+    for folder in ("out", "final"):
+        assert Path(folder, "model.safetensors").exists() and Path(f"{folder}.partial", "mine").read_text() == "mine"
 
 
 def test_the_written_folder_is_as_readable_as_any_other(here):
@@ -189,6 +187,14 @@ def test_the_written_folder_is_as_readable_as_any_other(here):
     finally:
         os.umask(before)
     assert Path("out").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("size", ["", "much", "5", "-5GB", "0GB", "5 stone"])
+def test_a_size_that_is_none_is_said_before_anything_is_trained(size, model_folder, capsys):
+    assert export("out", "--max_shard_size", size) == 2
+    assert "is not a size such as" in error_line(capsys)
+    assert command("fit", model_folder, "--export.max_shard_size", size) == 2
+    assert "is not a size such as" in error_line(capsys) and not Path("lightning_logs/version_1").exists()
 
 
 # ---------------------------------------------------------------------- fit
