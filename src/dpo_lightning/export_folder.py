@@ -5,6 +5,7 @@ with each export: the SHA-256 of each of its files.
 """
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -59,6 +60,9 @@ class Target(NamedTuple):
                 return f"it is or holds {what} '{kept}'"
             if self.chosen and _lies_in(folder, kept) and not _lies_in(here, kept):
                 return f"it lies in {what} '{kept}'"
+        parent = next(place for place in folder.parents if place.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            return f"nothing can be written in '{parent}'"
         found = foreign(folder) if folder.is_dir() else None
         return found and f"it holds '{found}', which is not as an export left it, and nothing is deleted"
 

@@ -117,6 +117,8 @@ def load_adapter(model: "PreTrainedModel", folder: str) -> "PeftModel":
     def load(folder: str) -> PeftModel:
         config = PeftConfig.from_pretrained(folder)
         _check_no_imports(vars(config))
+        if config.is_prompt_learning:  # whose config could also have a tokenizer's own code run
+            raise UserError("it is a prompt, not weights within the model, which is all that is trained here")
         config.lora_dropout = 0.0  # what it was trained with says nothing about preference training
         return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
 

@@ -105,7 +105,7 @@ def test_a_manifest_that_lists_nothing_gives_nothing_away(text, capsys):
         ("there/version_0", "it is or holds the checkpoints' folder"),
         ("file", "it is a file"),
         (str(LAST), "it is a file"),
-        ("file/out", ""),
+        ("file/out", "nothing can be written in"),
     ],
 )
 def test_a_target_where_it_would_harm_is_refused(folder, words, here, capsys):
@@ -189,7 +189,7 @@ def test_the_written_folder_is_as_readable_as_any_other(here):
     assert Path("out").stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("size", ["", "much", "5", "-5GB", "0GB", "5 stone"])
+@pytest.mark.parametrize("size", ["", "much", "5", "0GB", "5 stone"])
 def test_a_size_that_is_none_is_said_before_anything_is_trained(size, model_folder, capsys):
     assert export("out", "--max_shard_size", size) == 2
     assert "is not a size such as" in error_line(capsys)
@@ -200,7 +200,9 @@ def test_a_size_that_is_none_is_said_before_anything_is_trained(size, model_fold
 # ---------------------------------------------------------------------- fit
 
 
-@pytest.mark.parametrize("folder", ["mine", "lightning_logs/version_0", "lightning_logs", ".", "link", "file"])
+@pytest.mark.parametrize(
+    "folder", ["mine", "lightning_logs/version_0", "lightning_logs", ".", "link", "file", "file/out"]
+)
 def test_fit_looks_at_the_folder_before_it_trains(folder, model_folder, here, capsys):
     Path("mine").mkdir()
     Path("mine", "thesis.tex").write_text("mine")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from attacked import LAST, command, edited, error_line, trained
+from transformers import AutoModelForCausalLM
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli import main
@@ -141,3 +142,27 @@ def test_an_adapter_that_does_not_name_its_model_is_one_line(text, tmp_path, mod
         base_model_name(str(folder))
     assert command("test", folder) == 2
     assert "adapter_config.json' " in error_line(capsys)
+
+
+def test_an_adapter_that_is_a_prompt_cannot_have_code_run(evil, model_folder, tmp_path, marker, capsys):
+    """Older versions of peft hand `tokenizer_kwargs` of such an adapter's config to transformers as they are."""
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    tokenizer = json.loads((evil / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["own.OwnConfig", None]}
+    (evil / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    config.base_model_name_or_path = str(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    saved = json.loads(path.read_text()) | {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "x",
+        "tokenizer_name_or_path": str(evil),
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    }
+    path.write_text(json.dumps(saved))
+    assert command("test", tmp_path / "adapter") == 2
+    assert "cannot be loaded: it is a prompt, not weights" in error_line(capsys)
+    assert not marker.exists()
