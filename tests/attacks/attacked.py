@@ -18,7 +18,8 @@ LAST = Path("lightning_logs", "version_0", "checkpoints", "last.ckpt")
 def command(name: str, model: Path, *args: str) -> int:
     """Runs a Trainer command in the working directory, on the small rows, and gives its exit code."""
     rows = Path("rows.jsonl")
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:24]), encoding="utf-8")
+    if not rows.exists():
+        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:24]), encoding="utf-8")
     argv = [name, "--config", str(REPO / "configs" / "gpt2.yaml"), "--model.name_or_path", str(model)]
     argv += ["--data.train_dataset", str(rows), "--data.val_size", "2", "--data.test_size", "2"]
     argv += ["--data.batch_size", "4", "--data.max_length", "128", "--model.max_new_tokens", "2"]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from dpo_lightning.cli import main
 from dpo_lightning.export_folder import MANIFEST
+from ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,15 @@ def test_fit_looks_at_the_folder_before_it_trains(folder, model_folder, here, ca
     assert f"the model cannot be written to '{folder}'" in line and "export.folder" in line
     assert "optimizer" not in capsys.readouterr().out and not list(Path("lightning_logs/version_1").glob("*/*.ckpt"))
     assert before.items() <= contents(here).items()
+
+
+def test_all_ranks_are_refused_together(model_folder, capsys):
+    Path("mine").mkdir()
+    Path("mine", "thesis.tex").write_text("mine")
+    assert command("fit", model_folder, "--export.folder", "mine") == 2
+    args = ["--export.folder", "mine", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    assert run_ranks(2, lambda rank: command("fit", model_folder, *args)) == [2, 2]
+    assert Path("mine", "thesis.tex").read_text() == "mine"
 
 
 def test_fit_keeps_away_from_its_own_checkpoints(model_folder, capsys):
