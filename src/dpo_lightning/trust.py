@@ -5,7 +5,8 @@ runs (`trust_remote_code`), and which classes are made, is only for the command 
 to say.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from inspect import Parameter
 from typing import Any
 
 import yaml
@@ -15,20 +16,22 @@ from dpo_lightning.errors import UserError
 TRUST = "trust_remote_code"
 
 
-def plain_settings(saved: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+def plain_settings(saved: Mapping[str, Any], known: Mapping[str, Parameter], where: str) -> dict[str, Any]:
     """The hyperparameters of a checkpoint without `trust_remote_code`.
 
     Args:
-        known: the names of all settings that there are.
+        known: all settings that there are.
         where: what was loaded, for messages.
 
     Raises:
-        UserError: a setting that there is not, or one with a class to be made in it (`class_path`).
+        UserError: a setting that there is not, or without a value, or with a class to be made in it (`class_path`).
     """
     settings = {name: value for name, value in saved.items() if not name.startswith("_") and name != TRUST}
     for name, value in settings.items():
         if name not in known:
             raise UserError(f"{where} has the setting {name!r}, which there is not: it is of another version or edited")
+        if value is None and known[name].default is not None:
+            raise UserError(f"{where} has the setting {name} without a value: it was edited")
         if isinstance(value, (dict, list, tuple)) and names_a_class(value):
             raise UserError(
                 f"{where} names a class to be made, in its setting {name}: a checkpoint's settings are plain values, "
