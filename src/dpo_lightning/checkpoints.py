@@ -377,14 +377,16 @@ class LastCheckpoint(Checkpoint):
 
 
 def _check_optimizers(trainer: Trainer) -> None:
-    """PyTorch itself finds a state of the wrong shape in the midst of the first step."""
-    for optimizer in trainer.optimizers:
+    """PyTorch itself finds a state that does not fit its weight in the first step, or reads past its end."""
+    for optimizer in (o for o in trainer.optimizers if isinstance(o, torch.optim.AdamW)):
         for weight, state in optimizer.state.items():
+            shape = weight.shape if torch.is_tensor(weight) else None
             for name, value in state.items():
-                if torch.is_tensor(value) and value.ndim and value.shape != weight.shape:
+                if not torch.is_tensor(value) or value.shape not in ((), shape):
+                    found = f"the shape {list(value.shape)}" if torch.is_tensor(value) else f"the type {type(value)}"
                     raise UserError(
-                        f"--ckpt_path '{trainer.ckpt_path}': the optimizer's {name} has the shape {list(value.shape)}, "
-                        f"but its weight {list(weight.shape)}: the checkpoint was edited; go on from another one"
+                        f"--ckpt_path '{trainer.ckpt_path}': the optimizer's {name} has {found}, which is not that of "
+                        f"its weight ({shape and list(shape)}): the checkpoint was edited; go on from another one"
                     )
 
 
