@@ -56,12 +56,14 @@ def test_written_model_gives_identical_logits(train, tokenizer, tmp_path, lora, 
     assert generation["eos_token_id"] == generation["pad_token_id"] == tokenizer.eos_token_id
 
 
-def test_an_existing_folder_is_replaced_whole(train, tokenizer, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale.txt").touch()
-    export_policy(train(), tokenizer, tmp_path / "out")
-    assert not (tmp_path / "out" / "stale.txt").exists()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+def test_a_previous_export_is_replaced_whole(train, tokenizer, tmp_path):
+    module = train(lora={"r": 4})
+    export_policy(module, tokenizer, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    export_policy(module, tokenizer, tmp_path / "out", merge=True)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
 
 
 def test_callback_writes_at_the_end_of_fit(train, tmp_path):

@@ -7,22 +7,29 @@ import os
 import pickle
 import shutil
 import time
+import traceback
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import first_line
 from dpo_lightning.run_context import find_callback, run_folder
 
 LAST, PREVIOUS, PARTIAL = "last.ckpt", "previous.ckpt", ".partial"
+SETTINGS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
+DATA_SETTINGS = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
+RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}  # Lightning's functions
 SHARDED = "meta.pt"  # in the folder of a sharded checkpoint, all but the weights and the optimizer
 
 
@@ -134,7 +141,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
     """A checkpoint's content, of a sharded one all but weights and optimizer. `mmap`: tensors are read when used.
 
     Raises:
-        UserError: it cannot be read, or holds Python objects other than tensors and plain values.
+        UserError: it cannot be read, holds Python objects other than tensors and plain values, or is no checkpoint.
     """
     file = Path(path) / SHARDED if Path(path).is_dir() else path
     try:
@@ -146,9 +153,95 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
         ) from error
     except Exception as error:  # a damaged file fails anywhere in torch.load
         raise UserError(f"--ckpt_path '{path}' is not a readable checkpoint: {first_line(error)}") from error
-    if not isinstance(checkpoint, dict) or not {"global_step", "hyper_parameters"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not {"global_step", SETTINGS} <= set(checkpoint):
         raise UserError(f"--ckpt_path '{path}' is not a checkpoint of dpo-lightning")
+    if wrong := _malformed(checkpoint, weights=not Path(path).is_dir()):
+        raise UserError(f"--ckpt_path '{path}' is not a checkpoint as dpo-lightning writes it: {wrong}")
     return checkpoint
+
+
+def _malformed(checkpoint: dict[str, Any], weights: bool) -> str | None:
+    """What a checkpoint's own parts are that they must not be, None where all is well."""
+    step = checkpoint["global_step"]
+    if type(step) is not int or not 0 <= step < 2**53:
+        return f"its global_step is {step!r}, not a number of steps"
+    for name in (SETTINGS, DATA_SETTINGS, "callbacks", *(["state_dict"] if weights else [])):
+        part = checkpoint.get(name, None if name == "state_dict" else {})
+        if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
+            return f"its {name} is missing" if part is None else f"its {name} is no table of names and values"
+    for name, weight in checkpoint["state_dict"].items() if weights else ():
+        if not torch.is_tensor(weight):
+            return f"the weight {name!r} is {type(weight).__name__}, not a tensor"
+    return None
+
+
+# ---------------------------------------------------------------------- to go on from
+
+
+def can_go_on(path: Path) -> bool:
+    """Whether a run can go on from a whole file: it is a checkpoint, and not of the weights alone."""
+    try:
+        return "lr_schedulers" in read_checkpoint(path, mmap=True)
+    except UserError:
+        return False
+
+
+def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Checks what a run is to go on from.
+
+    Raises:
+        UserError: it holds the weights alone, or names files for ModelCheckpoint to delete that are none of its own.
+    """
+    if "lr_schedulers" not in checkpoint or "loops" not in checkpoint:
+        raise UserError(
+            f"--ckpt_path '{path}' holds the weights alone (checkpoint.save_weights_only), so no run can go on from "
+            "it: it can be tested and exported; go on with --ckpt_path last"
+        )
+    for state in (checkpoint.get("callbacks") or {}).values():
+        if isinstance(state, dict) and (stray := _stray(state)):
+            raise UserError(
+                f"--ckpt_path '{path}' names {stray!r} as one of its run's checkpoints, but that lies elsewhere, and "
+                "what ModelCheckpoint no longer wants it deletes: it was edited; do not use it"
+            )
+
+
+def _stray(state: dict[str, Any]) -> str | None:
+    """A path in ModelCheckpoint's state, of those that it may delete, that does not lie in its own folder."""
+    best = state.get("best_k_models")
+    paths = [*(best if isinstance(best, dict) else ()), state.get("kth_best_model_path"), state.get("last_model_path")]
+    folder = str(state.get("dirpath"))
+    for path in map(str, filter(None, paths)):
+        remote = "://" in path or "::" in path
+        there = (
+            path.rpartition("/")[0] == folder.rstrip("/")
+            if remote
+            else Path(path).resolve().parent == Path(folder).resolve()
+        )
+        if not there:
+            return path
+    return None
+
+
+@contextmanager
+def restoring() -> Iterator[None]:
+    """Turns what Lightning raises while it restores a run from a checkpoint into one line.
+
+    Raises:
+        UserError: in place of any error from a state that does not fit this run, as an edited checkpoint's does not.
+    """
+    try:
+        yield
+    except (UserError, MisconfigurationException, OSError):  # which say it better
+        raise
+    except Exception as error:
+        frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not RESTORING & set(frames):
+            raise
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"the run cannot be restored from its checkpoint, whose states do not fit it ({what}): was it written by "
+            "another version, or edited? Go on from another one, or start anew without --ckpt_path"
+        ) from error
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -156,10 +249,10 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
 
 
-def newest_whole(folders: Iterable[Path]) -> Path | None:
+def newest_whole(folders: Iterable[Path], to_go_on: bool = False) -> Path | None:
     """The newest whole checkpoint of the first folder that has checkpoints, None if none has.
 
-    Damaged ones are passed over, with a warning each.
+    Damaged ones are passed over, with a warning each, and `to_go_on` from it, those of the weights alone too.
 
     Raises:
         UserError: that folder's checkpoints are all damaged.
@@ -167,14 +260,17 @@ def newest_whole(folders: Iterable[Path]) -> Path | None:
     for folder in folders:
         found = newest_first(folder)
         for path in found:
-            reason = damage(path)
-            if reason is None:
+            if reason := damage(path):
+                rank_zero_warn(f"passing over the checkpoint '{path}', which is damaged: {reason}")
+            elif to_go_on and not can_go_on(path):
+                rank_zero_warn(f"passing over the checkpoint '{path}': no run can go on from it (weights alone?)")
+            else:
                 return path
-            rank_zero_warn(f"passing over the checkpoint '{path}', which is damaged: {reason}")
         if found:
             raise UserError(
-                f"--ckpt_path last: all {len(found)} checkpoints in '{folder}' are damaged: start anew without "
-                "--ckpt_path, or give the file of an older run"
+                f"--ckpt_path last: all {len(found)} checkpoints in '{folder}' are damaged"
+                f"{' or none to go on from' if to_go_on else ''}: start anew without --ckpt_path, or give the file "
+                "of an older run"
             )
     return None
 
@@ -216,9 +312,12 @@ class LastCheckpoint(Checkpoint):
         """Starts counting, and removes what a kill left half written.
 
         Raises:
-            UserError: the folder holds another run's `last.ckpt`, which this run would replace.
+            UserError: the folder holds another run's `last.ckpt`, which this run would replace, or the optimizer's
+                state in the checkpoint that the run goes on from does not fit the weights.
         """
         best, run = find_callback(trainer, ModelCheckpoint), run_folder(trainer)
+        if trainer.ckpt_path:
+            _check_optimizers(trainer)
         self._step, self._saved = trainer.global_step, time.monotonic()
         if run is None:
             return
@@ -233,6 +332,15 @@ class LastCheckpoint(Checkpoint):
                 _remove(partial)
             if self.path.exists() and damage(self.path):  # else it would become the previous one
                 self.path.replace(self.path.with_suffix(".damaged"))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Looks at what the run is to go on from.
+
+        Raises:
+            UserError: it cannot (`check_resumable`).
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_resumable(checkpoint, trainer.ckpt_path or LAST)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Saves what the steps before this batch have led to, if it is time."""
@@ -266,6 +374,20 @@ class LastCheckpoint(Checkpoint):
         if not same:
             trainer.save_checkpoint(self.path)
         self._step, self._saved = trainer.global_step, time.monotonic()
+
+
+def _check_optimizers(trainer: Trainer) -> None:
+    """PyTorch itself finds a state that does not fit its weight in the first step, or reads past its end."""
+    for optimizer in (o for o in trainer.optimizers if isinstance(o, torch.optim.AdamW)):
+        for weight, state in optimizer.state.items():
+            shape = weight.shape if torch.is_tensor(weight) else None
+            for name, value in state.items():
+                if not torch.is_tensor(value) or value.shape not in ((), shape):
+                    found = f"the shape {list(value.shape)}" if torch.is_tensor(value) else f"the type {type(value)}"
+                    raise UserError(
+                        f"--ckpt_path '{trainer.ckpt_path}': the optimizer's {name} has {found}, which is not that of "
+                        f"its weight ({shape and list(shape)}): the checkpoint was edited; go on from another one"
+                    )
 
 
 def _name_too(path: Path, name: Path) -> None:

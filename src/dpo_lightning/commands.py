@@ -3,13 +3,14 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,21 +18,26 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.checkpoints import (
+    DATA_SETTINGS,
+    SETTINGS,
     AtomicCheckpointIO,
     LastCheckpoint,
+    can_go_on,
     check_checkpoint,
+    check_resumable,
     checkpoint_folders,
     damage,
     newest_first,
     newest_whole,
     read_checkpoint,
+    restoring,
     version,
 )
 from dpo_lightning.datamodule import PreferenceDataModule
 from dpo_lightning.download import download
 from dpo_lightning.errors import UserError
 from dpo_lightning.evaluation import EvaluationCallback
-from dpo_lightning.export import ExportCallback, export_policy
+from dpo_lightning.export import ExportCallback, check_options, export_policy, export_target
 from dpo_lightning.generated import MODEL_SETTINGS
 from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.hardware import fastest_precision
@@ -44,6 +50,7 @@ from dpo_lightning.reporting import ReportCallback
 from dpo_lightning.sharding import check_strategy
 from dpo_lightning.stopping import StoppingCallback
 from dpo_lightning.storyboard import StoryboardCallback
+from dpo_lightning.trust import TRUST, plain_settings
 
 # Those without settings.
 CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
@@ -137,8 +144,10 @@ class DPOCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint that `--ckpt_path` means, and takes over its model's settings, as Lightning's does.
 
+        Those of them alone that are plain values: what runs code (`trust`) is never taken from a file.
+
         Raises:
-            UserError: it is not there, damaged, or of another model.
+            UserError: it is not there, damaged, of another model, or was edited into what is no checkpoint of ours.
         """
         settings = self.config.get("subcommand") and self.config[self.config.subcommand]
         if not settings or not settings.get("ckpt_path"):
@@ -150,13 +159,29 @@ class DPOCLI(LightningCLI):
             return
         check_checkpoint(path)
         checkpoint = read_checkpoint(path, mmap=True)
+        if self.config.subcommand == "fit":
+            check_resumable(checkpoint, path)
+        saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
+        self._check_trust(settings, saved.get("name_or_path"), path)
         self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
-        saved = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
         given = settings.model.as_dict()
-        self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
+        try:
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
+        except UserError as error:
+            raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
         taken = self.config[self.config.subcommand].model.as_dict()
         if changed := [f"{key} = {value!r}" for key, value in taken.items() if value != given.get(key)]:
             rank_zero_info(f"model settings taken from {path}: {', '.join(changed)}")
+
+    @staticmethod
+    def _check_trust(settings: Namespace, name: Any, path: str) -> None:
+        """Trust that was given to one model is not given to the one that a checkpoint names."""
+        trusting = settings.model[TRUST] or settings.data[TRUST] or (settings.data.generation or {}).get(TRUST)
+        if trusting and name not in (None, settings.model.name_or_path):
+            raise UserError(
+                f"--ckpt_path '{path}' is of the model {name!r}, but {TRUST} is true for "
+                f"{settings.model.name_or_path!r}: to run the code of {name!r}, give it as model.name_or_path"
+            )
 
     def _find_last(self, settings: Namespace) -> str | None:
         """The newest whole checkpoint of the newest run; "last" where only its own logger knows its folder."""
@@ -166,7 +191,7 @@ class DPOCLI(LightningCLI):
             folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
         else:
             return "last"
-        path = newest_whole(folders)
+        path = newest_whole(folders, to_go_on=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
         # No error for `fit`: so a job that is started again and again can be the same command each time.
@@ -178,7 +203,7 @@ class DPOCLI(LightningCLI):
         run, logs = path.absolute().parent.parent, Path(settings.trainer.default_root_dir or ".") / "lightning_logs"
         if self.config.subcommand != "fit" or run.parent != logs.absolute() or version(run) < 0:
             return
-        if not path.samefile(next(other for other in newest_first(path.parent) if not damage(other))):
+        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and can_go_on(o))):
             rank_zero_info(f"{path} is not the newest checkpoint of its run: what follows from it gets its own folder")
             return
         # TensorBoard hides what a run that was killed had logged after its checkpoint: it comes again.
@@ -217,7 +242,8 @@ def run_trainer(args: Sequence[str]) -> None:
         UserError: Lightning refuses what is asked of it, or what the package's own code raises.
     """
     try:
-        configured(DPOCLI, args, run=True)
+        with restoring():
+            configured(DPOCLI, args, run=True)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
 
@@ -237,24 +263,53 @@ def run_export(args: Sequence[str]) -> None:
 
 
 def export(
-    ckpt_path: str, output_dir: str, merge: bool = False, dtype: str | None = None, max_shard_size: str = "5GB"
+    ckpt_path: str,
+    output_dir: str,
+    merge: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
 ) -> None:
     """Writes the model of a checkpoint as a Hugging Face folder.
 
     Args:
         ckpt_path: a checkpoint written by `fit`.
-        output_dir: folder to write.
+        output_dir: folder to write; what it holds is replaced only where a previous export wrote all of it.
         merge: with LoRA, write a complete model instead of the adapter.
         dtype: of the written weights (float32, bfloat16, float16); left out, as they were trained.
         max_shard_size: largest size of a weights file; more is split into several.
+        trust_remote_code: run the own Python code of the hub model that the checkpoint names.
     """
+    check_options(dtype, max_shard_size)
     check_checkpoint(ckpt_path)
     checkpoint = read_checkpoint(ckpt_path)
-    model_settings = checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
-    data_settings = checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    model_settings = {key: value for key, value in model_settings.items() if not key.startswith("_")}
-    module = DPOModule(**model_settings)
+    if "state_dict" not in checkpoint:
+        raise UserError(
+            f"--ckpt_path '{ckpt_path}' is a sharded checkpoint, and `export` reads a single file: make one of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt_path}`"
+        )
+    if not checkpoint["global_step"]:
+        raise UserError(f"--ckpt_path '{ckpt_path}' has 0 optimizer steps: nothing was trained, so no model is written")
+    module = DPOModule(**_model_settings(checkpoint, ckpt_path), trust_remote_code=trust_remote_code)
+    target = export_target(module, output_dir, [Path(ckpt_path).parent])
+    target.check()  # before the model is loaded
+    data_settings = checkpoint.get(DATA_SETTINGS, {})
+    tokenizer = data_settings.get("tokenizer")
+    if not isinstance(tokenizer, str):
+        raise UserError(f"--ckpt_path '{ckpt_path}' does not name its tokenizer, so no folder can be written from it")
+    data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
     module.load_state_dict(checkpoint["state_dict"])
-    data = PreferenceDataModule(data_settings.get("tokenizer"), trust_remote_code=module.hparams.trust_remote_code)
-    export_policy(module, data.tokenizer, output_dir, merge, dtype, max_shard_size, data_settings)
+    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings)
     print(f"model written to {output_dir}")
+
+
+def _model_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A checkpoint's settings of DPOModule, with their types checked as the command line's are."""
+    parser = OneLineErrorParser()
+    parser.add_class_arguments(DPOModule, "model")
+    saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
+    try:
+        settings = parser.parse_object({"model": saved}).model.as_dict()
+    except UserError as error:
+        raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
+    return {name: value for name, value in settings.items() if name != TRUST}

@@ -38,6 +38,7 @@ from dpo_lightning.rows import (
 from dpo_lightning.sources import Source, dataset_weights, open_source
 from dpo_lightning.splits import mixed, split_by_key
 from dpo_lightning.tables import batches_of, context_keys, numbers, text_keys
+from dpo_lightning.trust import TRUST
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -143,6 +144,22 @@ class PreferenceDataModule(LightningDataModule):
         self._largest_id = -1
         self.generates = True  # else data sets without generated completions on disk get empty ones
         self.not_generated: list[str] = []  # those data sets
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "PreferenceDataModule":
+        """As Lightning's, but what runs code is never taken from the file: give it here.
+
+        Raises:
+            UserError: the file's `format` is a function, or its generating model wants its own code to be run.
+        """
+        data = super().load_from_checkpoint(*args, **{TRUST: False} | kwargs)
+        if "format" not in kwargs and ":" in str(data.hparams.format):
+            raise UserError(
+                f"the checkpoint's data.format is the function {data.hparams.format!r}: give format yourself"
+            )
+        if "generation" not in kwargs and (data.hparams.generation or {}).get(TRUST):
+            raise UserError(f"the checkpoint's data.generation has {TRUST}: give generation yourself")
+        return data
 
     @functools.cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

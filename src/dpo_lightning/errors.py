@@ -4,6 +4,11 @@
 class UserError(ValueError):
     """Something the user can mend: the message says what was found, where, and what to do, on one line."""
 
+    def __str__(self) -> str:
+        """The message; characters that would command a terminal, as names in files may hold, are escaped."""
+        text = super().__str__()
+        return "".join(c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in text)
+
 
 class Stopped(BaseException):
     """A training run was ended by a signal. No Exception, so that nothing on the way takes it for an error.

@@ -5,18 +5,20 @@ same layout (vLLM, SGLang, TGI).
 """
 
 import copy
-import shutil
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.export_folder import Target
 from dpo_lightning.model_card import model_card
+from dpo_lightning.policy import base_model_name
 from dpo_lightning.reference_adapter import trained_weights
 from dpo_lightning.run_context import run_folder
 from dpo_lightning.sharding import is_sharded, whole_state
@@ -33,7 +35,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export_policy(
     module: "DPOModule",
     tokenizer: "PreTrainedTokenizerBase",
-    folder: str | Path,
+    folder: str | Path | Target,
     merge: bool = False,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
@@ -43,18 +45,19 @@ def export_policy(
 
     With LoRA the folder holds the adapter (loading it needs the base model too); `merge=True` folds the adapter into
     a copy of the base model's weights and writes a complete model. The folder is written beside and then renamed, so
-    that what stands there is always whole. In a run, to be called on all ranks; the first one writes.
+    that what stands there is always whole. What it held is replaced only where a previous export wrote all of it
+    (`export_folder`). In a run, to be called on all ranks; the first one writes.
 
     Args:
+        folder: where to; as an `export_target`, with more folders that it must keep away from.
         dtype: of the written weights, one of `DTYPES`; left out, as they are trained.
         max_shard_size: largest size of a weights file, such as "5GB"; more is split into several.
         data: settings of the datamodule, for the model card.
 
     Raises:
-        UserError: an unknown dtype or size, or the folder cannot be written.
+        UserError: an unknown dtype or size, or the folder cannot be written, or holds what no export wrote.
     """
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+    check_options(dtype, max_shard_size)
     trainer = module._trainer
     policy = whole_policy(module, merge)
     if policy is None:
@@ -63,21 +66,37 @@ def export_policy(
         policy = (copy.deepcopy(policy) if policy is module.policy else policy).to(getattr(torch, dtype))
     adapter = hasattr(policy, "get_base_model")
     model = policy.get_base_model() if adapter else policy
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    target = folder if isinstance(folder, Target) else export_target(module, folder)
+    with target.writing() as partial:
         with _ending_at_eos(model, tokenizer):
             policy.save_pretrained(partial, **({} if adapter else {"max_shard_size": max_shard_size}))
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(model_card(module, data or {}, adapter, trainer), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"the model cannot be written to '{folder}': {error.strerror or error}") from error
+
+
+def check_options(dtype: str | None, max_shard_size: str) -> None:
+    """Raises UserError for a dtype or a size that there is not."""
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"\s*[1-9]\d*\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
+        raise UserError(f"export.max_shard_size '{max_shard_size}' is not a size such as 500MB or 5GB")
+
+
+def export_target(
+    module: "DPOModule", folder: str | Path, checkpoints: Sequence[Path] = (), chosen: bool = True
+) -> Target:
+    """A folder to export to, which has to keep away from the model's own folder and those of checkpoints.
+
+    Args:
+        checkpoints: folders with checkpoints.
+        chosen: whether the user named the folder.
+    """
+    name = module.hparams.name_or_path
+    models = [path for path in map(Path, dict.fromkeys((name, base_model_name(name)))) if path.expanduser().is_dir()]
+    kept = [("the model's folder", path) for path in models]
+    kept += [("the checkpoints' folder", path) for path in checkpoints]
+    return Target(Path(folder).expanduser(), tuple(kept), chosen)
 
 
 def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftModel | None":
@@ -137,16 +156,50 @@ class ExportCallback(Callback):
         max_shard_size: str = "5GB",
         enabled: bool = True,
     ) -> None:
-        if dtype not in (None, *DTYPES):
-            raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+        check_options(dtype, max_shard_size)
         self.folder, self.merge, self.dtype, self.max_shard_size = folder, merge, dtype, max_shard_size
         self.enabled = enabled
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports, unless the run was a trial or was stopped."""
-        run = run_folder(trainer)
-        if not self.enabled or run is None or trainer.interrupted:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks at the folder before anything is trained, which would be for nothing if it could not be written.
+
+        Raises:
+            UserError: it cannot be written, or holds what no export wrote; on all ranks, as the first one finds it.
+        """
+        target = self._target(trainer, pl_module) if stage == "fit" else None
+        if target is None:
             return
-        folder, data = self.folder or run / "huggingface", trainer.datamodule
-        export_policy(pl_module, data.tokenizer, folder, self.merge, self.dtype, self.max_shard_size, data.hparams)
-        rank_zero_info(f"model written to {folder}")
+        reason = None
+        if trainer.is_global_zero:
+            try:
+                target.check()
+            except UserError as error:
+                reason = str(error)
+        if reason := trainer.strategy.broadcast(reason):
+            raise UserError(f"{reason} with export.folder, or set export.enabled: false")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exports, unless the run was a trial or was stopped, or has trained nothing."""
+        target = self._target(trainer, pl_module)
+        if target is None or trainer.interrupted:
+            return
+        if not trainer.global_step:
+            rank_zero_warn(
+                "no model is written, because nothing was trained: this run has 0 optimizer steps (see "
+                "trainer.max_steps, trainer.max_epochs and trainer.limit_train_batches)"
+            )
+            return
+        data = trainer.datamodule
+        export_policy(pl_module, data.tokenizer, target, self.merge, self.dtype, self.max_shard_size, data.hparams)
+        rank_zero_info(f"model written to {target.folder}")
+
+    def _target(self, trainer: Trainer, module: "DPOModule") -> Target | None:
+        """Where to export to, None where nothing is to be. To be called on all ranks."""
+        run = run_folder(trainer)
+        if not self.enabled or run is None:
+            return None
+        folders = [Path(best.dirpath) for best in trainer.checkpoint_callbacks if getattr(best, "dirpath", None)]
+        if trainer.ckpt_path and "://" not in str(trainer.ckpt_path):
+            folders.append(Path(trainer.ckpt_path).parent)
+        folder = self.folder or run / "huggingface"
+        return export_target(module, folder, [run / "checkpoints", *folders], chosen=self.folder is not None)

@@ -21,6 +21,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.half_precision import check_trained_dtype, full, keep_inputs
 from dpo_lightning.hardware import fastest_attention
+from dpo_lightning.hub import first_line
 from dpo_lightning.logps import PairLogps, Scoring, choose_scoring, pair_logps
 from dpo_lightning.metrics import PairMetrics
 from dpo_lightning.policy import assert_no_dropout, base_model_name, load_policy
@@ -31,6 +32,7 @@ from dpo_lightning.reference_cache import is_cached, open_caches, weights_digest
 from dpo_lightning.schedules import SCHEDULES, rate_at
 from dpo_lightning.sharding import check_strategy, data_parallel_mesh, shard, whole
 from dpo_lightning.tables import numbers
+from dpo_lightning.trust import TRUST
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -485,7 +487,8 @@ class DPOModule(LightningModule):
         """Loads what `state_dict` gave.
 
         Raises:
-            UserError: a trained weight that the checkpoint lacks, or one that this model does not have.
+            UserError: a trained weight that the checkpoint lacks or that has another shape there, or one that this
+                model does not have.
         """
         self.configure_model()
         self._untrained = False
@@ -496,4 +499,13 @@ class DPOModule(LightningModule):
                     f"the checkpoint {what} weight {sorted(names)[0]} ({len(names)} in all): it is of another model or "
                     "with other model.lora settings than these"
                 )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        try:
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:  # its first line says what was loaded, the second what does not fit
+            reason = " ".join(str(error).split("\n")[1:2]).strip() or first_line(error)
+            raise UserError(f"the checkpoint's weights do not fit this model: {reason}") from error
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "DPOModule":
+        """As Lightning's, but `trust_remote_code` is never taken from the file: give it here."""
+        return super().load_from_checkpoint(*args, **{TRUST: False} | kwargs)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +92,10 @@ def base_model_name(name_or_path: str) -> str:
     if not path.is_file():
         return name_or_path
     try:
-        name = json.loads(path.read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"'{path}' is not a PEFT config: {first_line(error)}") from error
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(f"'{path}' does not name its model: write it there as base_model_name_or_path")
     return name
 
@@ -115,6 +116,9 @@ def load_adapter(model: "PreTrainedModel", folder: str) -> "PeftModel":
 
     def load(folder: str) -> PeftModel:
         config = PeftConfig.from_pretrained(folder)
+        _check_no_imports(vars(config))
+        if config.is_prompt_learning:  # whose config could also have a tokenizer's own code run
+            raise UserError("it is a prompt, not weights within the model, which is all that is trained here")
         config.lora_dropout = 0.0  # what it was trained with says nothing about preference training
         return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
 
@@ -177,10 +181,17 @@ def add_lora(model: "PreTrainedModel", options: dict[str, Any]) -> "PeftModel":
     # GPT-2's linear layers are Conv1D, which store their weight transposed.
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     defaults = {"task_type": TaskType.CAUSAL_LM, "target_modules": "all-linear", "fan_in_fan_out": transposed}
+    _check_no_imports(options)
     try:
         return get_peft_model(model, LoraConfig(**defaults | options))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # options of the wrong kind fail anywhere in peft
         raise UserError(f"model.lora: {first_line(error)}") from error
+
+
+def _check_no_imports(options: Mapping[str, Any]) -> None:
+    """Raises UserError for what makes peft import a module that these options, which may be a stranger's, name."""
+    if options.get("megatron_config"):
+        raise UserError("model.lora.megatron_config makes peft import code of another project: leave it out")
 
 
 def assert_no_dropout(model: nn.Module) -> None:

@@ -149,7 +149,7 @@ class Run:
 # From the narrowest to the widest. TQDM's bars are in the log, Rich's are not.
 PHASES: dict[str, Callable[[Run], bool]] = {
     "save": lambda run: run.writes("checkpoints/*.partial"),
-    "export": lambda run: run.writes("huggingface.partial"),
+    "export": lambda run: run.writes("huggingface.*.partial"),
     "reference pass": lambda run: (
         "computed once and kept" in run.tail(2000) and "before training" not in run.tail(9000)
     ),
