@@ -32,6 +32,7 @@ from dpo_lightning.encoding import (
 )
 from dpo_lightning.errors import UserError
 from dpo_lightning.generated import RejectedGenerator, generation_from, said
+from dpo_lightning.hub import local_path
 from dpo_lightning.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
 from dpo_lightning.reference_cache import ReferenceCache
 from dpo_lightning.resume import ResumableLoader
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 MAX_LENGTH, SHORTEST = 1024, 8  # tokens of a pair: where none are given, and the fewest
 LARGEST = 2**31 - 1
+LARGEST_TEMPLATE = 1_000_000  # bytes
 MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 ENCODING_VERSION = 2  # raise it when encoding or row reading changes, so that old caches are not used
 REJECTED = ("empty", "shuffled", "generated")
@@ -310,8 +312,13 @@ class PreferenceDataModule(LightningDataModule):
         if path is None:
             template = self.tokenizer.chat_template
             return json.dumps(template) if isinstance(template, dict) else template
+        file = local_path(path)
+        if not file.is_file():  # a pipe or a device would be read for ever
+            raise UserError(f"data.chat_template '{path}' cannot be read: there is no such file")
+        if file.stat().st_size > LARGEST_TEMPLATE:
+            raise UserError(f"data.chat_template '{path}' has more than {LARGEST_TEMPLATE:,} bytes: it is no template")
         try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template '{path}' cannot be read: {error}") from error
 
