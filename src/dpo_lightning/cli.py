@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dpo_lightning.errors import Stopped, UserError
+from dpo_lightning.visible import one_line, show_only_visible, visible
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
@@ -75,6 +76,7 @@ def run(args: Sequence[str]) -> None:
         module = importlib.import_module(command.module)
     finally:
         gc.enable()
+    show_only_visible()
     getattr(module, command.function)(args)
 
 
@@ -92,12 +94,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         return USER_ERROR_EXIT
     except Stopped as stop:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 0  # else Lightning kills the first process, which started this one
-        print(stopped(args, stop), file=sys.stderr)
+        print(visible(stopped(args, stop)), file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -110,7 +112,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        print(f"error: {error.filename or 'a file of the run'} cannot be written: {error.strerror}", file=sys.stderr)
+        name = one_line(str(error.filename or "a file of the run"))
+        print(f"error: {name} cannot be written: {error.strerror}", file=sys.stderr)
         return USER_ERROR_EXIT
     return 0
 
@@ -125,7 +128,8 @@ def stopped(args: Sequence[str], stop: Stopped) -> str:
 
 
 def keep_quiet() -> None:
-    """Drops what libraries say that is neither about this run nor for its user."""
+    """Drops what libraries say that is neither about this run nor for its user; the rest is shown as visible text."""
+    show_only_visible()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else loader workers and tokenizers warn of each other
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

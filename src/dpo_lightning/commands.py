@@ -41,9 +41,9 @@ from dpo_lightning.export import ExportCallback, check_options, export_policy, e
 from dpo_lightning.generated import MODEL_SETTINGS
 from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.hardware import fastest_precision
-from dpo_lightning.hub import first_line, from_hub_or_folder
+from dpo_lightning.hub import first_line
 from dpo_lightning.module import DPOModule
-from dpo_lightning.policy import base_model_name, tokenizer_name
+from dpo_lightning.policy import load_config, tokenizer_name
 from dpo_lightning.predictions import ReplyWriter
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reporting import ReportCallback
@@ -51,6 +51,7 @@ from dpo_lightning.sharding import check_strategy
 from dpo_lightning.stopping import StoppingCallback
 from dpo_lightning.storyboard import StoryboardCallback
 from dpo_lightning.trust import TRUST, plain_settings
+from dpo_lightning.visible import one_line
 
 # Those without settings.
 CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
@@ -108,15 +109,7 @@ class DPOCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """As LightningCLI's, once the model is known to be there: a wrong name is said before data are read."""
-        from transformers import AutoConfig
-
-        model = self.settings.model
-        from_hub_or_folder(
-            "model",
-            base_model_name(model.name_or_path),
-            AutoConfig.from_pretrained,
-            trust_remote_code=model.trust_remote_code,
-        )
+        load_config(self.settings.model.name_or_path, self.settings.model.trust_remote_code)
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -252,7 +245,7 @@ def run_download(args: Sequence[str]) -> None:
     """`download`: the tokenizer, model and data sets that a configuration names, for use without a network."""
     config = configured(DownloadCLI, args[1:], run=False).config
     for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
-        print(f"{kind} written to {name}")
+        print(one_line(f"{kind} written to {name}"))
 
 
 def run_export(args: Sequence[str]) -> None:
@@ -300,7 +293,7 @@ def export(
     data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
     module.load_state_dict(checkpoint["state_dict"])
     export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings)
-    print(f"model written to {output_dir}")
+    print(one_line(f"model written to {output_dir}"))
 
 
 def _model_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:

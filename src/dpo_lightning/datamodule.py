@@ -6,9 +6,10 @@ Useful without the rest of the package: any pipeline that wants tokenized prefer
 import copy
 import functools
 import json
+import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,17 @@ from torch.utils.data import DataLoader
 from dpo_lightning.arrow_cache import Columns, cached_dataset
 from dpo_lightning.batching import LengthGroupedBatchSampler, PairBatch, PromptBatch, collate_columns, collate_prompts
 from dpo_lightning.digests import content_digest, key_digest
-from dpo_lightning.encoding import EncodedPair, encode_batch, encode_prompts, load_tokenizer, tokenizer_fingerprint
+from dpo_lightning.encoding import (
+    EncodedPair,
+    check_tokenizer,
+    encode_batch,
+    encode_prompts,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from dpo_lightning.errors import UserError
 from dpo_lightning.generated import RejectedGenerator, generation_from, said
+from dpo_lightning.hub import local_path
 from dpo_lightning.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
 from dpo_lightning.reference_cache import ReferenceCache
 from dpo_lightning.resume import ResumableLoader
@@ -39,6 +48,7 @@ from dpo_lightning.sources import Source, dataset_weights, open_source
 from dpo_lightning.splits import mixed, split_by_key
 from dpo_lightning.tables import batches_of, context_keys, numbers, text_keys
 from dpo_lightning.trust import TRUST
+from dpo_lightning.visible import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +56,10 @@ if TYPE_CHECKING:
 
     from dpo_lightning.chat import ChatTemplate
 
+MAX_LENGTH, SHORTEST = 1024, 8  # tokens of a pair: where none are given, and the fewest
+LARGEST = 2**31 - 1
+LARGEST_TEMPLATE = 1_000_000  # bytes
+MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 ENCODING_VERSION = 2  # raise it when encoding or row reading changes, so that old caches are not used
 REJECTED = ("empty", "shuffled", "generated")
 IDS = pa.list_(pa.int32())
@@ -82,7 +96,9 @@ class PreferenceDataModule(LightningDataModule):
         val_size: split off for validation where `val_dataset` is left out: a share below 1, or a number of pairs
             (at most a tenth of them).
         test_size: the same for testing.
-        max_length: tokens of a prompt and completion together; longer prompts are cut from the left.
+        max_length: tokens of a prompt and completion together; longer prompts are cut from the left. Left out,
+            `MAX_LENGTH`, or what the tokenizer and the model can take where that is less; more than the model has
+            positions is refused.
         batch_size: pairs per batch (and per device).
         eval_batch_size: the same for validation, testing and prediction; left out, `batch_size`.
         shuffle: new order every epoch, batches grouped by length.
@@ -107,7 +123,7 @@ class PreferenceDataModule(LightningDataModule):
         generation: dict[str, Any] | None = None,
         val_size: float = 0.05,
         test_size: float = 0.05,
-        max_length: int = 1024,
+        max_length: int | None = None,
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         shuffle: bool = True,
@@ -120,18 +136,20 @@ class PreferenceDataModule(LightningDataModule):
         for name, value, known in (("rejected", rejected, REJECTED), ("on_bad_row", on_bad_row, ON_BAD_ROW)):
             if value not in known:
                 raise UserError(f"data.{name} is '{value}': it must be one of {', '.join(known)}")
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size}.items():
-            if value < 1:
-                raise UserError(f"data.{name} is {value}: it must be at least 1")
-        for name, value in {"val_size": val_size, "test_size": test_size}.items():
-            if value < 0:
-                raise UserError(f"data.{name} is {value}: it must be a share below 1 or a number of pairs")
-        if max_length < 8:
-            raise UserError(f"data.max_length is {max_length}: a prompt and a completion need at least 8 tokens")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers is {num_workers}: it must be 0 or more")
+        for name, value, least, most, wanted in (
+            ("batch_size", batch_size, 1, LARGEST, "at least 1"),
+            ("eval_batch_size", eval_batch_size, 1, LARGEST, "at least 1"),
+            ("val_size", val_size, 0, LARGEST, "a share below 1 or a number of pairs"),
+            ("test_size", test_size, 0, LARGEST, "a share below 1 or a number of pairs"),
+            ("max_length", max_length, SHORTEST, LARGEST, f"at least {SHORTEST}, for a prompt and a completion"),
+            ("num_workers", num_workers, 0, MOST_WORKERS, f"from 0 to {MOST_WORKERS}: each is a process"),
+            ("seed", seed, 0, 2**32 - 1, "from 0 to 4294967295"),
+        ):
+            if value is not None and not least <= value <= most:  # nan is neither
+                small = f"at most {LARGEST}" if value > most == LARGEST else wanted
+                raise UserError(f"data.{name} is {value}: it must be {small}")
         if rejected == "generated":
-            generation_from(generation, max_length)  # wrong settings are said before anything is read
+            generation_from(generation, max_length or MAX_LENGTH)  # wrong settings are said before anything is read
         self.row_options = RowOptions(prompt_template, completion_template, self._chat_template)
         check_templates(self.row_options)
         self._train_weights = dataset_weights(train_dataset)
@@ -165,6 +183,7 @@ class PreferenceDataModule(LightningDataModule):
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, loaded when first needed."""
         if self._tokenizer is not None:
+            check_tokenizer(self._tokenizer, self._tokenizer.name_or_path)
             return self._tokenizer
         name = self.hparams.get("tokenizer")
         if not name:
@@ -173,8 +192,30 @@ class PreferenceDataModule(LightningDataModule):
 
     @functools.cached_property
     def max_length(self) -> int:
-        """`max_length`, or what the tokenizer says the model can take where that is less."""
-        return min(self.hparams.max_length, self.tokenizer.model_max_length)
+        """Tokens of a prompt and completion together: as set, or what tokenizer and model allow up to `MAX_LENGTH`.
+
+        The tokenizer's number is a hint and gives way to the user's; the model's positions are a wall.
+
+        Raises:
+            UserError: more was asked for than the model has positions, or it has too few for any pair.
+        """
+        asked, positions = self.hparams.max_length, self._model_positions
+        if positions < (asked or SHORTEST):
+            wanted = f"data.max_length is {asked}" if asked else f"a prompt and a completion need {SHORTEST} tokens"
+            mend = f"lower it to {positions}" if asked and positions >= SHORTEST else "take another model"
+            raise UserError(f"{wanted}, but this model has {positions} positions: {mend}")
+        if asked:
+            return asked
+        found = int(min(MAX_LENGTH, self.tokenizer.model_max_length, positions))
+        if found < MAX_LENGTH:
+            rank_zero_info(f"data.max_length: {found} tokens, which is what the tokenizer and the model can take")
+        return found
+
+    @property
+    def _model_positions(self) -> float:
+        """Positions of the model that the trainer has; infinite where there is none, or it does not number them."""
+        model = self.trainer and self.trainer.lightning_module
+        return getattr(model, "positions", None) or math.inf
 
     # ------------------------------------------------------------------ load, split, encode
 
@@ -287,8 +328,13 @@ class PreferenceDataModule(LightningDataModule):
         if path is None:
             template = self.tokenizer.chat_template
             return json.dumps(template) if isinstance(template, dict) else template
+        file = local_path(path)
+        if not file.is_file():  # a pipe or a device would be read for ever
+            raise UserError(f"data.chat_template '{path}' cannot be read: there is no such file")
+        if file.stat().st_size > LARGEST_TEMPLATE:
+            raise UserError(f"data.chat_template '{path}' has more than {LARGEST_TEMPLATE:,} bytes: it is no template")
         try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"data.chat_template '{path}' cannot be read: {error}") from error
 
@@ -338,7 +384,7 @@ class PreferenceDataModule(LightningDataModule):
             self.not_generated.append(name)
             return None
         replies, note = found
-        made, *doubts = said(name, note, len(replies))
+        made, *doubts = said(one_line(name), note, len(replies))
         rank_zero_info(made)
         for doubt in doubts:
             rank_zero_warn(doubt)
@@ -430,7 +476,8 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def eval_batch_size(self) -> int:
         """Pairs per batch in validation, testing and prediction."""
-        return self.hparams.eval_batch_size or self.hparams.batch_size
+        given = self.hparams.eval_batch_size
+        return self.hparams.batch_size if given is None else given
 
     def on_before_batch_transfer(self, batch: PairBatch | PromptBatch, dataloader_idx: int) -> PairBatch | PromptBatch:
         """Adds the reference log-probs that are in a cache; on the CPU, so that no device is waited for."""
@@ -535,7 +582,7 @@ def progress(batches: Iterator[Columns], what: str, total: int | None = None) ->
     """Hands batches on and shows how many rows have come, where that takes longer than a moment."""
     from tqdm.auto import tqdm
 
-    with tqdm(desc=what, total=total, unit=" rows", delay=2, disable=rank_zero_only.rank != 0) as bar:
+    with tqdm(desc=one_line(what), total=total, unit=" rows", delay=2, disable=rank_zero_only.rank != 0) as bar:
         for columns in batches:
             yield columns
             bar.update(len(columns["prompt"]))

@@ -38,9 +38,25 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> "PreTr
     tokenizer = from_hub_or_folder(
         "tokenizer", name_or_path, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code
     )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer '{name_or_path}' has no EOS token, so replies could never be taught to end")
+    check_tokenizer(tokenizer, name_or_path)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Checks what the pairs will need of a tokenizer.
+
+    Raises:
+        UserError: it has no EOS token, or a `model_max_length` that no prompt and completion fit into.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer '{name}' has no EOS token, so replies could never be taught to end")
+    length = tokenizer.model_max_length
+    # Of a tokenizer that does not know it, 1e30.
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 8 or length % 1:
+        raise UserError(
+            f"tokenizer '{name}': its model_max_length (in tokenizer_config.json) is {str(length)[:60]!r}: it must be "
+            "a whole number of at least 8"
+        )
 
 
 def encode_prompts(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.visible import one_line
 
 PROBE_SECONDS = 5.0
 T = TypeVar("T")
@@ -28,7 +29,7 @@ def from_hub_or_folder(kind: str, name: str, load: Callable[..., T], **kwargs: A
     Raises:
         UserError: no such folder, a folder that cannot be loaded, an unknown hub id, or no way to reach the hub.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         try:
             return load(str(folder), **kwargs)
@@ -47,6 +48,30 @@ def from_hub_or_folder(kind: str, name: str, load: Callable[..., T], **kwargs: A
             f"reached; either run `python cli.py download` on a connected machine and add "
             f"`--config configs/local.yaml` here, or give the path of a local {kind} folder instead of the name"
         ) from error
+
+
+def local_path(name: str) -> Path:
+    """A name as a path, `~` filled in where that can be done.
+
+    Raises:
+        UserError: no path can look like this.
+    """
+    path = Path(name)
+    try:
+        path = path.expanduser()
+    except RuntimeError:  # ~ and the name of no user
+        pass
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a nul in it, a folder that may not be entered, links in a circle
+        raise UserError(f"'{one_line(name[:200])}' cannot be looked up: {_why(error)}") from error
+    return path
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def looks_local(name: str) -> bool:

@@ -19,8 +19,10 @@ from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.reading import RowAccount
 from dpo_lightning.reporting import duration
 from dpo_lightning.tables import context_keys, id_counts, numbers
+from dpo_lightning.visible import one_line, visible
 
 BINS, BAR = 10, 40  # of a histogram: its rows, and characters of its longest bar
+INDENT = "\n" + 12 * " "  # under the text of a shown pair, so that no line of it looks like one of ours
 TIMED_STEPS, WARMUP_STEPS = 4, 2
 SHOWN = 300  # characters of a prompt
 
@@ -62,10 +64,11 @@ def run_inspect(args: Sequence[str]) -> None:
     cli = configured(InspectCLI, args[1:], run=False)
     data, trainer = cli.datamodule, cli.trainer
     data.trainer = trainer  # which knows the number of devices
+    trainer.strategy.connect(cli.model)  # whose positions bound the pairs
     data.generates = False
     data.setup("fit")
     for line in inspect(data, cli.config.rows):
-        print(line)
+        print(visible(line))
     print("\n" + run_line(data, trainer) + "; " + time_line(data, trainer, measured(cli) if cli.config.time else None))
 
 
@@ -145,7 +148,7 @@ def account_lines(account: RowAccount) -> Iterator[str]:
     for what, counts in (("skipped", account.skipped), ("kept, though they teach nothing", account.doubtful)):
         for reason, count in counts.items():
             yield f"  {what}: {count:,} {reason}"
-            yield from (f"    {line}" for line in account.first[reason])
+            yield from (f"    {one_line(line)}" for line in account.first[reason])
     if not account.skipped and not account.doubtful:
         yield "  none skipped, none repeated, no chosen that is its rejected"
 
@@ -177,6 +180,9 @@ def shown(data: PreferenceDataModule, position: int) -> Iterator[str]:
     (pair,) = to_pairs(collate_columns(columns, [position]))
     prompt = data.tokenizer.decode(pair.prompt_ids)
     yield data.where("train", [position])[0]
-    yield f"  prompt    {'…' + prompt[-SHOWN:] if len(prompt) > SHOWN else prompt}"
-    yield f"  chosen    ⟦{data.tokenizer.decode(pair.chosen_ids)}⟧"
-    yield f"  rejected  ⟦{data.tokenizer.decode(pair.rejected_ids)}⟧"
+    for line in (
+        f"prompt    {'…' + prompt[-SHOWN:] if len(prompt) > SHOWN else prompt}",
+        f"chosen    ⟦{data.tokenizer.decode(pair.chosen_ids)}⟧",
+        f"rejected  ⟦{data.tokenizer.decode(pair.rejected_ids)}⟧",
+    ):
+        yield "  " + line.replace("\n", INDENT)

@@ -24,7 +24,7 @@ from dpo_lightning.hardware import fastest_attention
 from dpo_lightning.hub import first_line
 from dpo_lightning.logps import PairLogps, Scoring, choose_scoring, pair_logps
 from dpo_lightning.metrics import PairMetrics
-from dpo_lightning.policy import assert_no_dropout, base_model_name, load_policy
+from dpo_lightning.policy import assert_no_dropout, base_model_name, load_config, load_policy, position_count
 from dpo_lightning.preference_loss import PreferenceLoss
 from dpo_lightning.reference import AdapterOff, FrozenCopy, Reference
 from dpo_lightning.reference_adapter import AdapterCopy, MovingCopy, load_weights, move, weights_to_save
@@ -230,10 +230,17 @@ class DPOModule(LightningModule):
         elif self.reference is not None:
             self.reference = self.make_reference()  # of the sharded adapter
 
+    @functools.cached_property
+    def positions(self) -> int | None:
+        """How many positions the model has, known before it is loaded; None where it does not number them."""
+        if self.policy is not None:
+            return position_count(self.causal_lm.config)
+        return position_count(load_config(self.hparams.name_or_path, self.hparams.trust_remote_code))
+
     def _check_max_length(self) -> None:
         data = self._trainer and self._trainer.datamodule
         longest = getattr(data, "max_length", 0)
-        positions = getattr(self.causal_lm.config, "max_position_embeddings", None)
+        positions = position_count(self.causal_lm.config)
         if positions and longest > positions:
             raise UserError(f"data.max_length is {longest}, but this model has {positions} positions: lower it to that")
         if hasattr(data, "check_vocabulary"):

@@ -100,6 +100,25 @@ def base_model_name(name_or_path: str) -> str:
     return name
 
 
+def position_count(config: "PretrainedConfig") -> int | None:
+    """How many positions a model has; None where its config does not number them."""
+    count = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def load_config(name_or_path: str, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The config of a model, of an adapter that of its base model; no weights are loaded.
+
+    Raises:
+        UserError: it cannot be found, reached or read.
+    """
+    from transformers import AutoConfig
+
+    return from_hub_or_folder(
+        "model", base_model_name(name_or_path), AutoConfig.from_pretrained, trust_remote_code=trust_remote_code
+    )
+
+
 def tokenizer_name(name_or_path: str) -> str:
     """Where a model's tokenizer is: beside an adapter only where it was saved there, else with the base model."""
     beside = (Path(name_or_path).expanduser() / "tokenizer_config.json").is_file()

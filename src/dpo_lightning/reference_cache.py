@@ -23,6 +23,7 @@ from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.errors import UserError
 from dpo_lightning.logps import evaluating
 from dpo_lightning.tables import id_counts
+from dpo_lightning.visible import one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -253,7 +254,7 @@ def with_progress(positions: np.ndarray, size: int, description: str, shown: boo
     """Hands out positions, `size` at a time, and shows how many pairs are done."""
     from tqdm import tqdm
 
-    with tqdm(total=len(positions), desc=description, unit="pair", disable=not shown) as bar:
+    with tqdm(total=len(positions), desc=one_line(description), unit="pair", disable=not shown) as bar:
         for start in range(0, len(positions), size):
             yield positions[start : start + size].tolist()
             bar.update(len(positions[start : start + size]))

@@ -4,15 +4,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dpo_lightning.visible import visible
+
 if TYPE_CHECKING:
     from rich.text import Text
 
 FOLDED_LENGTH = 240
-
-
-def visible(text: str) -> str:
-    """Text whose control characters (terminal codes, text direction, nul) are shown as escapes; newlines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def fold(text: str, length: int = FOLDED_LENGTH) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from dpo_lightning.digests import file_digest
 from dpo_lightning.errors import UserError
+from dpo_lightning.visible import one_line
 
 if TYPE_CHECKING:
     from dpo_lightning.chat import ChatTemplate
@@ -359,17 +360,26 @@ def get_format(name: str) -> RowFormat:
 
 
 def check_templates(options: RowOptions) -> None:
-    """Raises UserError where a template names a field that the founding format does not have."""
+    """Checks that templates hold nothing but text and the plain fields that the founding format has.
+
+    Raises:
+        UserError: another field, or a format, conversion, index or attribute with one: these fail on some rows and
+            not on others, fill the memory (`{question:>9999999999}`) or show what is no data (`{question.__class__}`).
+    """
     for key in ("prompt_template", "completion_template"):
         template = getattr(options, key)
+        said = f"data.{key} {_cut(template)!r}"
         try:
-            fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+            fields = [parsed[1:] for parsed in string.Formatter().parse(template) if parsed[1] is not None]
         except ValueError as error:
-            raise UserError(f"data.{key} {template!r} is not a valid template: {error}") from error
-        if unknown := sorted(fields - {"question", "context", "answer"}):
+            raise UserError(f"{said} is not a valid template: {error}; write a brace of the text twice") from error
+        if unknown := sorted({field for field, _, _ in fields} - {"question", "context", "answer"}):
             raise UserError(
-                f"data.{key} {template!r} names {_quoted(unknown)}: it may use {{context}}, {{question}} and {{answer}}"
+                f"{said} names {_quoted(unknown)}: it may use {{context}}, {{question}} and {{answer}}, and has a "
+                "brace of the text twice"
             )
+        if formatted := [field for field, spec, conversion in fields if spec or conversion]:
+            raise UserError(f"{said} gives {{{formatted[0]}}} a format: nothing but the name may stand in the braces")
     if "answer" in {field for _, field, _, _ in string.Formatter().parse(options.prompt_template)}:
         raise UserError("data.prompt_template holds {answer}: the prompt would contain the reply that is to be learnt")
 
@@ -444,7 +454,7 @@ def shuffled_partners(texts: Sequence[Any], seed: int, source: str) -> np.ndarra
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
+    return ", ".join(f"'{one_line(_cut(str(name)))}'" for name in names)
 
 
 def _cut(text: str, length: int = 60) -> str:

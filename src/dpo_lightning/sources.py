@@ -4,6 +4,7 @@ import codecs
 import csv
 import json
 import math
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,11 +12,19 @@ from typing import Any, NamedTuple
 
 from dpo_lightning.digests import file_digest
 from dpo_lightning.errors import UserError
-from dpo_lightning.hub import first_line, from_hub_or_folder, looks_local
-from dpo_lightning.rows import BadRow
+from dpo_lightning.hub import first_line, from_hub_or_folder, local_path, looks_local
+from dpo_lightning.rows import FORMATS, BadRow
+from dpo_lightning.visible import one_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 READ_ROWS = 1000  # rows held in memory at a time
+KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 SPLIT_NAMES = {
     "train": ("train",),
     "val": ("validation", "val", "valid", "dev", "test"),
@@ -30,7 +39,7 @@ Row = dict[str, Any] | BadRow
 class Source(NamedTuple):
     """Rows of one data set, with what is needed to talk about them."""
 
-    name: str  # as the user wrote it, with the split that was picked
+    name: str  # as the user wrote it, with the split that was picked, fit to be shown (see `one_line`)
     columns: Sequence[str]
     read: Callable[[Sequence[str]], Iterator[tuple[int, Row]]]  # see `rows`
     fingerprint: str  # changes when the data changes
@@ -80,12 +89,12 @@ def open_source(name: str, stage: str) -> Source:
     Raises:
         UserError: a missing, empty or unreadable file or folder, an unknown file type or split, an unreachable hub.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_file():
-        return _open_file(name, path)
+        return _open_file(one_line(name), path)
     base, _, split = name.partition(":")
-    dataset, split = _pick_split(load_dataset_named(base), name, split, stage)
-    return _from_dataset(f"{base}:{split}" if split else name, dataset)
+    dataset, split = _pick_split(load_dataset_named(base), one_line(name), split, stage)
+    return _from_dataset(one_line(f"{base}:{split}" if split else name), dataset)
 
 
 def load_dataset_named(name: str) -> Any:
@@ -96,13 +105,18 @@ def load_dataset_named(name: str) -> Any:
     """
     from datasets import load_dataset, load_from_disk
 
-    if Path(name).suffix in FILE_TYPES or (looks_local(name) and not Path(name).expanduser().is_dir()):
-        raise UserError(f"data set '{name}': there is no such file or folder")
-    local = Path(name).expanduser().is_dir()
+    path = local_path(name)
+    if path.exists() and not path.is_dir():
+        kind = KINDS.get(stat.S_IFMT(path.stat().st_mode), "no file")
+        raise UserError(f"data set '{one_line(name)}' is {kind}, and only files and folders can be read")
+    local = path.is_dir()
+    if not local and (path.suffix in FILE_TYPES or looks_local(name)):
+        raise UserError(f"data set '{one_line(name)}': there is no such file or folder")
     return from_hub_or_folder("dataset", name, load_from_disk if local else load_dataset)
 
 
 def _open_file(name: str, path: Path) -> Source:
+    """Opens a file; `name` is fit to be shown."""
     if path.suffix not in FILE_TYPES:
         raise UserError(f"data set '{name}': files of type {', '.join(FILE_TYPES)} can be read, not '{path.suffix}'")
     try:
@@ -163,10 +177,8 @@ def _columns(name: str, rows: Iterable[tuple[int, Row]]) -> list[str]:
 
 
 def _open_json(name: str, path: Path) -> Source:
-    """A file of one list of objects. What begins otherwise is taken for an object per line."""
-    with path.open("rb") as file:
-        start = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
-    if not start.startswith(b"["):
+    """A file of one list of objects, bare or as in {"data": [...]}. Other files are taken for an object per line."""
+    if _has_object_per_line(path):
         return _open_jsonl(name, path)
     try:
         values = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -174,12 +186,52 @@ def _open_json(name: str, path: Path) -> Source:
         raise UserError(f"data set '{name}': not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"data set '{name}': not valid JSON ({_json_fault(error)})") from error
+    if isinstance(values, dict):
+        values = _wrapped_rows(name, values)
 
     def read(_: Sequence[str]) -> Iterator[tuple[int, Row]]:
         for number, value in enumerate(values, 1):
             yield number, _as_row(value, f"{name}, row {number}")
 
     return Source(name, _columns(name, read([])), read, file_digest(path))
+
+
+def _has_object_per_line(path: Path) -> bool:
+    """Whether a .json file is really .jsonl: its first line is more than the beginning of what it opens."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+        more = any(line.strip() for line in file)
+    text = first.decode("utf-8-sig", errors="replace").strip()
+    if text.startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos < len(text)  # else it goes on in the next line
+    except (ValueError, RecursionError):
+        return True
+    return more or not isinstance(value, dict) or not _row_lists(value)
+
+
+def _row_lists(value: dict[str, Any]) -> list[str]:
+    """The keys of an object under which there are rows; none where the object is a row itself."""
+    columns = {column for form in FORMATS.values() for column in form.prompt_columns + form.completion_columns}
+    if not columns.isdisjoint(value):
+        return []
+    return [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+
+
+def _wrapped_rows(name: str, value: dict[str, Any]) -> list[Any]:
+    keys = _row_lists(value)
+    if len(keys) == 1:
+        return value[keys[0]]
+    found = ", ".join(f"'{one_line(key)}'" for key in list(value)[:10])
+    if keys:
+        raise UserError(f"data set '{name}' is an object with several lists ({found}): put each into a file of its own")
+    raise UserError(
+        f"data set '{name}' is one object (with {found or 'nothing in it'}) where a list of objects, or one under a "
+        "single key, belongs"
+    )
 
 
 def _open_csv(name: str, path: Path) -> Source:
@@ -210,7 +262,7 @@ def _open_csv(name: str, path: Path) -> Source:
     if isinstance(header, csv.Error) or any("\udc80" <= character <= "\udcff" for cell in header for character in cell):
         raise UserError(f"{name}, line {line}: the column names are not CSV in UTF-8; save it as UTF-8")
     if twice := [column for column in header if header.count(column) > 1]:
-        raise UserError(f"{name}, line {line}: two columns have the name '{twice[0]}'")
+        raise UserError(f"{name}, line {line}: two columns have the name '{one_line(twice[0])}'")
 
     def read(_: Sequence[str]) -> Iterator[tuple[int, Row]]:
         for line, cells in islice(records(), 1, None):
@@ -238,6 +290,8 @@ def _open_parquet(name: str, path: Path) -> Source:
         raise UserError(f"data set '{name}' cannot be read: {first_line(error)}") from error
     if not count:
         raise UserError(f"data set '{name}' holds no rows")
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise UserError(f"data set '{name}': two columns have the name '{one_line(twice[0])}'")
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
         number = 0
