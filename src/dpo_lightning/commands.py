@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -39,6 +39,7 @@ from dpo_lightning.hub import first_line, from_hub_or_folder
 from dpo_lightning.module import DPOModule
 from dpo_lightning.policy import base_model_name, tokenizer_name
 from dpo_lightning.predictions import ReplyWriter
+from dpo_lightning.progress import RunBar
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reporting import ReportCallback
 from dpo_lightning.stopping import StoppingCallback
@@ -127,6 +128,9 @@ class DPOCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
+        if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
+            kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
