@@ -24,10 +24,10 @@ SHOWN = {
     "train/loss": "loss {:.3f}",
     "train/rewards/accuracies": "accuracy {:.0%}",
     "train/rewards/margins": "margin {:.2f}",
-    "train/pairs_per_second": "{:.3g} pairs/s",
+    "train/pairs_per_second": "{:.1f} pairs/s",
 }
 SECONDS_BETWEEN_DRAWINGS = 0.2
-BESIDE_VALUES = 32  # columns that steps, time left and the shortest bar want for themselves
+BESIDE_VALUES = 17  # columns that the shortest bar, the time left and the spaces want beside steps and values
 
 
 class RunBar(ProgressBar):
@@ -143,7 +143,8 @@ class RunBar(ProgressBar):
         """Such as "loss 0.412 accuracy 97%", as many as there is room for."""
         metrics = self.trainer.progress_bar_metrics if self.trainer.state.fn == "fit" else {}
         values = [form.format(float(metrics[name])) for name, form in SHOWN.items() if name in metrics]
-        while values and len(" ".join(values)) > self._progress.console.width - BESIDE_VALUES:
+        room = self._progress.console.width - len(self._progress.tasks[0].fields["head"]) - BESIDE_VALUES
+        while values and len(" ".join(values)) > room:
             values.pop()
         return " ".join(values)
 
