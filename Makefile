@@ -11,12 +11,10 @@ help:  ## this list
 demo: $(VENV)/.installed  ## set-up and training on shipped data: SQL in about a minute, no hub, no GPU
 	$(BIN)/python cli.py fit --config configs/demo.yaml
 	@echo
-	@echo "Above: the same 96 questions about tables that were not trained on, before and after; sql/valid is the"
-	@echo "share of replies that compile against their own CREATE TABLE. Where to look next:"
-	@echo "    $(BIN)/tensorboard --logdir lightning_logs                 the curves"
-	@echo "    lightning_logs/version_*/report.html                  the run on one page"
-	@echo "    lightning_logs/version_*/huggingface                  the trained model"
-	@echo "    $(BIN)/python cli.py fit --config configs/gpt2.yaml        the real thing: GPT-2"
+	@echo "The questions are about tables that were not trained on; SQL is valid if it compiles against the question's own"
+	@echo "CREATE TABLE. Open the report in a browser. Where to look next:"
+	@echo "    $(BIN)/tensorboard --logdir lightning_logs             the curves"
+	@echo "    $(BIN)/python cli.py fit --config configs/gpt2.yaml    the real thing: GPT-2"
 
 test: $(VENV)/.installed-test  ## set-up and all tests
 	$(BIN)/ruff check .

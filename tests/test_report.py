@@ -66,7 +66,10 @@ def hostile_run():
         curves={"train/loss": [(1, 0.7), (2, float("nan")), (3, 0.5)], "replies/sql/valid": [(0, 0.0), (3, 0.75)]},
         margins={"step 4": [0.1, 0.2, float("nan")]},
         pairs=[PreferencePair(HOSTILE, HOSTILE, "", HOSTILE)],
-        showings=[Showing(step, [HOSTILE], [flags], {}) for step in range(0, 100, 10)],
+        showings=[
+            Showing(step, [HOSTILE], [flags], {"sql/valid": 0.75 if step else 0.0}, {"sql/valid": 4}, 4)
+            for step in range(0, 100, 10)
+        ],
         costs={HOSTILE: HOSTILE},
         warnings=[HOSTILE],
     )
@@ -76,7 +79,7 @@ def test_nothing_in_the_report_can_act_and_all_of_it_is_shown():
     page = assert_harmless(render(hostile_run()))
     assert page.text.count("<script>alert(1)</script>") >= 12
     assert "\\x1b[31m\\x00\\u202e&amp;" in page.text
-    assert "0% → 75%" in page.text and "✓ valid" in page.text and "✗ exact" in page.text
+    assert "0% → 75%valid SQLon 4 questions" in page.text and "✓ valid" in page.text and "✗ exact" in page.text
     assert "same result" not in page.text.split("Replies")[-1], "what could not be judged is not marked"
 
 

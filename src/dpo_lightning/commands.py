@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -45,6 +45,7 @@ from dpo_lightning.hub import first_line
 from dpo_lightning.module import DPOModule
 from dpo_lightning.policy import load_config, tokenizer_name
 from dpo_lightning.predictions import ReplyWriter
+from dpo_lightning.progress import RunBar
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reporting import ReportCallback
 from dpo_lightning.sharding import check_strategy
@@ -129,6 +130,9 @@ class DPOCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
+        if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
+            kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:

@@ -1,6 +1,7 @@
 """Prompts -> greedy replies, their judgment, and the callback that shows and keeps them before, during and after."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,6 +107,11 @@ def shares(judged: Sequence[dict[str, float | None]]) -> dict[str, float]:
     return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
+def counts(judged: Sequence[dict[str, float | None]]) -> dict[str, int]:
+    """How many replies each of `shares` is of: [{"a": 1.0}, {"a": 0.0, "b": None}] -> {"a": 2}."""
+    return dict(Counter(name for reply in judged for name, value in reply.items() if value is not None))
+
+
 class Showing(NamedTuple):
     """What was answered at one step."""
 
@@ -113,6 +119,8 @@ class Showing(NamedTuple):
     texts: list[str]  # of the first `REMEMBERED` prompts
     judged: list[dict[str, float | None]]  # of the same
     shares: dict[str, float]  # of all prompts
+    counts: dict[str, int] | None = None  # how many replies each share is of; None in checkpoints from before it was
+    changed: int | None = None  # replies that are not those of the first showing
 
 
 class RepliesCallback(Callback):
@@ -198,7 +206,10 @@ class RepliesCallback(Callback):
             self._reference = replies
         judged = [judge(reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
         texts = [reply.text for reply in replies]
-        self.showings.append(Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares(judged)))
+        changed = sum(text != before.text for text, before in zip(texts, self._reference, strict=True))
+        self.showings.append(
+            Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares(judged), counts(judged), changed)
+        )
         if trainer.is_global_zero:
             self._to_console(replies)
             self._to_tensorboard(trainer, replies, judged)

@@ -23,12 +23,15 @@ def show_replies(
 ) -> None:
     """Prints a table with a row per prompt: its last lines, and what stands in each of `columns`.
 
+    It goes to rich's shared console, which progress bars draw on: they step aside for it.
+
     Args:
         sql: colour the columns as SQL.
     """
-    from rich.console import Console
+    from rich import get_console
     from rich.table import Table
     from rich.text import Text
+    from tqdm import tqdm
 
     caption = ", ".join(f"{name} {value:.3g}" for name, value in shares.items())
     table = Table(title=f"Replies, {title}", show_lines=True, caption=caption)
@@ -38,7 +41,8 @@ def show_replies(
         # Text, not markup: a reply must not be able to style or link itself.
         cells = [fold(column[i]) for column in columns.values()]
         table.add_row(Text(fold(prompt)), *(_highlighted(cell) if sql else Text(cell) for cell in cells))
-    Console().print(table)
+    with tqdm.external_write_mode():  # a bar of tqdm's that is there, such as Lightning's other one, steps aside too
+        get_console().print(table)
 
 
 def _highlighted(query: str) -> "Text":

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dpo_lightning.charts import histogram, line_chart, number_text
 from dpo_lightning.history import Curve
+from dpo_lightning.outcome import WORDS, change, percent
 from dpo_lightning.replies import Showing
 from dpo_lightning.reply_views import visible
 from dpo_lightning.rows import PreferencePair
@@ -29,10 +30,11 @@ body { margin: 0 auto; max-width: 1080px; padding: 24px 16px 64px; background: v
 h1 { font-size: 1.5rem; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 36px 0 12px; }
 p { margin: 4px 0; } .dim { color: var(--dim); }
 .tiles, .charts { display: grid; gap: 12px; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin-top: 20px; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); margin-top: 20px; }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
 .tile, figure, .prompt { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; }
-.tile b { display: block; font-size: 1.35rem; font-weight: 650; }
+.tile b { display: block; font-size: 1.35rem; font-weight: 650; white-space: nowrap; }
+.tile .dim { display: block; font-size: .85rem; }
 figure { margin: 0; } figcaption { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: .85rem; }
 figcaption i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 4px; }
 svg { display: block; width: 100%; height: auto; margin-top: 6px; } svg text { fill: var(--dim); font-size: 14px; }
@@ -60,6 +62,7 @@ class Run(NamedTuple):
     showings: Sequence[Showing]
     costs: Mapping[str, str]
     warnings: Sequence[str]
+    val_pairs: int = 0  # pairs that each validation is about
 
 
 def render(run: Run) -> str:
@@ -97,24 +100,28 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _tiles(run: Run) -> str:
-    """From the first to the last value of what matters most."""
-    wanted = {
-        "replies/sql/valid": "valid SQL",
-        "replies/sql/exact": "exactly the wanted SQL",
-        "replies/sql/execution": "same result as wanted",
-        "replies/reply/eos_rate": "replies that end by themselves",
-        "val/rewards/accuracies": "pairs with a positive margin",
-        "val/loss": "validation loss",
-    }
-    tiles = []
-    for name, words in wanted.items():
-        values = [value for _, value in run.curves.get(name, []) if math.isfinite(value)]
-        if values:
-            as_text = number_text if name == "val/loss" else "{:.0%}".format
-            first, last = as_text(values[0]), as_text(values[-1])
-            change = last if first == last else f"{first} → {last}"
-            tiles.append(f'<div class="tile"><b>{change}</b><span class="dim">{words}</span></div>')
+    """What matters most: of replies before and after, of how many; of validations only what was measured, and when."""
+    changes = [(words, change(run.showings, name)) for name, words in WORDS.items()]
+    tiles = [_tile(found.values, words, found.where) for words, found in changes if found]
+    for name, words, as_text in (
+        ("val/rewards/accuracies", "pairs with a positive margin", percent),
+        ("val/loss", "validation loss", number_text),
+    ):
+        # A point's step counts from 0.
+        points = [(step + 1, value) for step, value in run.curves.get(name, []) if math.isfinite(value)]
+        if points:
+            ends = points[:1] + points[1:][-1:]
+            when = " and ".join(str(step) for step, _ in ends)
+            of = f"of {run.val_pairs} validation pairs, " if run.val_pairs else ""
+            plural = "s" * (when != "1")
+            tiles.append(
+                _tile(" → ".join(as_text(value) for _, value in ends), words, f"{of}after {when} step{plural}")
+            )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _tile(value: str, words: str, where: str) -> str:
+    return f'<div class="tile"><b>{_safe(value)}</b>{_safe(words)}<span class="dim">{_safe(where)}</span></div>'
 
 
 def _charts(curves: Mapping[str, Curve]) -> str:

@@ -3,6 +3,7 @@
 import platform
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -11,9 +12,12 @@ import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dpo_lightning.checkpoints import LastCheckpoint
 from dpo_lightning.errors import Stopped
+from dpo_lightning.export import ExportCallback
 from dpo_lightning.hardware import device_name, peak_memory
 from dpo_lightning.history import Curve, History
+from dpo_lightning.outcome import closing_line
 from dpo_lightning.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.report import Run, render
 from dpo_lightning.run_context import find_callback, preference_data, run_folder
@@ -35,6 +39,7 @@ class ReportCallback(Callback):
     def __init__(self) -> None:
         self._curves: dict[str, Curve] = {}
         self._margins: dict[int, list[float]] = {}  # step -> of the first and of the last validation
+        self._val_pairs = 0  # of a validation
         self._warnings: list[str] = []
         self._earlier_seconds = 0.0  # of the runs that this one goes on from
         self._began: float | None = None
@@ -68,15 +73,17 @@ class ReportCallback(Callback):
         """Keeps the margins of the first and of the newest validation."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        margins = pl_module.val_metrics.all_margins()[:MAX_MARGINS].tolist()  # on all ranks
+        margins = pl_module.val_metrics.all_margins()  # on all ranks
         first = dict(list(self._margins.items())[:1])
-        self._margins = first | {trainer.global_step: margins}
+        self._margins = first | {trainer.global_step: margins[:MAX_MARGINS].tolist()}
+        self._val_pairs = len(margins)
 
     def state_dict(self) -> dict[str, Any]:
         """All that was collected."""
         return {
             "curves": self._curves,
             "margins": self._margins,
+            "val_pairs": self._val_pairs,
             "warnings": self._warnings,
             "seconds": self._seconds(),
         }
@@ -84,6 +91,7 @@ class ReportCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave."""
         self._curves, self._margins = state_dict["curves"], state_dict["margins"]
+        self._val_pairs = state_dict.get("val_pairs", 0)  # checkpoints from before it was have none
         self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
         self._earlier_seconds = state_dict["seconds"]
 
@@ -93,29 +101,37 @@ class ReportCallback(Callback):
     # ------------------------------------------------------------------ write
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the report of a run that ended well."""
-        self._end(trainer, pl_module, "Finished")
+        """Writes the report of a run that ended well, and says in one line how it ended and where things are."""
+        steps, replies = trainer.global_step, find_callback(trainer, RepliesCallback)
+        places = _model_place(trainer) | self._end(trainer, pl_module, "Finished")
+        if places:
+            rank_zero_info(closing_line(replies.showings if replies else [], steps, places))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the report of a run that did not."""
         by_hand = isinstance(exception, KeyboardInterrupt | Stopped)
-        self._end(trainer, pl_module, "Stopped by hand" if by_hand else f"Stopped by an error ({exception})")
+        outcome = "Stopped by hand" if by_hand else f"Stopped by an error ({exception})"
+        for name, place in self._end(trainer, pl_module, outcome).items():
+            rank_zero_info(f"{name}: {place}")
 
-    def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> None:
+    def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> dict[str, Path]:
+        """Writes the report; {"report": where it is}, or nothing where none was written."""
+        places: dict[str, Path] = {}
         if self._show_warning is not None:
             warnings.showwarning, self._show_warning = self._show_warning, None
         if self._began is None:
-            return  # it ended before anything was trained
+            return places  # it ended before anything was trained
         trainer.loggers.remove(self._history)
         if self._folder is not None and trainer.is_global_zero:
             path = self._folder / "report.html"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 path.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
-                rank_zero_info(f"report written to {path}")
+                places["report"] = path
             except OSError as error:  # the training is what counts, or the error that ended it
                 rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
         self._began = None
+        return places
 
     def _run(self, trainer: Trainer, module: LightningModule, outcome: str) -> Run:
         data, h = trainer.datamodule, module.hparams
@@ -159,6 +175,7 @@ class ReportCallback(Callback):
             showings=replies.showings if replies else [],
             costs=self._costs(replies),
             warnings=self._warnings,
+            val_pairs=self._val_pairs,
         )
 
     def _costs(self, replies: RepliesCallback | None) -> dict[str, str]:
@@ -177,6 +194,20 @@ class ReportCallback(Callback):
         costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         costs["versions"] += f", Python {platform.python_version()}"
         return costs
+
+
+def _model_place(trainer: Trainer) -> dict[str, Path]:
+    """{"model": its exported folder}, or {"checkpoint": where it can be taken from}, of a run that keeps anything."""
+    export, last = find_callback(trainer, ExportCallback), find_callback(trainer, LastCheckpoint)
+    run = run_folder(trainer)
+    if run is None:
+        return {}
+    folder = Path(export.folder or run / "huggingface") if export and export.enabled else None
+    if folder and folder.is_dir() and trainer.global_step:
+        return {"model": folder}
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    path = last.path if last and last.path.exists() else Path(best) if best else None
+    return {"checkpoint": path} if path else {}
 
 
 def duration(seconds: float) -> str:
