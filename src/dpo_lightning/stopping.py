@@ -43,7 +43,9 @@ class StoppingCallback(Callback):
         self._noted = number
         if number in ENDING:
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-            rank_zero_info(f"\n{ENDING[number]}: finishing this step{again}")
+            # From a thread: the signal may have come in the midst of a print, which would come out twice.
+            line = f"\n{ENDING[number]}: finishing this step{again}"
+            threading.Thread(target=rank_zero_info, args=(line,), daemon=True).start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Acts on what was noted, where an optimizer step is complete."""

@@ -83,7 +83,7 @@ def test_a_report_of_a_run_on_apples_gpu_names_it(monkeypatch):
 def test_fsdp1_and_deepspeed_are_refused_for_fsdp2(strategy, model_folder, rows_file, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(PreferenceDataModule, "setup", lambda *_: pytest.fail("data are read"))
-    monkeypatch.setattr(commands, "from_hub_or_folder", lambda *_, **__: pytest.fail("a model is looked for"))
+    monkeypatch.setattr(commands, "load_config", lambda *_, **__: pytest.fail("a model is looked for"))
     argv = ["fit", "--config", str(REPO / "configs" / "gpt2.yaml"), "--model.name_or_path", str(model_folder)]
     argv += ["--data.train_dataset", rows_file, "--trainer.devices", "2", "--trainer.strategy", *strategy]
     assert main(argv) == 2

@@ -157,7 +157,7 @@ def test_a_fit_on_hostile_rows_prints_no_code_of_theirs(run, tmp_path, write_row
     )  # fmt: skip
     assert code == 0
     check(out + err, progress=True)
-    assert "1 missing column" in err and "report written to" in err and "\\x1b]52" in err
+    assert "1 missing column" in err and "; report: " in err and "\\x1b]52" in err
 
 
 @pytest.mark.slow
