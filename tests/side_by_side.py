@@ -21,6 +21,9 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
     pipes = [context.Pipe(duplex=False) for _ in functions]
 
     def work(function: Callable[[], Any], pipe: Any) -> None:
+        for _, end in pipes:
+            if end is not pipe:  # else it would stay open when its own process is killed
+                end.close()
         try:
             start.wait(TIMEOUT)
             pipe.send(function())

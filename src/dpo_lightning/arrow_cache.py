@@ -72,7 +72,7 @@ def find_dataset(fingerprint: str) -> tuple["Dataset", dict[str, Any]] | None:
         return None
     try:
         return _open(folder, fingerprint)
-    except (pa.ArrowException, OSError, ValueError) as error:  # a disk's fault
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:  # a disk's fault
         rank_zero_warn(f"the cached data in '{folder}' are damaged ({first_line(error)}): they are made anew")
         return None
 

@@ -89,7 +89,9 @@ OWN = {TensorBoardLogger: OwnTensorBoardLogger, CSVLogger: OwnCSVLogger}
 
 def with_own_folder(logger: Logger) -> Logger:
     """The same logger, made to claim its folder if it is one of those that number theirs."""
-    if kind := OWN.get(type(logger)):
-        logger.__class__ = kind
-        logger.numbered = logger._version is None
-    return logger
+    kind = OWN.get(type(logger))
+    if kind is None:
+        return logger
+    own = kind.__new__(kind)
+    vars(own).update(vars(logger), numbered=logger._version is None)
+    return own
