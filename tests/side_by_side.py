@@ -25,6 +25,7 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
             if end is not pipe:  # else it would stay open when its own process is killed
                 end.close()
         try:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in a fork
             start.wait(TIMEOUT)
             pipe.send(function())
         except BaseException:
