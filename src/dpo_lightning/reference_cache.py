@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_lightning.arrow_cache import lock_file
 from dpo_lightning.batching import PairBatch, collate_columns
-from dpo_lightning.digests import content_digest, file_digest, key_digest, weights_digest  # noqa: F401
+from dpo_lightning.digests import content_digest, file_digest, key_digest
 from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.errors import UserError
 from dpo_lightning.locks import alone
