@@ -1,9 +1,11 @@
 import os
+import time
 
 import pyarrow as pa
 import pytest
 
 from dpo_lightning.arrow_cache import cached_dataset
+from side_by_side import at_once
 
 SCHEMA = pa.schema([("n", pa.int64())])
 
@@ -26,13 +28,17 @@ def test_what_was_written_is_read_and_not_made_again():
     assert data._fingerprint == again._fingerprint == "key"
 
 
-def test_a_process_that_comes_second_takes_what_the_first_one_wrote(cache):
-    def while_another_writes():
-        yield from batches()
-        cached_dataset("key", SCHEMA, batches, lambda: {"by": "the other"})
+def test_a_process_that_comes_second_takes_what_the_first_one_wrote(cache, tmp_path):
+    def write():
+        def slowly():
+            for columns in batches():
+                time.sleep(0.1)
+                yield columns
 
-    data, note = cached_dataset("key", SCHEMA, while_another_writes, lambda: {"by": "this one"})
-    assert data["n"][:] == [1, 2, 3] and note == {"by": "the other"}
+        return [cached_dataset("key", SCHEMA, slowly, lambda: {"by": os.getpid()}) for _ in range(2)][0][1]
+
+    one, other = at_once(write, write)
+    assert one == other and one["by"] != os.getpid()
     assert [path.name for path in cache.iterdir()] == ["key"]
 
 

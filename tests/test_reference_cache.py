@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule, reference_cache
+from dpo_lightning.digests import weights_digest
 from dpo_lightning.errors import UserError
 from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.policy import load_policy
@@ -83,7 +84,7 @@ def test_the_manifest_says_what_it_is_for(fit, root, model_folder):
     manifest = json.loads(only_manifest(root, 44).read_text())
     assert manifest["key"]["model"] == str(model_folder)
     assert manifest["key"]["layout"] == "shared" and manifest["key"]["precision"] == "32-true"
-    assert manifest["key"]["weights"] == reference_cache.weights_digest(load_policy(str(model_folder)))
+    assert manifest["key"]["weights"] == weights_digest(load_policy(str(model_folder)))
     assert not list(root.glob("*.partial"))
 
 

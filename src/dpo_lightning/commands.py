@@ -48,6 +48,7 @@ from dpo_lightning.predictions import ReplyWriter
 from dpo_lightning.progress import RunBar
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reporting import ReportCallback
+from dpo_lightning.run_folders import with_own_folder
 from dpo_lightning.sharding import check_strategy
 from dpo_lightning.stopping import StoppingCallback
 from dpo_lightning.storyboard import StoryboardCallback
@@ -120,7 +121,9 @@ class DPOCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As LightningCLI's, with TensorBoard's hparams free for real metrics and refusals as UserError."""
+        """As LightningCLI's, with TensorBoard's hparams free for real metrics, a folder that is this run's alone, and
+        refusals as UserError.
+        """
         trainer = self._get(self.config_init, "trainer")
         if trainer.logger in (None, True):
             folder = trainer.default_root_dir or "."
@@ -134,9 +137,11 @@ class DPOCLI(LightningCLI):
         if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end
         try:
-            return super().instantiate_trainer(**kwargs)
+            made = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
+        made.loggers = [with_own_folder(logger) for logger in made.loggers]
+        return made
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint that `--ckpt_path` means, and takes over its model's settings, as Lightning's does.

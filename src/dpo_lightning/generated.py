@@ -26,13 +26,14 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from dpo_lightning.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset
+from dpo_lightning.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
 from dpo_lightning.batching import PromptBatch, collate_prompts
 from dpo_lightning.digests import file_digest, key_digest
 from dpo_lightning.encoding import encode_prompts, tokenizer_fingerprint
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import from_hub_or_folder
 from dpo_lightning.jsonl import append_lines, whole_lines
+from dpo_lightning.locks import alone
 from dpo_lightning.policy import ADAPTER_CONFIG, base_model_name, load_policy
 from dpo_lightning.reference_cache import with_progress
 from dpo_lightning.tables import text_keys
@@ -145,32 +146,39 @@ class RejectedGenerator:
         strategy = trainer.strategy if trainer else SingleDeviceStrategy(device)
         key = self.key(pairs)
         folder = dataset_folder(key_digest(key))
-        found = find_dataset(folder.name)
-        # Every rank must take the same way, or one would wait for the others for ever.
-        if strategy.reduce_boolean_decision(found is not None, all=True):
-            return found
         partial = folder.with_name(folder.name + ".partial")
-        if strategy.is_global_zero:
-            _make_folder(partial)
-        strategy.barrier("replies prepared")
-        if not strategy.reduce_boolean_decision(partial.is_dir(), all=True):
-            raise UserError(
-                f"data.rejected is generated, but not all processes see the folder {folder.parent}: share the folder "
-                "that HF_DATASETS_CACHE names between the machines"
-            )
-        known = _answered(partial)  # on every rank before any of them writes: they must share out the same pairs
-        strategy.barrier("replies read")
-        sizes = pc.utf8_length(pairs.data.column("prompt")).to_numpy()
-        longest_first = np.argsort(-sizes.astype(np.int64), kind="stable")
-        missing = longest_first[~np.isin(longest_first, list(known))]
-        if len(share := missing[strategy.global_rank :: strategy.world_size]):
-            shares = with_progress(share, batch_size, f"Rejected, {name}", strategy.is_global_zero)
-            self._answer(pairs, shares, partial, trainer, strategy.root_device)
-        strategy.barrier("replies made")
-        if strategy.is_global_zero:
-            _complete(folder.name, partial, len(pairs), {"model": self.generation.name_or_path, "key": key})
-        strategy.barrier("replies complete")
-        return find_dataset(folder.name)
+
+        def find() -> tuple["Dataset", dict[str, Any]] | None:
+            # Every rank must take the same way, or one would wait for the others for ever.
+            found = find_dataset(folder.name)
+            return found if strategy.reduce_boolean_decision(found is not None, all=True) else None
+
+        if found := find():
+            return found
+        with alone(lock_file(partial), f"the rejected completions of {name}", strategy):
+            if found := find():  # another run has made them meanwhile
+                return found
+            if strategy.is_global_zero:
+                _make_folder(partial)
+            strategy.barrier("replies prepared")
+            if not strategy.reduce_boolean_decision(partial.is_dir(), all=True):
+                raise UserError(
+                    f"data.rejected is generated, but not all processes see the folder {folder.parent}: share the "
+                    "folder that HF_DATASETS_CACHE names between the machines"
+                )
+            known = _answered(partial)  # on every rank before any of them writes: they must share out the same pairs
+            strategy.barrier("replies read")
+            sizes = pc.utf8_length(pairs.data.column("prompt")).to_numpy()
+            longest_first = np.argsort(-sizes.astype(np.int64), kind="stable")
+            missing = longest_first[~np.isin(longest_first, list(known))]
+            if len(share := missing[strategy.global_rank :: strategy.world_size]):
+                shares = with_progress(share, batch_size, f"Rejected, {name}", strategy.is_global_zero)
+                self._answer(pairs, shares, partial, trainer, strategy.root_device)
+            strategy.barrier("replies made")
+            if strategy.is_global_zero:
+                _complete(folder.name, partial, len(pairs), {"model": self.generation.name_or_path, "key": key})
+            strategy.barrier("replies complete")
+            return find_dataset(folder.name)
 
     def _answer(
         self,

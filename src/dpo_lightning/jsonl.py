@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -16,28 +16,51 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
             file.flush()
 
 
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, up to a line that a kill cut in half; none where there is no file.
+class Lines(NamedTuple):
+    """What a file of JSON lines holds."""
+
+    objects: list[dict[str, Any]]  # of its whole lines
+    ends: list[int]  # bytes of the file up to the end of each of them
+    rest: bytes  # what follows the last newline: nothing, or a line that a kill cut in half, or something foreign
+
+
+def read_lines(path: Path) -> Lines:
+    """The content of a file; nothing where there is none.
 
     Raises:
         ValueError: a line that is not the last one is no JSON object, so the file is something else.
     """
+    lines = Lines([], [], b"")
     if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    objects = []
-    for line in lines[:-1]:  # what follows the last newline is empty, or half a line
+        return lines
+    end = 0
+    *whole, rest = path.read_bytes().split(b"\n")
+    for line in whole:
         value = json.loads(line)
         if not isinstance(value, dict):
             raise ValueError(f"found {type(value).__name__} where an object belongs")
-        objects.append(value)
-    return objects
+        end += len(line) + 1
+        lines.objects.append(value)
+        lines.ends.append(end)
+    return lines._replace(rest=rest)
 
 
-def replace_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Makes `lines` all that the file holds; a kill meanwhile leaves the old file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    partial.touch()
-    append_lines(partial, lines)
-    partial.replace(path)
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of our own, up to a line that a kill cut in half; raises as `read_lines` does."""
+    return read_lines(path).objects
+
+
+def could_be_half(rest: bytes, beginning: dict[str, Any]) -> bool:
+    """Whether `rest` can be what a kill left of a line of ours.
+
+    Args:
+        beginning: the line's first values; the last one, "" or 0, stands for any.
+    """
+    heads = (json.dumps(beginning, ensure_ascii=ascii)[:-2].encode(errors="replace") for ascii in (False, True))
+    return any(rest.startswith(head) or head.startswith(rest) for head in heads)
+
+
+def keep_lines(path: Path, lines: Lines, count: int) -> None:
+    """Cuts a file, made where there is none, to the first of its lines."""
+    with path.open("ab") as file:
+        file.truncate(lines.ends[count - 1] if count else 0)

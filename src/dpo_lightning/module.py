@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dpo_lightning import resume
 from dpo_lightning.batching import PairBatch, PromptBatch
+from dpo_lightning.digests import weights_digest
 from dpo_lightning.errors import UserError
 from dpo_lightning.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.half_precision import check_trained_dtype, full, keep_inputs
@@ -28,7 +29,7 @@ from dpo_lightning.policy import assert_no_dropout, base_model_name, load_config
 from dpo_lightning.preference_loss import PreferenceLoss
 from dpo_lightning.reference import AdapterOff, FrozenCopy, Reference
 from dpo_lightning.reference_adapter import AdapterCopy, MovingCopy, load_weights, move, weights_to_save
-from dpo_lightning.reference_cache import is_cached, open_caches, weights_digest
+from dpo_lightning.reference_cache import is_cached, open_caches
 from dpo_lightning.schedules import SCHEDULES, rate_at
 from dpo_lightning.sharding import check_strategy, data_parallel_mesh, shard, whole
 from dpo_lightning.tables import numbers
@@ -134,7 +135,7 @@ class DPOModule(LightningModule):
         self.test_metrics = PairMetrics(alone)
         self.policy: nn.Module | None = None
         self.reference: Reference | None = None
-        self.reference_digest: str | None = None  # of its weights, where log-probs are cached
+        self.start_digest: str | None = None  # of the weights that a fit starts from
         self._untrained = True  # the policy is still what it started from
         self.scoring: Scoring | None = None
         self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
@@ -172,19 +173,26 @@ class DPOModule(LightningModule):
             self.policy = self.load_policy()
             assert_no_dropout(self.policy)
             self._check_max_length()
+            self._note_start()  # before a checkpoint's weights take their place, and before they are sharded
             if self.loss.needs_reference:
                 self._ready_reference()
             if self.device_mesh is not None:
                 self._shard()
-        elif self.loss.needs_reference and self.reference is None and not self.reference_is_cached:
+            return
+        self._note_start()
+        if self.loss.needs_reference and self.reference is None and not self.reference_is_cached:
             self.reference = self.make_reference()
+
+    def _note_start(self) -> None:
+        """Of a fit: which weights it starts from, a new adapter's left out, which are no part of the reference."""
+        if self.start_digest is not None or self._trainer is None or self._trainer.state.fn != "fit":
+            return
+        model, new = self.policy if self._untrained else self.load_policy(), self.hparams.lora is not None
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.start_digest = weights_digest(model, but=lambda name: new and "lora_" in name)
 
     def _ready_reference(self) -> None:
         """Of a full fine-tune no copy is made where all that it is wanted for is in a cache."""
-        if self.reference_is_cached:
-            # Only an adapter that is new is no part of the reference.
-            new = self.hparams.lora is not None
-            self.reference_digest = weights_digest(self.causal_lm, but=lambda name: new and "lora_" in name)
         if self.policy is not self.causal_lm or not self.reference_is_cached:
             self.reference = self.make_reference()
 

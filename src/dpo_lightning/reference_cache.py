@@ -5,7 +5,6 @@ of all completion tokens, pair after pair, and a manifest that says what they ar
 called `.partial` and holds NaN where nothing is known yet, so an interrupted pass goes on where it stopped.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
+from dpo_lightning.arrow_cache import lock_file
 from dpo_lightning.batching import PairBatch, collate_columns
 from dpo_lightning.digests import content_digest, file_digest, key_digest
 from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.errors import UserError
+from dpo_lightning.locks import alone
 from dpo_lightning.logps import evaluating
 from dpo_lightning.tables import id_counts
 from dpo_lightning.visible import one_line
@@ -66,7 +67,7 @@ def _open_cache(module: "DPOModule", name: str, data: "Dataset") -> "ReferenceCa
     key = {
         "format": FORMAT,
         "model": module.hparams.name_or_path,
-        "weights": module.reference_digest,
+        "weights": module.start_digest,
         "pairs": len(data),
         "tokens": digest,
         "layout": "shared" if module.scoring.shared else "separate",
@@ -74,21 +75,32 @@ def _open_cache(module: "DPOModule", name: str, data: "Dataset") -> "ReferenceCa
         "attention": module.causal_lm.config._attn_implementation,
         "precision": str(trainer.precision),
     }
-    cache, why = find_cache(root, key, offsets)
-    # Every rank must take the same way, or one would wait for the others for ever.
-    if trainer.strategy.reduce_boolean_decision(cache is not None, all=True):
-        rank_zero_info(f"reference log-probs of the {len(data)} {name} pairs: taken from {root / key_digest(key)}")
-        return cache
-    rank_zero_info(f"reference log-probs of the {len(data)} {name} pairs: computed once and kept, because {why}")
-    reference = module.reference or module.make_reference()
+    what = f"reference log-probs of the {len(data)} {name} pairs"
+
+    def find() -> tuple[ReferenceCache | None, str]:
+        cache, why = find_cache(root, key, offsets)
+        # Every rank must take the same way, or one would wait for the others for ever.
+        if not trainer.strategy.reduce_boolean_decision(cache is not None, all=True):
+            return None, why
+        rank_zero_info(f"{what}: taken from {root / key_digest(key)}")
+        return cache, ""
 
     def score(positions: Sequence[int]) -> Tensor:
         return reference.logps(batch_of(data, positions).to(module.device), module.scoring).token_logps
 
-    with trainer.precision_plugin.forward_context(), evaluating(module.causal_lm):
-        return build_cache(
-            root, key, offsets, score, trainer.datamodule.eval_batch_size, trainer.strategy, f"Reference, {name}"
-        )
+    cache, _ = find()
+    if cache is not None:
+        return cache
+    with alone(lock_file(root / key_digest(key)), what, trainer.strategy):
+        cache, why = find()  # another run may have made it meanwhile
+        if cache is not None:
+            return cache
+        rank_zero_info(f"{what}: computed once and kept, because {why}")
+        reference = module.reference or module.make_reference()
+        with trainer.precision_plugin.forward_context(), evaluating(module.causal_lm):
+            return build_cache(
+                root, key, offsets, score, trainer.datamodule.eval_batch_size, trainer.strategy, f"Reference, {name}"
+            )
 
 
 def cache_root() -> Path:
@@ -109,16 +121,6 @@ def tokenized_pairs(data: "Dataset") -> TokenizedPairs:
     """What the token columns hold."""
     counts = id_counts(data, "chosen_ids").astype(np.int64) + id_counts(data, "rejected_ids")
     return TokenizedPairs(content_digest(data, TOKEN_COLUMNS), np.concatenate([[0], np.cumsum(counts)]))
-
-
-def weights_digest(model: nn.Module, but: Callable[[str], bool] = lambda name: False) -> str:
-    """A digest of a model's weights (bytes, shapes and dtypes), without those whose name `but` is true of."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not but(name):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class ReferenceCache:
@@ -164,7 +166,7 @@ def find_cache(root: Path, key: dict[str, Any], offsets: np.ndarray) -> tuple[Re
 
 def _problem(folder: Path, key: dict[str, Any]) -> str:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if differing := [name for name in key if manifest["key"].get(name) != key[name]]:
             return f"its {differing[0]} is {manifest['key'].get(differing[0])}, not {key[differing[0]]}"
         if file_digest(folder / LOGPS) != manifest["sha256"]:
@@ -183,7 +185,9 @@ def build_cache(
     strategy: "Strategy",
     description: str,
 ) -> ReferenceCache:
-    """Computes what is not known yet, each rank its share, and gives the complete cache. To be called on all ranks.
+    """Computes what is not known yet, each rank its share, and gives the complete cache.
+
+    To be called on all ranks, and by one run at a time.
 
     Args:
         score: positions of pairs -> their log-probs as `ReferenceCache.look_up` gives them.
@@ -214,6 +218,8 @@ def build_cache(
     strategy.barrier("reference cache computed")
     if len(unknown := cache.missing()):
         raise UserError(f"the reference's log-prob of pair {unknown[0] + 1} is not a number: look at that row")
+    del cache  # and with it the mapped file: Windows renames no folder with an open one
+    strategy.barrier("reference cache closed")
     if strategy.is_global_zero:
         _complete(partial, folder, key)
     strategy.barrier("reference cache complete")
@@ -223,7 +229,7 @@ def build_cache(
 def _prepare(partial: Path, key: dict[str, Any], tokens: int) -> None:
     """A partial cache of this key: the one that an interrupted pass left, or a new one without any log-prob."""
     try:
-        if json.loads((partial / MANIFEST).read_text())["key"] == key and (
+        if json.loads((partial / MANIFEST).read_text(encoding="utf-8"))["key"] == key and (
             (partial / LOGPS).stat().st_size == 4 * tokens
         ):
             return
@@ -233,7 +239,7 @@ def _prepare(partial: Path, key: dict[str, Any], tokens: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         np.full(tokens, np.nan, dtype=np.float32).tofile(partial / LOGPS)
-        (partial / MANIFEST).write_text(json.dumps({"key": key}, indent=2) + "\n")
+        (partial / MANIFEST).write_text(json.dumps({"key": key}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"reference log-probs cannot be kept in {partial}: {error.strerror or error}") from error
 
@@ -245,7 +251,7 @@ def _complete(partial: Path, folder: Path, key: dict[str, Any]) -> None:
         "sha256": file_digest(partial / LOGPS),
         "torch": torch.__version__,
     }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # one that could not be used
     partial.rename(folder)
 

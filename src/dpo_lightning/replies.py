@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.batching import PairBatch, PromptBatch, collate_prompts
 from dpo_lightning.errors import UserError
-from dpo_lightning.jsonl import append_lines, replace_lines, whole_lines
+from dpo_lightning.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.logps import evaluating
 from dpo_lightning.reply_metrics import repetition
 from dpo_lightning.reply_views import markdown_table, show_replies
@@ -250,11 +250,15 @@ class RepliesCallback(Callback):
         """Keeps of a file from before a kill what the run resumed from; the rest is about to be made again."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lines = whole_lines(self._file)
-        except ValueError as error:
+            lines = read_lines(self._file)
+            steps = [int(line["step"]) for line in lines.objects]
+            ours = all("reply" in line for line in lines.objects) and could_be_half(lines.rest, {"step": 0})
+            if not ours:
+                raise ValueError("it holds something else")
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"'{self._file}' is not a file of replies: move it away") from error
         last = self.showings[-1].step if self.showings else -1
-        replace_lines(self._file, (line for line in lines if line.get("step", 0) <= last))
+        keep_lines(self._file, lines, next((i for i, step in enumerate(steps) if step > last), len(steps)))
 
     def _to_file(self, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
         if self._file is None:

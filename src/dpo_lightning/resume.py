@@ -79,14 +79,19 @@ def note_step(trainer: Trainer, module: LightningModule, batch_idx: int) -> None
 
 
 def save(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Adds to a checkpoint what `load` needs: the run's settings, and the training metrics since the last log."""
+    """Adds to a checkpoint what `load` needs: the run's settings, its start, and its metrics since the last log."""
     batches, done = trainer.num_training_batches, trainer.fit_loop.epoch_loop.batch_progress.current.processed
     metrics = _metrics(module)
     if batches != float("inf"):
         whole = place(trainer.global_step, batches, trainer.accumulate_grad_batches)[1] == done % batches
         metrics = metrics if whole else module.metrics_at_step
     of_all_ranks = {name: module.all_gather(value) for name, value in metrics.items()}
-    checkpoint[KEY] = {"run": settings(trainer), "batches": batches, "metrics": of_all_ranks}
+    checkpoint[KEY] = {
+        "run": settings(trainer),
+        "start": module.start_digest,
+        "batches": batches,
+        "metrics": of_all_ranks,
+    }
 
 
 def load(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -99,6 +104,7 @@ def load(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) 
         return
     saved, step = checkpoint[KEY], checkpoint["global_step"]
     check_same_run(saved["run"], settings(trainer), _scheduled(module))
+    check_same_start(saved.get("start"), module.start_digest, module.hparams.name_or_path)
     if saved["batches"] != float("inf"):
         settle(
             checkpoint["loops"]["fit_loop"],
@@ -157,6 +163,24 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "trainer.precision": str(trainer.precision),
         "trainer.gradient_clip_val": trainer.gradient_clip_val,
     }
+
+
+def check_same_start(saved: str | None, now: str | None, name: str) -> None:
+    """Refuses a model whose weights are others than those that the checkpoint's run started from.
+
+    Args:
+        saved: the digest of those; None in a checkpoint that was written before there was one.
+        now: of the model as it was loaded for this run; None where the module had been given other weights first.
+
+    Raises:
+        UserError: they differ.
+    """
+    if None not in (saved, now) and saved != now:
+        raise UserError(
+            f"the checkpoint cannot be gone on with: the weights of the model '{name}' have changed since its run "
+            "began, so its reference would be another one; put the former weights back, or start anew without "
+            "--ckpt_path"
+        )
 
 
 def _scheduled(module: LightningModule) -> bool:

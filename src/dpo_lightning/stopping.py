@@ -24,7 +24,7 @@ class StoppingCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self._noted = 0  # the number of a signal
+        self._noted = self._said = 0  # the number of a signal
         self._before: dict[int, Any] = {}  # handlers that were replaced
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,14 +41,32 @@ class StoppingCallback(Callback):
         if number == signal.SIGINT and self._noted == number:
             raise Stopped(number)
         self._noted = number
-        if number in ENDING:
+
+    def _say(self) -> None:
+        """Says once what was noted. Not in the handler: printing in the midst of a print would spoil both."""
+        number = self._noted
+        if number in ENDING and number != self._said:
+            self._said = number
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-            # From a thread: the signal may have come in the midst of a print, which would come out twice.
-            line = f"\n{ENDING[number]}: finishing this step{again}"
-            threading.Thread(target=rank_zero_info, args=(line,), daemon=True).start()
+            rank_zero_info(f"\n{ENDING[number]}: finishing this step{again}")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what was noted."""
+        self._say()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Says what was noted, before others show replies or validate."""
+        self._say()
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Says what was noted: a validation is finished first."""
+        self._say()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Acts on what was noted, where an optimizer step is complete."""
+        """Says what was noted and, where an optimizer step is complete, acts on it."""
+        self._say()
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._act(trainer)
 
