@@ -41,7 +41,9 @@ def in_terminal(
     """Runs `cli.py` with these arguments; `interrupt_at` tells from the output so far when to press Ctrl-C."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+    # PYTHONUNBUFFERED: a write that a signal interrupts loses its rest then, which is Python's fault, not ours.
+    unset = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")
+    inherited = {k: v for k, v in os.environ.items() if k not in unset}
     process = subprocess.Popen(
         [sys.executable, str(REPO / "cli.py"), *map(str, args)],
         cwd=cwd, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
