@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dpo_lightning.asking import Asking, checkpoint_asking, read_asking, settled_template
 from dpo_lightning.checkpoints import (
     AtomicCheckpointIO,
     LastCheckpoint,
@@ -60,6 +61,7 @@ class DPOCLI(LightningCLI):
     """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
 
     _logger_options: Mapping[str, Any] = MappingProxyType({})
+    _checkpoint_asking: Asking | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
@@ -84,8 +86,12 @@ class DPOCLI(LightningCLI):
         return self.config[self.subcommand] if self.subcommand else self.config
 
     def before_instantiate_classes(self) -> None:
-        """Fills in what follows from the rest of the config: tokenizer, generating model, precision."""
+        """Fills in what follows from the rest of the config: tokenizer, template, generating model, precision."""
         config = self.settings
+        asking, where = self._checkpoint_asking, config.get("ckpt_path")
+        if asking is None:
+            asking, where = read_asking(config.model.name_or_path), config.model.name_or_path
+        config.data.prompt_template = settled_template(config.data.prompt_template, asking, where)
         if config.data.tokenizer is None:
             config.data.tokenizer = tokenizer_name(config.model.name_or_path)
         if config.data.rejected == "generated":
@@ -148,6 +154,7 @@ class DPOCLI(LightningCLI):
             return
         check_checkpoint(path)
         checkpoint = read_checkpoint(path, mmap=True)
+        self._checkpoint_asking = checkpoint_asking(checkpoint, path)
         self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
         saved = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
         given = settings.model.as_dict()
@@ -254,5 +261,7 @@ def export(
     module = DPOModule(**model_settings)
     module.load_state_dict(checkpoint["state_dict"])
     data = PreferenceDataModule(data_settings.get("tokenizer"), trust_remote_code=module.hparams.trust_remote_code)
-    export_policy(module, data.tokenizer, output_dir, merge, dtype, max_shard_size, data_settings)
+    if asking := checkpoint_asking(checkpoint, ckpt_path):
+        asking.fit_out(data.tokenizer)
+    export_policy(module, data.tokenizer, output_dir, merge, dtype, max_shard_size, data_settings, asking)
     print(f"model written to {output_dir}")
