@@ -108,8 +108,8 @@ def settled_template(given: str | None, asking: Asking | None, where: str) -> st
         rank_zero_info(f"data.prompt_template is {shown(trained)}, with which '{where}' was trained")
     elif trained not in (None, given):
         rank_zero_warn(
-            f"data.prompt_template is {shown(given)}, but '{where}' was trained with {shown(trained)} and may answer worse to "
-            "another; leave data.prompt_template out to use that"
+            f"data.prompt_template is {shown(given)}, but '{where}' was trained with {shown(trained)} and may answer "
+            "worse to another; leave data.prompt_template out to use that"
         )
     return next(template for template in (given, trained, RowOptions().prompt_template) if template is not None)
 
@@ -137,10 +137,9 @@ def read_asking(folder: str) -> Asking | None:
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
             raise ValueError(f"it is no file of at most {LARGEST:,} bytes")
-        values = json.loads(path.read_bytes().decode("utf-8"))
-        values.pop("chat_template", None)  # the tokenizer beside has it
-        return checked(values)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        asking = checked(json.loads(path.read_bytes().decode("utf-8")))
+        return asking._replace(chat_template=None)  # the tokenizer beside has it
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"'{path}', which says how to ask the model, cannot be used: {first_line(error)}; mend it, or remove it"
         ) from error
