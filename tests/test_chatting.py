@@ -102,7 +102,7 @@ def test_a_tokenizer_with_a_chat_template_is_asked_as_it_wants(model_folder, tok
     shutil.copytree(model_folder, tmp_path / "chatty")
     (tmp_path / "chatty" / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     asked = []
-    monkeypatch.setattr(chatting, "stream", lambda model, tokenizer, prompt, n: asked.append(prompt) or iter("x"))
+    monkeypatch.setattr(chatting, "stream", lambda model, tokenizer, prompt, *_: asked.append(prompt) or iter("x"))
     typed(monkeypatch, "hello\n")
     assert main(["chat", "--model", str(tmp_path / "chatty")]) == 0
     typed(monkeypatch, "hello\n")

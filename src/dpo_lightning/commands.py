@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from dpo_lightning.asking import Asking, checkpoint_asking, read_asking, settled_template
 from dpo_lightning.checkpoints import (
     DATA_SETTINGS,
     SETTINGS,
@@ -71,6 +72,7 @@ class DPOCLI(LightningCLI):
     """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
 
     _logger_options: Mapping[str, Any] = MappingProxyType({})
+    _checkpoint_asking: Asking | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
@@ -95,9 +97,13 @@ class DPOCLI(LightningCLI):
         return self.config[self.subcommand] if self.subcommand else self.config
 
     def before_instantiate_classes(self) -> None:
-        """Fills in what follows from the rest of the config: tokenizer, generating model, precision."""
+        """Fills in what follows from the rest of the config: tokenizer, template, generating model, precision."""
         config = self.settings
         check_strategy(config.trainer.strategy)
+        asking, where = self._checkpoint_asking, config.get("ckpt_path")
+        if asking is None:
+            asking, where = read_asking(config.model.name_or_path), config.model.name_or_path
+        config.data.prompt_template = settled_template(config.data.prompt_template, asking, where)
         if config.data.tokenizer is None:
             config.data.tokenizer = tokenizer_name(config.model.name_or_path)
         if config.data.rejected == "generated":
@@ -165,6 +171,7 @@ class DPOCLI(LightningCLI):
             check_resumable(checkpoint, path)
         saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
         self._check_trust(settings, saved.get("name_or_path"), path)
+        self._checkpoint_asking = checkpoint_asking(checkpoint, path)
         self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
         given = settings.model.as_dict()
         try:
@@ -301,7 +308,9 @@ def export(
         raise UserError(f"--ckpt_path '{ckpt_path}' does not name its tokenizer, so no folder can be written from it")
     data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
     module.load_state_dict(checkpoint["state_dict"])
-    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings)
+    if asking := checkpoint_asking(checkpoint, ckpt_path):
+        asking.fit_out(data.tokenizer)
+    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings, asking)
     print(one_line(f"model written to {output_dir}"))
 
 

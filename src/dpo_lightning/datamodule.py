@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch.utils.data import DataLoader
 
 from dpo_lightning.arrow_cache import Columns, cached_dataset
+from dpo_lightning.asking import Asking, trained_asking
 from dpo_lightning.batching import LengthGroupedBatchSampler, PairBatch, PromptBatch, collate_columns, collate_prompts
 from dpo_lightning.digests import content_digest, key_digest
 from dpo_lightning.encoding import (
@@ -86,7 +87,8 @@ class PreferenceDataModule(LightningDataModule):
             (`my_module:my_function`); left out, it is found from the columns.
         chat_template: Jinja file that renders conversations; left out, the tokenizer's own template does.
         on_bad_row: what to do with a row that cannot be trained on: `error`, or `skip`, counted (see `reading`).
-        prompt_template: prompt of the founding format, from {context} and {question}.
+        prompt_template: prompt of the founding format, from {context} and {question}; left out, that of `RowOptions`.
+            The CLI fills in the one that the model was trained with, where its folder or checkpoint says so.
         completion_template: completion of the founding format, from {answer}; it begins with the space that parts it
             from the prompt, because the two are tokenized apart.
         rejected: for data without a rejected completion: `empty` (EOS alone), `shuffled` (another row's chosen) or
@@ -117,7 +119,7 @@ class PreferenceDataModule(LightningDataModule):
         format: str | None = None,
         chat_template: str | None = None,
         on_bad_row: str = "error",
-        prompt_template: str = RowOptions().prompt_template,
+        prompt_template: str | None = None,
         completion_template: str = RowOptions().completion_template,
         rejected: str = "empty",
         generation: dict[str, Any] | None = None,
@@ -132,6 +134,7 @@ class PreferenceDataModule(LightningDataModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        prompt_template = RowOptions().prompt_template if prompt_template is None else prompt_template
         self.save_hyperparameters(ignore=[] if isinstance(tokenizer, str) else ["tokenizer"])
         for name, value, known in (("rejected", rejected, REJECTED), ("on_bad_row", on_bad_row, ON_BAD_ROW)):
             if value not in known:
@@ -159,6 +162,7 @@ class PreferenceDataModule(LightningDataModule):
         self._stages: set[str] = set()  # that are set up
         self.accounts: dict[str, RowAccount] = {}  # by data set: what became of its rows
         self._origins: dict[str, Origin] = {}  # of the pairs of each of `datasets`
+        self._formats: dict[str, tuple[str, bool]] = {}  # by data set: its format, and whether it holds conversations
         self._largest_id = -1
         self.generates = True  # else data sets without generated completions on disk get empty ones
         self.not_generated: list[str] = []  # those data sets
@@ -317,6 +321,7 @@ class PreferenceDataModule(LightningDataModule):
             lambda: {"account": reader.account._asdict(), "chat": reader.chat},
         )
         self.accounts[source.name] = RowAccount(**note["account"])
+        self._formats[source.name] = format_name, note["chat"]
         if note["chat"]:
             self._end_replies_as_the_template_does()
         return pairs
@@ -356,6 +361,17 @@ class PreferenceDataModule(LightningDataModule):
             rank_zero_info(f"replies end in {end}, as in the chat template, not in {self.tokenizer.eos_token}")
             self.tokenizer = copy.deepcopy(self.tokenizer)
             self.tokenizer.eos_token = end
+        if self.hparams.chat_template and self.tokenizer.chat_template != self._chat_source:
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.chat_template = self._chat_source  # it is exported with the model
+
+    def asking(self) -> Asking | None:
+        """How the training data ask the model; None where they are not loaded."""
+        if "train" not in self._origins:
+            return None
+        formats = [self._formats[name] for name, _, _ in self._origins["train"].sources]
+        template = self._chat_source if self.hparams.chat_template else None
+        return trained_asking(formats, self.row_options, self.tokenizer.eos_token, template)
 
     def _rejected(self, pairs: "Dataset", name: str) -> "Rejected | None":
         """The rejected completions of a data set, where `data.rejected` makes them."""

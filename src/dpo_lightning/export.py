@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dpo_lightning.asking import Asking, asking_of, write_asking
 from dpo_lightning.errors import UserError
 from dpo_lightning.export_folder import Target
 from dpo_lightning.model_card import model_card
@@ -40,6 +41,7 @@ def export_policy(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     data: Mapping[str, Any] | None = None,
+    asking: Asking | None = None,
 ) -> None:
     """Writes the policy so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
 
@@ -53,6 +55,7 @@ def export_policy(
         dtype: of the written weights, one of `DTYPES`; left out, as they are trained.
         max_shard_size: largest size of a weights file, such as "5GB"; more is split into several.
         data: settings of the datamodule, for the model card.
+        asking: how the model is to be asked; left out, as in the module's run.
 
     Raises:
         UserError: an unknown dtype or size, or the folder cannot be written, or holds what no export wrote.
@@ -72,7 +75,10 @@ def export_policy(
             policy.save_pretrained(partial, **({} if adapter else {"max_shard_size": max_shard_size}))
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(module, data or {}, adapter, trainer), encoding="utf-8")
+        write_asking(partial, asking := asking or asking_of(trainer))
+        has_chat_template = bool(tokenizer.chat_template)
+        card = model_card(module, data or {}, adapter, trainer, asking, has_chat_template)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_options(dtype: str | None, max_shard_size: str) -> None:

@@ -1,6 +1,7 @@
-"""A run -> the README.md of its exported model: what it was made from and how, how good it is, how it answers."""
+"""A run -> the README.md of its exported model: what it was made from and how, how to ask it, how it answers."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ import lightning
 import transformers
 from lightning.pytorch import Trainer
 
+from dpo_lightning.asking import Asking
 from dpo_lightning.hub import looks_local
 from dpo_lightning.replies import RepliesCallback
-from dpo_lightning.reply_views import markdown_table, markdown_text
+from dpo_lightning.reply_views import markdown_table, markdown_text, visible
 from dpo_lightning.run_context import find_callback
 from dpo_lightning.sources import dataset_weights
 
@@ -31,27 +33,44 @@ USAGE = """from transformers import pipeline
 
 generate = pipeline("text-generation", "PATH OF THIS FOLDER")
 print(generate({prompt}, max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
+EXAMPLE = {
+    "context": "CREATE TABLE singer (name VARCHAR, age INTEGER)",
+    "question": "How many singers are there?",
+}
 
 
-def model_card(module: "DPOModule", data: Mapping[str, Any], adapter: bool, trainer: Trainer | None = None) -> str:
+def model_card(
+    module: "DPOModule",
+    data: Mapping[str, Any],
+    adapter: bool,
+    trainer: Trainer | None = None,
+    asking: Asking | None = None,
+    has_chat_template: bool = False,
+) -> str:
     """The text of a README.md with the metadata that model hubs read.
 
     Args:
         data: the datamodule's settings.
         adapter: the folder holds an adapter, not a whole model.
         trainer: of the run, for metrics and replies.
+        asking: how the model was trained to be asked, if that is known.
+        has_chat_template: whether the tokenizer beside it has one.
     """
     h = module.hparams
     base = public_name(h.name_or_path)
     replies = trainer and find_callback(trainer, RepliesCallback)
-    prompt = replies.pairs[0].prompt if replies and replies.pairs else "your prompt"
+    shown = replies.pairs[0].prompt if replies and replies.pairs else None
+    if asking and asking.prompt_template is not None:
+        shown = shown or asking.prompt_template.format_map(EXAMPLE)
+    given = [{"role": "user", "content": EXAMPLE["question"]}] if asking and asking.chat else shown or "your prompt"
     kind = "An adapter for" if adapter else "A model trained from"
     parts = [
         _metadata(base, dataset_weights(data.get("train_dataset")), adapter),
         f"# {markdown_text(Path(base).name)}, DPO",
         f"{kind} {markdown_text(base)} with Direct Preference Optimization "
         "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) by dpo-lightning.",
-        f"```python\n{USAGE.format(prompt=_literal(prompt))}\n```",
+        f"```python\n{USAGE.format(prompt=_literal(given))}\n```",
+        *([how_to_ask(asking, has_chat_template, shown)] if asking else []),
         "## Data\n\n" + _settings({name: data.get(name) for name in DATA}),
         "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer)),
     ]
@@ -60,6 +79,34 @@ def model_card(module: "DPOModule", data: Mapping[str, Any], adapter: bool, trai
     if replies and replies.showings:
         parts.append("## Replies\n\nGreedy, to prompts that were not trained on.\n\n" + _replies(replies))
     return "\n\n".join(parts) + "\n"
+
+
+def how_to_ask(asking: Asking, has_chat_template: bool, example: str | None) -> str:
+    """The section that tells a user of any other program what the model is to be given.
+
+    Args:
+        example: a prompt that is filled in.
+    """
+    parts = ["## How to ask"]
+    if asking.chat:
+        parts.append("It was trained on conversations as the tokenizer's chat template renders them: ask through it.")
+    elif asking.prompt_template is not None:
+        parts += [
+            "It was trained on prompts that are this template, filled in, with nothing before or after it:",
+            _fenced(asking.prompt_template),
+            "In Python, exactly:",
+            f"```python\ntemplate = {_literal(asking.prompt_template)}\n```",
+        ]
+    else:
+        parts.append("It was trained on prompts as they stand in its data: give it yours without anything around it.")
+    if example:
+        parts += ["A prompt that is filled in:", _fenced(example)]
+    if has_chat_template and not asking.chat:
+        parts.append("The tokenizer has a chat template, with which the model was **not** trained: do not use it.")
+    ends = {"begins with": asking.completion_start, "ends with the token": asking.end_token}
+    if said := " and ".join(f"{verb} `{_literal(text)}`" for verb, text in ends.items() if text):
+        parts.append(f"A reply {said}.")
+    return "\n\n".join(parts)
 
 
 def public_name(name: str) -> str:
@@ -82,9 +129,14 @@ def _metadata(base: str, datasets: Iterable[str], adapter: bool) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _literal(text: str) -> str:
-    # A run of three backticks would end the code block.
-    return repr(text).replace("```", r"\x60\x60\x60")
+def _literal(value: Any) -> str:
+    # A backtick would end inline code, three of them a code block.
+    return repr(value).replace("`", r"\x60")
+
+
+def _fenced(text: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{visible(text)}\n{fence}"
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dpo_lightning import resume
+from dpo_lightning.asking import KEY as ASKING
+from dpo_lightning.asking import asking_of
 from dpo_lightning.batching import PairBatch, PromptBatch
 from dpo_lightning.digests import weights_digest
 from dpo_lightning.errors import UserError
@@ -466,11 +468,13 @@ class DPOModule(LightningModule):
     # ------------------------------------------------------------------ checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what resuming needs (`dpo_lightning.resume`), and the reference where it moves."""
+        """Adds what resuming needs (`dpo_lightning.resume`), how to ask, and the reference where it moves."""
         if self.hparams.sync_ref_model:
             checkpoint["reference"] = weights_to_save(self.reference)
         checkpoint["skipped_steps"] = self.skipped.total
         resume.save(self.trainer, self, checkpoint)
+        if asking := asking_of(self.trainer):
+            checkpoint[ASKING] = asking._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resumes, if this is a training run.
