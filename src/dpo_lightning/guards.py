@@ -17,6 +17,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.logps import pair_logps
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.run_context import find_callback, preference_data
+from dpo_lightning.run_settings import settle_validation
 
 PROBED = 4  # pairs of the first batch that the preflight scores
 TOLERANCE = 0.02  # nats per token; bfloat16 kernels of different batch shapes differ by about 0.006
@@ -47,6 +48,12 @@ class GuardsCallback(Callback):
         self._step = 0  # that the batch under way belongs to
         self._unseen: list[Seen] = []
         self._said: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Mends settings that Lightning would refuse."""
+        if stage == "fit":
+            preference_data(trainer, self)
+            settle_validation(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that rows can be named."""

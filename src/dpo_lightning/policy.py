@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.hub import first_line, from_hub_or_folder
 from dpo_lightning.routing import set_router_loss
 
@@ -132,7 +132,8 @@ def quantized(quantization: str) -> "BitsAndBytesConfig":
     from transformers import BitsAndBytesConfig
 
     if quantization not in QUANTIZATIONS:
-        raise UserError(f"model.quantization '{quantization}' is unknown: one of {', '.join(QUANTIZATIONS)}")
+        near = did_you_mean(quantization, QUANTIZATIONS)
+        raise UserError(f"model.quantization '{quantization}' is unknown: one of {', '.join(QUANTIZATIONS)}{near}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantization: {quantization} needs the package bitsandbytes, which is not installed: "
@@ -177,10 +178,29 @@ def add_lora(model: "PreTrainedModel", options: dict[str, Any]) -> "PeftModel":
     # GPT-2's linear layers are Conv1D, which store their weight transposed.
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     defaults = {"task_type": TaskType.CAUSAL_LM, "target_modules": "all-linear", "fan_in_fan_out": transposed}
+    check_lora(options)
     try:
         return get_peft_model(model, LoraConfig(**defaults | options))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         raise UserError(f"model.lora: {first_line(error)}") from error
+
+
+def check_lora(options: dict[str, Any]) -> None:
+    """Checks the names and types of LoRA options, which peft itself takes as they come.
+
+    Raises:
+        UserError: the option, what it is, and what it may be.
+    """
+    from peft import LoraConfig
+
+    from dpo_lightning.parsing import OneLineErrorParser
+
+    parser = OneLineErrorParser()
+    parser.add_class_arguments(LoraConfig, "model.lora", fail_untyped=False)
+    # peft says that alpha is whole, but only multiplies with it
+    scale = isinstance(options.get("lora_alpha"), float)
+    typed = {name: value for name, value in options.items() if not (scale and name == "lora_alpha")}
+    parser.parse_object({"model": {"lora": typed}})
 
 
 def assert_no_dropout(model: nn.Module) -> None:
