@@ -110,6 +110,8 @@ class DPOCLI(LightningCLI):
         )
         try:
             super().instantiate_classes()
+        except UserError:
+            raise
         except ValueError as error:
             missing = re.search(r"Requirement '([^']+)' not met", str(error))  # as Lightning's loggers say it
             if missing:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from dpo_lightning import learning_checks
 from dpo_lightning.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.checkpoints import LastCheckpoint
 from dpo_lightning.errors import UserError
@@ -36,7 +37,7 @@ class Seen(NamedTuple):
 
 
 class GuardsCallback(Callback):
-    """Warns, once each, of what `preflight`, displacement and `gone_wrong` tell; stops at NaN.
+    """Warns, once each, of what `learning_checks`, `preflight`, displacement and `gone_wrong` tell; stops at NaN.
 
     No step waits for the device because of this: on one CPU process each loss is looked at after its step;
     elsewhere losses are collected on the device and looked at together, every `log_every_n_steps` and before each
@@ -50,14 +51,22 @@ class GuardsCallback(Callback):
         self._said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Mends settings that Lightning would refuse."""
+        """Checks that rows can be named, and mends settings that Lightning would refuse."""
         if stage == "fit":
             preference_data(trainer, self)
             settle_validation(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that rows can be named."""
-        preference_data(trainer, self)
+        """Says what will keep this run from teaching anything."""
+        if not trainer.fast_dev_run:
+            for warning in learning_checks.before_training(trainer):
+                rank_zero_warn(warning)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what kept it from that. Not when the training ends: the last replies are yet to be made then."""
+        if not trainer.fast_dev_run:
+            for warning in learning_checks.after_training(trainer):
+                rank_zero_warn(warning)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PairBatch, batch_idx: int

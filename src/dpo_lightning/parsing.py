@@ -1,4 +1,4 @@
-"""Command line and YAML files -> settings, or one line that says what is wrong, where it stands, and what may be there."""
+"""Command line and YAML files -> settings, or one line on what is wrong, where it stands, and what may be there."""
 
 import difflib
 import re
@@ -162,7 +162,8 @@ def check_names(file: str, node: yaml.MappingNode) -> None:
         if key.value in lines and key.value != "<<":
             first = lines[key.value]
             raise UserError(
-                f"{file}, line {key.start_mark.line + 1}: '{key.value}' is there twice (first in line {first}): leave one out"
+                f"{file}, line {key.start_mark.line + 1}: '{key.value}' is there twice (first in line {first}): "
+                "leave one out"
             )
         lines[str(key.value)] = key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
@@ -170,11 +171,13 @@ def check_names(file: str, node: yaml.MappingNode) -> None:
 
 
 def with_place(error: UserError, args: Sequence[str]) -> UserError:
-    """An error of a run with this command line, with file and line in front where it is on a setting that a file gives."""
-    found = re.match(r"(?:there is no setting |unknown )?(data format|[a-z_]+(?:\.\w+)*)", str(error))
+    """An error of a run with this command line, with file and line in front where a file gives the setting at fault."""
+    found = re.match(r"(?:there is no setting |unknown )?(data format|[a-z_]+(?:\.\w+)+|\w+(?= is ))", str(error))
     key = {"data format": "data.format"}.get(found[1], found[1]) if found else ""
-    if any(arg.partition("=")[0] == f"--{key}" for arg in args):
-        return error
+    given = [after for arg, after in zip(args, [*args[1:], ""], strict=True) if arg == f"--{key}"]
+    given += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{key}=")]
+    if any(value in str(error) for value in given):
+        return error  # the command line does
     for file in reversed(config_files(args)):
         line = line_of(key, composed(file))
         if line:

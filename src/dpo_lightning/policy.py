@@ -45,6 +45,8 @@ def load_policy(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if quantization:
+        check_quantization(quantization)
     base = base_model_name(name_or_path)
     if base != name_or_path and lora is not None:
         raise UserError(f"model.name_or_path '{name_or_path}' is an adapter that trains on: leave model.lora out")
@@ -131,9 +133,7 @@ def quantized(quantization: str) -> "BitsAndBytesConfig":
     """
     from transformers import BitsAndBytesConfig
 
-    if quantization not in QUANTIZATIONS:
-        near = did_you_mean(quantization, QUANTIZATIONS)
-        raise UserError(f"model.quantization '{quantization}' is unknown: one of {', '.join(QUANTIZATIONS)}{near}")
+    check_quantization(quantization)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantization: {quantization} needs the package bitsandbytes, which is not installed: "
@@ -147,6 +147,13 @@ def quantized(quantization: str) -> "BitsAndBytesConfig":
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def check_quantization(quantization: str) -> None:
+    """Raises UserError where there is no quantization of that name."""
+    if quantization not in QUANTIZATIONS:
+        near = did_you_mean(quantization, QUANTIZATIONS)
+        raise UserError(f"model.quantization '{quantization}' is unknown: one of {', '.join(QUANTIZATIONS)}{near}")
 
 
 def switch_dropout_off(config: "PretrainedConfig") -> None:

@@ -36,9 +36,7 @@ def check_settings(settings: Namespace) -> None:
         if (value := trainer.get(name)) is not None and value < 1:
             raise UserError(f"trainer.{name} is {value}: it must be at least 1")
     if (trainer.get("gradient_clip_val") or 0) < 0:
-        raise UserError(
-            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}: it must be above 0; 0 does not clip"
-        )
+        raise UserError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}: it must be 0 (no clipping) or more")
     if trainer.get("barebones"):
         raise UserError("trainer.barebones leaves out checkpoints, logs and replies, which a run is for: leave it out")
     check_processes(trainer.get("accelerator"), trainer.get("devices"))
@@ -79,11 +77,17 @@ def refused_folder(error: OSError, args: Sequence[str]) -> UserError | None:
 
 
 def settle_validation(trainer: Trainer) -> None:
-    """Validates at the end of each epoch where `val_check_interval` is more batches than an epoch has."""
-    interval = trainer.val_check_interval
+    """Validates where Lightning would refuse to.
+
+    At the end of each epoch where `val_check_interval` is more batches than an epoch has; on one batch at least where
+    `overfit_batches` is a share.
+    """
+    interval, data = trainer.val_check_interval, trainer.datamodule
+    if 0 < trainer.overfit_batches < 1 and "val" in data.datasets:
+        trainer.limit_val_batches = max(1, int(len(data.val_dataloader().sampler) * trainer.overfit_batches))
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or trainer.fast_dev_run:
         return
-    batches, limit = len(trainer.datamodule.train_dataloader().sampler), trainer.limit_train_batches
+    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if 0 < batches < interval:
         trainer.val_check_interval = 1.0
