@@ -44,7 +44,9 @@ def after_training(trainer: Trainer) -> Iterator[str]:
     if replies and len(replies.showings) > 1 and trainer.global_step:
         first, last = replies.showings[0], replies.showings[-1]
         wanted = [pair.chosen for pair in replies.pairs[: len(last.texts)]]
-        warning = empty_replies(first.texts, last.texts, wanted) or same_replies(first.texts, last.texts, wanted)
+        warning = empty_replies(first.texts, last.texts, wanted)
+        if not warning and not 0 < trainer.max_steps < FEW_STEPS:  # else so few steps are asked for as a trial
+            warning = same_replies(first.texts, last.texts, wanted)
         if warning:
             yield warning
 
@@ -68,8 +70,8 @@ def too_few_steps(steps: float, epochs: int | None) -> str | None:
         return None
     enough = math.ceil(ENOUGH_STEPS * epochs / steps)
     return (
-        f"the run has only {steps:.0f} optimizer steps, too few to change the replies (about {ENOUGH_STEPS} taught GPT-2-"
-        f"sized models SQL): set trainer.max_epochs: {enough}, or make data.batch_size smaller"
+        f"the run has only {steps:.0f} optimizer steps, too few to change the replies (about {ENOUGH_STEPS} taught a "
+        f"model of GPT-2's size SQL): set trainer.max_epochs: {enough}, or make data.batch_size smaller"
     )
 
 
@@ -98,8 +100,8 @@ def joined(pairs: Sequence[PreferencePair]) -> str | None:
     if share < FEW:
         return None
     return (
-        f"the completions of {share:.0%} of the rows follow their prompt without a blank (as in 'Answer:SELECT'), which "
-        "no text has that the model was pretrained on: begin completions with a blank (of context, question, answer "
+        f"the completions of {share:.0%} of the rows follow their prompt without a blank ('Answer:SELECT'), as in "
+        "no text that the model was pretrained on: begin completions with a blank (of context, question, answer "
         'rows: data.completion_template: " {answer}"), or end prompts in a new line'
     )
 
@@ -117,7 +119,7 @@ def ends_in_blank(pairs: Sequence[PreferencePair]) -> str | None:
 
 
 def runs_together(prompt: str, completion: str) -> bool:
-    """Whether two words, or punctuation and a word, lack the blank between them; only in scripts that have blanks."""
+    """Whether two words, or punctuation and a word, lack the blank between them, in scripts that have blanks."""
     if not prompt or not completion or not _in_a_word(completion[0]):
         return False
     if prompt[-1] in AFTER_A_WORD:

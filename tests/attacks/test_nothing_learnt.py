@@ -113,7 +113,7 @@ def fit(tmp_path, monkeypatch):
 NOTHING_LEARNT = {
     "chat template": "the tokenizer has a chat template",
     "blank": "follow their prompt without a blank",
-    "steps": "the run has only 10 optimizer steps",
+    "steps": "optimizer steps, too few to change the replies",
     "same": "is the same as before",
 }
 
