@@ -264,7 +264,7 @@ def test_settings_out_of_range_are_refused(module, options, message):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"rank": 4}, "model.lora: .*rank"),
+        ({"rank": 4}, "there is no setting model.lora.rank: did you mean model.lora.r"),
         ({"r": 4, "lora_dropout": 0.1}, "model.lora.lora_dropout must be 0"),
         ({"r": 4, "target_modules": ["no_such_layer"]}, "model.lora: .*no_such_layer"),
     ],

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from dpo_lightning.encoding import EncodedPair
 from dpo_lightning.errors import UserError
@@ -219,3 +219,10 @@ class LengthGroupedBatchSampler(DistributedSampler):
             short = batches.pop()
             batches[-1] = np.concatenate([batches[-1], short])
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+
+class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):
+    """The same batches in the same order every epoch, for `trainer.overfit_batches`.
+
+    Lightning replaces every other sampler by a SequentialSampler there, which knows nothing of batches and ranks.
+    """

@@ -44,12 +44,14 @@ from dpo_lightning.guards import GuardsCallback
 from dpo_lightning.hardware import fastest_precision
 from dpo_lightning.hub import first_line
 from dpo_lightning.module import DPOModule
+from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_place
 from dpo_lightning.policy import load_config, tokenizer_name
 from dpo_lightning.predictions import ReplyWriter
 from dpo_lightning.progress import RunBar
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.reporting import ReportCallback
 from dpo_lightning.run_folders import with_own_folder
+from dpo_lightning.run_settings import check_settings, refused_folder
 from dpo_lightning.sharding import check_strategy
 from dpo_lightning.stopping import StoppingCallback
 from dpo_lightning.storyboard import StoryboardCallback
@@ -58,14 +60,6 @@ from dpo_lightning.visible import one_line
 
 # Those without settings.
 CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
-
-
-class OneLineErrorParser(LightningArgumentParser):
-    """A parser whose errors are one line instead of the error and all usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Raises UserError with the message on one line."""
-        raise UserError(" ".join(message.split())) from ex
 
 
 class DPOCLI(LightningCLI):
@@ -90,6 +84,12 @@ class DPOCLI(LightningCLI):
         parser.add_lightning_class_args(RepliesCallback, "replies")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI's, and checks what Lightning itself would fall over later."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        check_settings(self.config[command] if command else self.config)
 
     @property
     def settings(self) -> Namespace:
@@ -120,6 +120,8 @@ class DPOCLI(LightningCLI):
         load_config(self.settings.model.name_or_path, self.settings.model.trust_remote_code)
         try:
             super().instantiate_classes()
+        except UserError:
+            raise
         except ValueError as error:
             missing = re.search(r"Requirement '([^']+)' not met", str(error))  # as Lightning's loggers say it
             if missing:
@@ -139,12 +141,15 @@ class DPOCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if trainer.enable_checkpointing is False:  # Lightning would refuse the run instead of leaving them out
+            keys = self._parser(self.subcommand).callback_keys
+            keys[:] = [key for key in keys if key not in ("checkpoint", "last")]
         own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
         if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end
         try:
             made = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
         made.loggers = [with_own_folder(logger) for logger in made.loggers]
         return made
@@ -204,7 +209,9 @@ class DPOCLI(LightningCLI):
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
         # No error for `fit`: so a job that is started again and again can be the same command each time.
-        rank_zero_info(f"--ckpt_path last: {path or 'there is no checkpoint yet, so the run starts at its beginning'}")
+        place = " or ".join(f"'{folder.parent if folder.name == 'checkpoints' else folder}'" for folder in folders)
+        nothing = f"there is no checkpoint yet{f' in {place}' if place else ''}, so the run starts at its beginning"
+        rank_zero_info(f"--ckpt_path last: {path or nothing}")
         return path and str(path)
 
     def _resume_in_its_folder(self, settings: Namespace, path: Path, step: int) -> None:
@@ -232,16 +239,20 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
     """Parses a configuration and, with `run`, runs the Trainer command in it."""
     # Not as an argument: Lightning starts the processes of further devices with this process's own command line.
     sys.argv[1:] = args
-    return cli(
-        DPOModule,
-        PreferenceDataModule,
-        run=run,
-        seed_everything_default=42,
-        auto_configure_optimizers=False,
-        trainer_defaults={"callbacks": [callback() for callback in CALLBACKS]},
-        parser_class=OneLineErrorParser,
-        save_config_kwargs={"overwrite": True},
-    )
+    check_config_files(args)
+    try:
+        return cli(
+            DPOModule,
+            PreferenceDataModule,
+            run=run,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            trainer_defaults={"callbacks": [callback() for callback in CALLBACKS]},
+            parser_class=OneLineErrorParser,
+            save_config_kwargs={"overwrite": True},
+        )
+    except UserError as error:
+        raise with_place(error, args) from error
 
 
 def run_trainer(args: Sequence[str]) -> None:
@@ -255,6 +266,8 @@ def run_trainer(args: Sequence[str]) -> None:
             configured(DPOCLI, args, run=True)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise refused_folder(error, args) or error from error
 
 
 def run_download(args: Sequence[str]) -> None:

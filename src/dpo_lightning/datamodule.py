@@ -20,7 +20,14 @@ from torch.utils.data import DataLoader
 
 from dpo_lightning.arrow_cache import Columns, cached_dataset
 from dpo_lightning.asking import Asking, trained_asking
-from dpo_lightning.batching import LengthGroupedBatchSampler, PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.batching import (
+    FixedBatchSampler,
+    LengthGroupedBatchSampler,
+    PairBatch,
+    PromptBatch,
+    collate_columns,
+    collate_prompts,
+)
 from dpo_lightning.digests import content_digest, key_digest
 from dpo_lightning.encoding import (
     EncodedPair,
@@ -30,7 +37,7 @@ from dpo_lightning.encoding import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.generated import RejectedGenerator, generation_from, said
 from dpo_lightning.hub import local_path
 from dpo_lightning.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
@@ -138,7 +145,8 @@ class PreferenceDataModule(LightningDataModule):
         self.save_hyperparameters(ignore=[] if isinstance(tokenizer, str) else ["tokenizer"])
         for name, value, known in (("rejected", rejected, REJECTED), ("on_bad_row", on_bad_row, ON_BAD_ROW)):
             if value not in known:
-                raise UserError(f"data.{name} is '{value}': it must be one of {', '.join(known)}")
+                near = did_you_mean(value, known)
+                raise UserError(f"data.{name} is '{value}': it must be one of {', '.join(known)}{near}")
         for name, value, least, most, wanted in (
             ("batch_size", batch_size, 1, LARGEST, "at least 1"),
             ("eval_batch_size", eval_batch_size, 1, LARGEST, "at least 1"),
@@ -513,7 +521,9 @@ class PreferenceDataModule(LightningDataModule):
         data = self.datasets[name]
         lengths = numbers(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = LengthGroupedBatchSampler(lengths, batch_size, shuffle, self.hparams.seed, rank, world)
+        fixed = self.trainer is not None and self.trainer.overfit_batches > 0
+        sampler_class = FixedBatchSampler if fixed else LengthGroupedBatchSampler
+        sampler = sampler_class(lengths, batch_size, shuffle and not fixed, self.hparams.seed, rank, world)
         loader = ResumableLoader(
             IndexedRows(data.select_columns(list(columns))),
             sampler=sampler,

@@ -1,5 +1,8 @@
 """What the command line shows as a single line instead of a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something the user can mend: the message says what was found, where, and what to do, on one line."""
@@ -21,3 +24,14 @@ class Stopped(BaseException):
     def __init__(self, signal: int, step: int | None = None) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal, self.step = signal, step
+
+
+def did_you_mean(given: object, choices: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean 'sigmoid'?", or "" where none of the choices is near.
+
+    Args:
+        given: what stands there.
+        choices: what may stand there.
+    """
+    near = difflib.get_close_matches(str(given), list(choices), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

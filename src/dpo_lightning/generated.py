@@ -30,7 +30,7 @@ from dpo_lightning.arrow_cache import Columns, cached_dataset, dataset_folder, f
 from dpo_lightning.batching import PromptBatch, collate_prompts
 from dpo_lightning.digests import file_digest, key_digest
 from dpo_lightning.encoding import encode_prompts, tokenizer_fingerprint
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.hub import from_hub_or_folder
 from dpo_lightning.jsonl import append_lines, whole_lines
 from dpo_lightning.locks import alone
@@ -74,7 +74,8 @@ def generation_from(options: dict[str, Any] | None, max_length: int) -> Generati
     """
     options = options or {}
     if unknown := sorted(set(options) - set(Generation._fields)):
-        raise UserError(f"data.generation has no '{unknown[0]}': it has {', '.join(Generation._fields)}")
+        near = did_you_mean(unknown[0], Generation._fields)
+        raise UserError(f"data.generation has no '{unknown[0]}': it has {', '.join(Generation._fields)}{near}")
     if not options.get("name_or_path"):
         raise UserError("data.rejected is generated, but by which model? data.generation has no name_or_path")
     generation = Generation(**options)

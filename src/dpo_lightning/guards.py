@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from dpo_lightning import learning_checks
 from dpo_lightning.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.checkpoints import LastCheckpoint
 from dpo_lightning.errors import UserError
@@ -18,6 +19,7 @@ from dpo_lightning.gradient_scaler import MAX_SKIPS_IN_A_ROW
 from dpo_lightning.logps import pair_logps
 from dpo_lightning.replies import RepliesCallback
 from dpo_lightning.run_context import find_callback, preference_data
+from dpo_lightning.run_settings import settle_validation
 
 PROBED = 4  # pairs of the first batch that the preflight scores
 TOLERANCE = 0.02  # nats per token; bfloat16 kernels of different batch shapes differ by about 0.006
@@ -36,7 +38,7 @@ class Seen(NamedTuple):
 
 
 class GuardsCallback(Callback):
-    """Warns, once each, of what `preflight`, displacement and `gone_wrong` tell; stops at NaN.
+    """Warns, once each, of what `learning_checks`, `preflight`, displacement and `gone_wrong` tell; stops at NaN.
 
     No step waits for the device because of this: on one CPU process each loss is looked at after its step;
     elsewhere losses are collected on the device and looked at together, every `log_every_n_steps` and before each
@@ -50,9 +52,23 @@ class GuardsCallback(Callback):
         self._unseen: list[Seen] = []
         self._said: set[str] = set()
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that rows can be named, and mends settings that Lightning would refuse."""
+        if stage == "fit":
+            preference_data(trainer, self)
+            settle_validation(trainer)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that rows can be named."""
-        preference_data(trainer, self)
+        """Says what will keep this run from teaching anything."""
+        if not trainer.fast_dev_run:
+            for warning in learning_checks.before_training(trainer):
+                rank_zero_warn(warning)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what kept it from that. Not when the training ends: the last replies are yet to be made then."""
+        if not trainer.fast_dev_run:
+            for warning in learning_checks.after_training(trainer):
+                rank_zero_warn(warning)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PairBatch, batch_idx: int

@@ -20,7 +20,7 @@ from dpo_lightning.asking import KEY as ASKING
 from dpo_lightning.asking import asking_of
 from dpo_lightning.batching import PairBatch, PromptBatch
 from dpo_lightning.digests import weights_digest
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.half_precision import check_trained_dtype, full, keep_inputs
 from dpo_lightning.hardware import fastest_attention
@@ -106,7 +106,8 @@ class DPOModule(LightningModule):
         self.save_hyperparameters()
         self.loss = PreferenceLoss(loss_type, loss_weights, beta, label_smoothing, loss_options)
         if lr_scheduler_type not in SCHEDULES:
-            raise UserError(f"model.lr_scheduler_type '{lr_scheduler_type}' is unknown: one of {', '.join(SCHEDULES)}")
+            known = ", ".join(SCHEDULES) + did_you_mean(lr_scheduler_type, SCHEDULES)
+            raise UserError(f"model.lr_scheduler_type '{lr_scheduler_type}' is unknown: one of {known}")
         for name, value in {
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
@@ -114,10 +115,17 @@ class DPOModule(LightningModule):
         }.items():
             if not value >= 0:
                 raise UserError(f"model.{name} is {value}: it must be 0 or more")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"model.dtype '{dtype}' is unknown: one of float32, bfloat16, float16")
+        if max_new_tokens < 1:
+            raise UserError(f"model.max_new_tokens is {max_new_tokens}: a reply needs at least 1")
+        if dtype not in (dtypes := ("float32", "bfloat16", "float16")):
+            raise UserError(
+                f"model.dtype '{dtype}' is unknown: one of {', '.join(dtypes)}{did_you_mean(dtype, dtypes)}"
+            )
         if attn_implementation not in (None, "eager", "sdpa"):
-            raise UserError(f"model.attn_implementation '{attn_implementation}' cannot be used: one of eager, sdpa")
+            near = did_you_mean(attn_implementation, ("eager", "sdpa"))
+            raise UserError(
+                f"model.attn_implementation '{attn_implementation}' cannot be used: one of eager, sdpa{near}"
+            )
         if not 0 < ref_model_mixup_alpha <= 1:
             raise UserError(f"model.ref_model_mixup_alpha is {ref_model_mixup_alpha}: it must be above 0 and at most 1")
         if sync_ref_model and not self.loss.needs_reference:
@@ -125,7 +133,8 @@ class DPOModule(LightningModule):
         if ref_model_sync_steps < 1:
             raise UserError(f"model.ref_model_sync_steps is {ref_model_sync_steps}: it must be 1 or more")
         if reference not in (None, "online", "cached"):
-            raise UserError(f"model.reference '{reference}' is unknown: it is online or cached")
+            near = did_you_mean(reference, ("online", "cached"))
+            raise UserError(f"model.reference '{reference}' is unknown: it is online or cached{near}")
         if reference == "cached" and (sync_ref_model or not self.loss.needs_reference):
             raise UserError(
                 "model.reference is cached, but "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.hub import first_line, from_hub_or_folder
 from dpo_lightning.routing import set_router_loss
 
@@ -46,6 +46,8 @@ def load_policy(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if quantization:
+        check_quantization(quantization)
     base = base_model_name(name_or_path)
     if base != name_or_path and lora is not None:
         raise UserError(f"model.name_or_path '{name_or_path}' is an adapter that trains on: leave model.lora out")
@@ -154,8 +156,7 @@ def quantized(quantization: str) -> "BitsAndBytesConfig":
     """
     from transformers import BitsAndBytesConfig
 
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"model.quantization '{quantization}' is unknown: one of {', '.join(QUANTIZATIONS)}")
+    check_quantization(quantization)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"model.quantization: {quantization} needs the package bitsandbytes, which is not installed: "
@@ -169,6 +170,13 @@ def quantized(quantization: str) -> "BitsAndBytesConfig":
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def check_quantization(quantization: str) -> None:
+    """Raises UserError where there is no quantization of that name."""
+    if quantization not in QUANTIZATIONS:
+        near = did_you_mean(quantization, QUANTIZATIONS)
+        raise UserError(f"model.quantization '{quantization}' is unknown: one of {', '.join(QUANTIZATIONS)}{near}")
 
 
 def switch_dropout_off(config: "PretrainedConfig") -> None:
@@ -201,6 +209,7 @@ def add_lora(model: "PreTrainedModel", options: dict[str, Any]) -> "PeftModel":
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     defaults = {"task_type": TaskType.CAUSAL_LM, "target_modules": "all-linear", "fan_in_fan_out": transposed}
     _check_no_imports(options)
+    check_lora(options)
     try:
         return get_peft_model(model, LoraConfig(**defaults | options))
     except Exception as error:  # options of the wrong kind fail anywhere in peft
@@ -211,6 +220,24 @@ def _check_no_imports(options: Mapping[str, Any]) -> None:
     """Raises UserError for what makes peft import a module that these options, which may be a stranger's, name."""
     if options.get("megatron_config"):
         raise UserError("model.lora.megatron_config makes peft import code of another project: leave it out")
+
+
+def check_lora(options: dict[str, Any]) -> None:
+    """Checks the names and types of LoRA options, which peft itself takes as they come.
+
+    Raises:
+        UserError: the option, what it is, and what it may be.
+    """
+    from peft import LoraConfig
+
+    from dpo_lightning.parsing import OneLineErrorParser
+
+    parser = OneLineErrorParser()
+    parser.add_class_arguments(LoraConfig, "model.lora", fail_untyped=False)
+    # peft says that alpha is whole, but only multiplies with it
+    scale = isinstance(options.get("lora_alpha"), float)
+    typed = {name: value for name, value in options.items() if not (scale and name == "lora_alpha")}
+    parser.parse_object({"model": {"lora": typed}})
 
 
 def assert_no_dropout(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.logps import PairLogps
 from dpo_lightning.losses import LOSSES, Finite, Loss, NotNegative, Pairs, Positive, Share
 
@@ -91,7 +91,8 @@ class PreferenceLoss:
     ) -> None:
         names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         if unknown := [name for name in names if name not in LOSSES]:
-            raise UserError(f"model.loss_type '{unknown[0]}' is unknown: it is one of {', '.join(LOSSES)}")
+            near = did_you_mean(unknown[0], LOSSES)
+            raise UserError(f"model.loss_type '{unknown[0]}' is unknown: it is one of {', '.join(LOSSES)}{near}")
         self.losses = [LOSSES[name] for name in names]
         self.weights = self._checked_weights(loss_weights)
         _check_range("model.beta", beta, Positive)
@@ -132,7 +133,7 @@ class PreferenceLoss:
                 why = f"is a parameter of {' and '.join(users)}" if users else "is unknown"
                 raise UserError(
                     f"model.loss_options has '{name}', which {why}: with loss_type {self._named()} it may have "
-                    f"{', '.join(own + common)}"
+                    f"{', '.join(own + common)}{did_you_mean(name, own + common)}"
                 )
         return {n: v for n, v in options.items() if n in common}, {n: v for n, v in options.items() if n in own}
 
@@ -154,7 +155,7 @@ class PreferenceLoss:
     ) -> None:
         options = "model.loss_options"
         if f_divergence_type not in F_DIVERGENCES:
-            known = ", ".join(F_DIVERGENCES)
+            known = ", ".join(F_DIVERGENCES) + did_you_mean(f_divergence_type, F_DIVERGENCES)
             raise UserError(f"{options}.f_divergence_type '{f_divergence_type}' is unknown: it is one of {known}")
         if f_divergence_type != "reverse_kl":
             self._require(f"{options}.f_divergence_type {f_divergence_type}", lambda term: term.f_divergence)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dpo_lightning.digests import file_digest
-from dpo_lightning.errors import UserError
+from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.visible import one_line
 
 if TYPE_CHECKING:
@@ -355,6 +355,7 @@ def get_format(name: str) -> RowFormat:
     if name not in FORMATS:
         raise UserError(
             f"unknown data format '{name}': data.format is one of {', '.join(FORMATS)}, or my_module:my_function"
+            + did_you_mean(name, FORMATS)
         )
     return FORMATS[name]
 

@@ -1,0 +1,195 @@
+"""Command line and YAML files -> settings, or one line on what is wrong, where it stands, and what may be there."""
+
+import difflib
+import re
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from dpo_lightning.errors import UserError, did_you_mean
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "dict": "settings of its own (name: value)",
+    "list": "a list",
+    "Iterable": "a list",
+    "NoneType": "null",
+}
+WRONG = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<why>.*)', re.DOTALL)
+
+
+class OneLineErrorParser(LightningArgumentParser):
+    """A parser whose errors are one line instead of the error and all usage, and that takes whole names only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Raises UserError with what the message says, in the user's words."""
+        raise UserError(explained(" ".join(message.split()), list(option_names(self)))) from ex
+
+
+def option_names(parser: ArgumentParser) -> Iterator[str]:
+    """The names of all settings of a parser and of its commands, such as "model.beta"."""
+    for action in parser._actions:
+        yield from (option[2:] for option in action.option_strings if option.startswith("--"))
+        for other in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+            if isinstance(other, ArgumentParser):
+                yield from option_names(other)
+
+
+def explained(message: str, names: Collection[str]) -> str:
+    """What jsonargparse's message says, in words that do not need to know Python.
+
+    Args:
+        message: on one line.
+        names: of all settings there are.
+    """
+    if message.startswith("unrecognized arguments: "):
+        given = message.removeprefix("unrecognized arguments: ").split()
+        options = [word for word in given if word.startswith("-")]
+        if not options:
+            return f"'{given[0]}' is neither a setting nor its value: settings are given as --name value"
+        return no_such_setting(options[0].lstrip("-").partition("=")[0], names, dashes="--")
+    if "accept" in message and (found := re.search(r"[Oo]ption '([\w.+]+)'", message)):
+        group = re.match(r"Group '([^']+)'", message)
+        return no_such_setting(f"{group[1]}.{found[1]}" if group else found[1], names)
+    if found := WRONG.match(message):
+        return wrong_value(found["key"], found["why"]) or message
+    return message
+
+
+def no_such_setting(key: str, names: Collection[str], dashes: str = "") -> str:
+    """That there is no setting of this name, and which one may have been meant."""
+    last = key.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]  # it stands in another section
+    near = same[:1] or difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+    hint = f"did you mean {dashes}{near[0]}?" if near else "`COMMAND --help` lists them all"
+    return f"there is no setting {dashes}{key}: {hint}"
+
+
+def wrong_value(key: str, why: str) -> str | None:
+    """What a setting was given and what it may be, where jsonargparse's words are understood; else None."""
+    found = re.search(r"(?:Got value: |Given value: )(.*)$", why)
+    if not found:
+        return None
+    wanted = why[: found.start()].partition("Subtypes: ")[2].partition("Errors:")[0] or why[: found.start()]
+    words, choices = [], []
+    for literal, kind in re.findall(r"Literal\[([^\]]*)\]|<class '([\w.]+)'>", wanted):
+        choices += [choice.strip(" '\"") for choice in literal.split(",")] if literal else []
+        words += [KINDS.get(kind.rpartition(".")[2], kind.rpartition(".")[2])] if kind else []
+    if re.search(r"(?<!\w)(list|Iterable)\[", wanted):
+        words.append(KINDS["list"])
+    if "dict[" in wanted:
+        words.append(KINDS["dict"])
+    if choices:
+        words.insert(0, f"one of {', '.join(dict.fromkeys(choices))}")
+    words = [word for word in dict.fromkeys(words) if word != "null"] + (["null"] if "NoneType" in wanted else [])
+    if not words:
+        return None
+    return f"{key} is '{found[1].strip()}': it must be {' or '.join(words)}{did_you_mean(found[1].strip(), choices)}"
+
+
+# ---------------------------------------------------------------------- YAML files
+
+
+def config_files(args: Sequence[str]) -> list[str]:
+    """The configuration files that a command line names, in their order; settings written out in it are no file."""
+    after = [value for option, value in zip(args, args[1:], strict=False) if option in ("--config", "-c")]
+    named = after + [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    return [name for name in named if Path(name).exists() or not re.search(r"[\n{]|: ", name)]
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """Reads the files that a command line names.
+
+    Raises:
+        UserError: one is not there, no text, no valid YAML, has a name twice, or has no sections; with file and line.
+    """
+    for name in config_files(args):
+        node = composed(name)
+        if node is None:
+            raise UserError(f"{name} is empty: it must have sections such as `model:` and `data:`")
+        if not isinstance(node, yaml.MappingNode):
+            kind = "a list" if isinstance(node, yaml.SequenceNode) else "a text"
+            raise UserError(
+                f"{name}, line {node.start_mark.line + 1}: here begins {kind}, where sections such as `model:` belong"
+            )
+        check_names(name, node)
+
+
+def composed(name: str) -> yaml.Node | None:
+    """A YAML file's nodes, which know their lines; None where it is empty.
+
+    Raises:
+        UserError: it cannot be read, or is no YAML.
+    """
+    path = Path(name)
+    if path.is_dir():
+        inside = ", ".join(sorted(file.name for file in path.glob("*.yaml"))) or "it has none"
+        raise UserError(f"--config {name} is a folder: name a .yaml file in it ({inside})")
+    if not path.exists():
+        beside = [str(file) for file in path.parent.glob("*") if file.is_file()] if path.parent.is_dir() else []
+        raise UserError(f"--config {name}: no such file{did_you_mean(name, beside)}")
+    try:
+        content = path.read_bytes()
+        return yaml.compose(content.decode(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"--config {name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{name}, line {line}: this is not UTF-8 text: save the file as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        tab = content.decode().split("\n")[mark.line].lstrip(" ").startswith("\t")
+        hint = "; indent with blanks, a tab is not allowed" if tab else ""
+        raise UserError(f"{name}, line {mark.line + 1}: this is not valid YAML: {error.problem}{hint}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{name} is not valid YAML: {error}") from error
+
+
+def check_names(file: str, node: yaml.MappingNode) -> None:
+    """Raises UserError where a name stands twice in a section: YAML would take the last without a word."""
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if key.value in lines and key.value != "<<":
+            first = lines[key.value]
+            raise UserError(
+                f"{file}, line {key.start_mark.line + 1}: '{key.value}' is there twice (first in line {first}): "
+                "leave one out"
+            )
+        lines[str(key.value)] = key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            check_names(file, value)
+
+
+def with_place(error: UserError, args: Sequence[str]) -> UserError:
+    """An error of a run with this command line, with file and line in front where a file gives the setting at fault."""
+    found = re.match(r"(?:there is no setting |unknown )?(data format|[a-z_]+(?:\.\w+)+|\w+(?= is ))", str(error))
+    key = {"data format": "data.format"}.get(found[1], found[1]) if found else ""
+    given = [after for arg, after in zip(args, [*args[1:], ""], strict=True) if arg == f"--{key}"]
+    given += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{key}=")]
+    if any(value in str(error) for value in given):
+        return error  # the command line does
+    for file in reversed(config_files(args)):
+        line = line_of(key, composed(file))
+        if line:
+            return UserError(f"{file}, line {line}: {error}")
+    return error
+
+
+def line_of(key: str, node: yaml.Node | None) -> int | None:
+    """The line, from 1, in which a setting such as "model.beta" is given; None where it is not."""
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if name.value == key:
+            return name.start_mark.line + 1
+        if key.startswith(f"{name.value}.") and (line := line_of(key[len(name.value) + 1 :], value)):
+            return line
+    return None
