@@ -174,10 +174,13 @@ def with_place(error: UserError, args: Sequence[str]) -> UserError:
     """An error of a run with this command line, with file and line in front where a file gives the setting at fault."""
     found = re.match(r"(?:there is no setting |unknown )?(data format|[a-z_]+(?:\.\w+)+|\w+(?= is ))", str(error))
     key = {"data format": "data.format"}.get(found[1], found[1]) if found else ""
-    given = [after for arg, after in zip(args, [*args[1:], ""], strict=True) if arg == f"--{key}"]
-    given += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{key}=")]
+    given = []  # on the command line, for this setting or one below it
+    for arg, after in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if re.fullmatch(rf"--{re.escape(key)}(\..*|\+)?", name):
+            given.append(value if equals else after)
     if any(value in str(error) for value in given):
-        return error  # the command line does
+        return error  # no file is to blame
     for file in reversed(config_files(args)):
         line = line_of(key, composed(file))
         if line:

@@ -121,6 +121,8 @@ def test_the_command_line_is_not_blamed_on_a_file(run, capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("model:\n  beta: 0.1\n")
     assert run("--config", "mine.yaml", "--model.beta", "0") == 2
     assert error_line(capsys).startswith("error: model.beta is 0")
+    assert run("--data.rejected", "generated", "--data.generation.top_p", "0") == 2
+    assert error_line(capsys).startswith("error: data.generation: top_p is 0"), "in the file it is null"
 
 
 def test_a_folder_as_configuration_names_what_is_in_it(run, capsys, tmp_path):
