@@ -182,17 +182,20 @@ def with_place(error: UserError, args: Sequence[str]) -> UserError:
     if any(value in str(error) for value in given):
         return error  # no file is to blame
     for file in reversed(config_files(args)):
-        line = line_of(key, composed(file))
-        if line:
-            return UserError(f"{file}, line {line}: {error}")
+        if (found := setting(key, composed(file))) is None:
+            continue
+        name, value = found
+        # Of a setting that the command line gives too, the file's value is at fault only where the message shows it.
+        if not given or isinstance(value, yaml.ScalarNode) and f"'{value.value}'" in str(error):
+            return UserError(f"{file}, line {name.start_mark.line + 1}: {error}")
     return error
 
 
-def line_of(key: str, node: yaml.Node | None) -> int | None:
-    """The line, from 1, in which a setting such as "model.beta" is given; None where it is not."""
+def setting(key: str, node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | None:
+    """The nodes of the name and of the value of a setting such as "model.beta"; None where it is not given."""
     for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if name.value == key:
-            return name.start_mark.line + 1
-        if key.startswith(f"{name.value}.") and (line := line_of(key[len(name.value) + 1 :], value)):
-            return line
+            return name, value
+        if key.startswith(f"{name.value}.") and (found := setting(key[len(name.value) + 1 :], value)):
+            return found
     return None
