@@ -174,22 +174,28 @@ def with_place(error: UserError, args: Sequence[str]) -> UserError:
     """An error of a run with this command line, with file and line in front where a file gives the setting at fault."""
     found = re.match(r"(?:there is no setting |unknown )?(data format|[a-z_]+(?:\.\w+)+|\w+(?= is ))", str(error))
     key = {"data format": "data.format"}.get(found[1], found[1]) if found else ""
-    given = [after for arg, after in zip(args, [*args[1:], ""], strict=True) if arg == f"--{key}"]
-    given += [arg.partition("=")[2] for arg in args if arg.startswith(f"--{key}=")]
+    given = []  # on the command line, for this setting or one below it
+    for arg, after in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if re.fullmatch(rf"--{re.escape(key)}(\..*|\+)?", name):
+            given.append(value if equals else after)
     if any(value in str(error) for value in given):
-        return error  # the command line does
+        return error  # no file is to blame
     for file in reversed(config_files(args)):
-        line = line_of(key, composed(file))
-        if line:
-            return UserError(f"{file}, line {line}: {error}")
+        if (found := setting(key, composed(file))) is None:
+            continue
+        name, value = found
+        # Of a setting that the command line gives too, the file's value is at fault only where the message shows it.
+        if not given or isinstance(value, yaml.ScalarNode) and f"'{value.value}'" in str(error):
+            return UserError(f"{file}, line {name.start_mark.line + 1}: {error}")
     return error
 
 
-def line_of(key: str, node: yaml.Node | None) -> int | None:
-    """The line, from 1, in which a setting such as "model.beta" is given; None where it is not."""
+def setting(key: str, node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | None:
+    """The nodes of the name and of the value of a setting such as "model.beta"; None where it is not given."""
     for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if name.value == key:
-            return name.start_mark.line + 1
-        if key.startswith(f"{name.value}.") and (line := line_of(key[len(name.value) + 1 :], value)):
-            return line
+            return name, value
+        if key.startswith(f"{name.value}.") and (found := setting(key[len(name.value) + 1 :], value)):
+            return found
     return None

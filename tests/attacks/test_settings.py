@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
@@ -18,6 +19,12 @@ GPT2 = str(REPO / "configs" / "gpt2.yaml")
 def run(tmp_path, monkeypatch, model_folder, rows_file):
     """Runs `fit` in an empty folder on tiny things and gives its exit code."""
     monkeypatch.chdir(tmp_path)
+
+    def no_processes(*_):
+        raise AssertionError("further processes would be started")
+
+    # Else thousands of them would be, were `trainer.devices` not checked.
+    monkeypatch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", no_processes)
 
     def call(*args, batch_size=True):
         argv = ["fit", "--config", GPT2, "--model.name_or_path", str(model_folder), "--data.train_dataset", rows_file]
@@ -114,6 +121,8 @@ def test_the_command_line_is_not_blamed_on_a_file(run, capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("model:\n  beta: 0.1\n")
     assert run("--config", "mine.yaml", "--model.beta", "0") == 2
     assert error_line(capsys).startswith("error: model.beta is 0")
+    assert run("--data.rejected", "generated", "--data.generation.top_p", "0") == 2
+    assert error_line(capsys).startswith("error: data.generation: top_p is 0"), "in the file it is null"
 
 
 def test_a_folder_as_configuration_names_what_is_in_it(run, capsys, tmp_path):
