@@ -3,14 +3,15 @@
 import difflib
 from collections.abc import Iterable
 
+from dpo_lightning.visible import visible
+
 
 class UserError(ValueError):
     """Something the user can mend: the message says what was found, where, and what to do, on one line."""
 
     def __str__(self) -> str:
         """The message; characters that would command a terminal, as names in files may hold, are escaped."""
-        text = super().__str__()
-        return "".join(c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in text)
+        return visible(super().__str__())
 
 
 class Stopped(BaseException):

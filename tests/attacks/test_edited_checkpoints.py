@@ -35,7 +35,7 @@ EDITS = {
     "no value": (lambda m: {"settings": {"learning_rate": None}}, "has the setting learning_rate without a value"),
     "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype '\x1b[2J\x9b2J'"),
     "of a name": (lambda m: {"state_dict": weights(m) | {"\x1b[2J": torch.zeros(1)}}, r"unknown weight \x1b[2J"),
-    "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora: "),
+    "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora.r is "),
     "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that this model cannot have"),
     "wrong loss": (lambda m: {"settings": {"loss_options": {"ld_alpha": [1]}}}, "ld_alpha"),
 }

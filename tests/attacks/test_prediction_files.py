@@ -19,7 +19,7 @@ from side_by_side import at_once, command
 def predict(quiet_trainer, model_folder, tokenizer, rows_file, tmp_path):
     """Answers the prompts into out.jsonl and gives what is in it."""
 
-    def run(tokenizer=tokenizer, max_length=1024, **options):
+    def run(tokenizer=tokenizer, max_length=128, **options):
         data = PreferenceDataModule(
             tokenizer, rows_file, predict_dataset=rows_file, batch_size=4, max_length=max_length
         )

@@ -56,7 +56,7 @@ def error_line(capsys):
         ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1"),
         ("--trainer.precision transformer-engine", "trainer: Requirement 'transformer_engine"),
         ("--trainer.precision bf16mixed", "did you mean 'bf16-mixed'?"),
-        ("--trainer.default_root_dir /proc/nowhere", "trainer.default_root_dir '/proc/nowhere' cannot be written"),
+        ("--trainer.default_root_dir /proc/nowhere", "'/proc/nowhere/lightning_logs/version_0' cannot be written"),
         ("--trainer.devices 0", "trainer.devices is 0: on the CPU it is a number of processes"),
         ("--trainer.devices 9999", "trainer.devices is 9999: on the CPU it is a number of processes"),
         ("--trainer.devices -1", "trainer.devices is -1"),
