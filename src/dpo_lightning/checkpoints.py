@@ -24,12 +24,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import first_line
+from dpo_lightning.locks import hold, let_go
 from dpo_lightning.run_context import find_callback, run_folder
+from dpo_lightning.states import check_amount, check_state
 
 LAST, PREVIOUS, PARTIAL = "last.ckpt", "previous.ckpt", ".partial"
+LOCK = ".dpo-lightning.lock"  # in a folder of checkpoints that is not the run's own
 SETTINGS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 DATA_SETTINGS = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
 RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}  # Lightning's functions
+BEST = {  # of ModelCheckpoint's state
+    "best_model_path": str,
+    "best_model_score": torch.Tensor | None,
+    "current_score": torch.Tensor | None,
+    "best_k_models": {str: torch.Tensor},
+    "kth_best_model_path": str,
+    "kth_value": torch.Tensor,
+    "last_model_path": str,
+    "dirpath": str | None,
+}
 SHARDED = "meta.pt"  # in the folder of a sharded checkpoint, all but the weights and the optimizer
 
 
@@ -197,12 +210,21 @@ def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
             f"--ckpt_path '{path}' holds the weights alone (checkpoint.save_weights_only), so no run can go on from "
             "it: it can be tested and exported; go on with --ckpt_path last"
         )
-    for state in (checkpoint.get("callbacks") or {}).values():
+    for name, state in (checkpoint.get("callbacks") or {}).items():
+        if name.startswith(ModelCheckpoint.__name__):
+            _check(state, BEST, "ModelCheckpoint's state", path)
         if isinstance(state, dict) and (stray := _stray(state)):
             raise UserError(
-                f"--ckpt_path '{path}' names {stray!r} as one of its run's checkpoints, but that lies elsewhere, and "
-                "what ModelCheckpoint no longer wants it deletes: it was edited; do not use it"
+                f"--ckpt_path '{path}' names {stray!r} as one of its run's checkpoints, but that lies elsewhere or "
+                "is none, and what ModelCheckpoint no longer wants it deletes: it was edited; do not use it"
             )
+
+
+def _check(state: Any, kind: Any, name: str, path: str | Path) -> None:
+    try:
+        check_state(state, kind, name)
+    except ValueError as error:
+        raise UserError(f"--ckpt_path '{path}' was edited: {error}; go on from another one") from error
 
 
 def _stray(state: dict[str, Any]) -> str | None:
@@ -217,7 +239,7 @@ def _stray(state: dict[str, Any]) -> str | None:
             if remote
             else Path(path).resolve().parent == Path(folder).resolve()
         )
-        if not there:
+        if not there or not path.endswith(ModelCheckpoint.FILE_EXTENSION):
             return path
     return None
 
@@ -306,6 +328,7 @@ class LastCheckpoint(Checkpoint):
             raise UserError("last.every_n_minutes and last.every_n_steps must be 0 or more")
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
         self.path = Path(LAST)  # the run's, once it trains
+        self._lock: Path | None = None
         self._step, self._saved = 0, 0.0  # of the newest one: its step, and when it was written
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -322,6 +345,8 @@ class LastCheckpoint(Checkpoint):
         if run is None:
             return
         self.path = Path(best.dirpath if best and best.dirpath else run / "checkpoints") / LAST
+        if run.absolute() not in self.path.absolute().parents:  # else it is this run's alone (`run_folders`)
+            self._take(trainer)
         if self.path.exists() and trainer.ckpt_path is None:
             raise UserError(
                 f"'{self.path}' is another run's: go on with that run with --ckpt_path last, or choose another "
@@ -332,6 +357,28 @@ class LastCheckpoint(Checkpoint):
                 _remove(partial)
             if self.path.exists() and damage(self.path):  # else it would become the previous one
                 self.path.replace(self.path.with_suffix(".damaged"))
+
+    def _take(self, trainer: Trainer) -> None:
+        """Locks the folder until the run ends, that two runs do not replace each other's checkpoints."""
+        self._lock = self.path.with_name(LOCK)
+        try:
+            taken = hold(self._lock) if trainer.is_global_zero else None
+        except OSError as error:
+            raise UserError(f"checkpoint.dirpath '{self.path.parent}' cannot be written: {error.strerror}") from error
+        if not trainer.strategy.broadcast(taken):
+            raise UserError(
+                f"checkpoint.dirpath '{self.path.parent}' is in use by a run that still goes on: wait for its end or "
+                "stop it, or choose another folder"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the folder back, also after an error."""
+        if self._lock is not None:
+            let_go(self._lock, remove=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the folder back."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Looks at what the run is to go on from.
@@ -377,17 +424,46 @@ class LastCheckpoint(Checkpoint):
 
 
 def _check_optimizers(trainer: Trainer) -> None:
-    """PyTorch itself finds a state that does not fit its weight in the first step, or reads past its end."""
+    """PyTorch itself finds what does not fit in the first step, reads past a state's end, or trains otherwise."""
     for optimizer in (o for o in trainer.optimizers if isinstance(o, torch.optim.AdamW)):
+        where = f"--ckpt_path '{trainer.ckpt_path}': the optimizer's"
         for weight, state in optimizer.state.items():
             shape = weight.shape if torch.is_tensor(weight) else None
             for name, value in state.items():
-                if not torch.is_tensor(value) or value.shape not in ((), shape):
+                if not torch.is_tensor(value) or value.shape != (() if name == "step" else shape):
                     found = f"the shape {list(value.shape)}" if torch.is_tensor(value) else f"the type {type(value)}"
                     raise UserError(
-                        f"--ckpt_path '{trainer.ckpt_path}': the optimizer's {name} has {found}, which is not that of "
-                        f"its weight ({shape and list(shape)}): the checkpoint was edited; go on from another one"
+                        f"{where} {name} has {found}, which is not that of its weight ({shape and list(shape)}): the "
+                        "checkpoint was edited; go on from another one"
                     )
+        try:
+            for state in optimizer.state.values():
+                _check_moments(state)
+            for group in optimizer.param_groups:
+                _check_options(group, optimizer.defaults)
+        except ValueError as error:
+            raise UserError(f"{where} {error}: the checkpoint was edited; go on from another one") from error
+
+
+def _check_moments(state: dict[str, Any]) -> None:
+    check_state(state, {"step": torch.Tensor, "exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor}, "state")
+    for name, value in state.items():
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} is no plain tensor of floating-point numbers")
+        local = value.to_local() if hasattr(value, "to_local") else value
+        if not local.isfinite().all() or name != "exp_avg" and (local < 0).any():
+            raise ValueError(f"{name} has a value that it cannot have")
+
+
+def _check_options(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Numbers may differ from this run's own (a schedule moves the learning rate), how a step is made may not."""
+    for name, own in {**defaults, **({"initial_lr": 0.0} if "initial_lr" in group else {})}.items():
+        if name not in group:
+            raise ValueError(f"{name} is missing")
+        if isinstance(own, float):
+            check_amount(group[name], name)
+        elif group[name] != own:
+            raise ValueError(f"{name} is {group[name]!r} instead of {own!r}")
 
 
 def _name_too(path: Path, name: Path) -> None:

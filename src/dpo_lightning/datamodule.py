@@ -427,6 +427,11 @@ class PreferenceDataModule(LightningDataModule):
                 if rejected:
                     columns |= rejected.columns(start, stop)
                 encoded = encode_batch(columns, self.tokenizer, self.max_length)
+                if not all(encoded["prompt_ids"]):
+                    raise UserError(
+                        f"the tokenizer '{self.tokenizer.name_or_path}' makes no tokens of a prompt in {name}: "
+                        "it is damaged or incomplete; give the model's own one as data.tokenizer"
+                    )
                 for side in ("prompt_ids", "chosen_ids", "rejected_ids"):
                     self._largest_id = max(self._largest_id, *map(max, encoded[side]))
                 yield columns | encoded

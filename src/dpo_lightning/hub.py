@@ -109,5 +109,7 @@ def _answers(endpoint: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """The first line of an error's text, with the next one where it ends in a colon, or its class without a text."""
+    first, *more = str(error).strip().split("\n")
+    first = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    return first or type(error).__name__

@@ -34,6 +34,7 @@ from dpo_lightning.reference_adapter import AdapterCopy, MovingCopy, load_weight
 from dpo_lightning.reference_cache import is_cached, open_caches
 from dpo_lightning.schedules import SCHEDULES, rate_at
 from dpo_lightning.sharding import check_strategy, data_parallel_mesh, shard, whole
+from dpo_lightning.states import check_amount
 from dpo_lightning.tables import numbers
 from dpo_lightning.trust import TRUST
 
@@ -154,6 +155,7 @@ class DPOModule(LightningModule):
         self.skipped = SkippedSteps()
         self.router_loss: Tensor | None = None
         self.metrics_at_step: dict[str, Tensor] = {}  # kept by `resume.note_step`
+        self.batches_before: float | None = None  # in an epoch of the run that is gone on with
         self._logged_step = 0
         self._step_began: float | None = None
         self._seconds, self._pairs = 0.0, 0  # of optimizer steps since the last log
@@ -353,6 +355,8 @@ class DPOModule(LightningModule):
     def on_train_start(self) -> None:
         """From here on the policy is not its reference. A resumed run has logged the step that it goes on from."""
         unscale_before_clipping(self.trainer)
+        if self.trainer.ckpt_path:
+            resume.check_restored(self.trainer, self)
         self._untrained = False
         self._logged_step = self.global_step
 
@@ -498,6 +502,7 @@ class DPOModule(LightningModule):
             load_weights(self.reference, checkpoint["reference"])
         if self._trainer is not None:
             self.skipped.total = checkpoint.get("skipped_steps", 0)
+            check_amount(self.skipped.total, "skipped_steps")
             resume.load(self.trainer, self, checkpoint)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def wrong_value(key: str, why: str) -> str | None:
     found = re.search(r"(?:Got value: |Given value: )(.*)$", why)
     if not found:
         return None
+    given = "null" if found[1].strip() == "None" else found[1].strip()
     wanted = why[: found.start()].partition("Subtypes: ")[2].partition("Errors:")[0] or why[: found.start()]
     words, choices = [], []
     for literal, kind in re.findall(r"Literal\[([^\]]*)\]|<class '([\w.]+)'>", wanted):
@@ -94,7 +95,7 @@ def wrong_value(key: str, why: str) -> str | None:
     words = [word for word in dict.fromkeys(words) if word != "null"] + (["null"] if "NoneType" in wanted else [])
     if not words:
         return None
-    return f"{key} is '{found[1].strip()}': it must be {' or '.join(words)}{did_you_mean(found[1].strip(), choices)}"
+    return f"{key} is '{given}': it must be {' or '.join(words)}{did_you_mean(given, choices)}"
 
 
 # ---------------------------------------------------------------------- YAML files

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"  # what makes a folder a PEFT adapter
+SIZES = {  # names that all configs of transformers have, and the most that any model might
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 100_000,
+    "hidden_size": 10_000_000,
+    "vocab_size": 100_000_000,
+}
 QUANTIZATIONS = ("4bit", "8bit")
 
 
@@ -60,6 +66,7 @@ def load_policy(
 
     def load(name: str) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_sizes(config)
         switch_dropout_off(config)
         set_router_loss(config, router_aux_loss_coef)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +82,15 @@ def load_policy(
             raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
         return model
 
-    model = from_hub_or_folder("model", base, load)
+    def load_fitting(name: str) -> "PreTrainedModel":
+        try:
+            return load(name)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):  # an option that our user does not have
+                raise
+            raise ValueError("its weights are not of the sizes that its config says") from error
+
+    model = from_hub_or_folder("model", base, load_fitting)
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind drops gradients when, as with LoRA, a block's input needs none.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -116,9 +131,21 @@ def load_config(name_or_path: str, trust_remote_code: bool = False) -> "Pretrain
     """
     from transformers import AutoConfig
 
-    return from_hub_or_folder(
-        "model", base_model_name(name_or_path), AutoConfig.from_pretrained, trust_remote_code=trust_remote_code
-    )
+    def load(name: str) -> "PretrainedConfig":
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_sizes(config)
+        return config
+
+    return from_hub_or_folder("model", base_model_name(name_or_path), load)
+
+
+def check_sizes(config: "PretrainedConfig") -> None:
+    """Raises ValueError where a config has sizes that no model has; some would be built, without end or of nothing."""
+    text = config.get_text_config()
+    for name, most in SIZES.items():
+        size = getattr(text, name, None)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise ValueError(f"its config has {name} {size}, which must be from 1 to {most:,}")
 
 
 def tokenizer_name(name_or_path: str) -> str:

@@ -18,6 +18,7 @@ from dpo_lightning.reply_views import markdown_table, show_replies
 from dpo_lightning.rows import PreferencePair
 from dpo_lightning.run_context import preference_data, run_folder, tensorboard_writer
 from dpo_lightning.sql import compiles, equivalent_text, same_result
+from dpo_lightning.states import check_state
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -123,6 +124,11 @@ class Showing(NamedTuple):
     changed: int | None = None  # replies that are not those of the first showing
 
 
+STATE = {"reference": [(str, [int], bool)], "showings": [list]}  # `Reply` and `Showing`
+JUDGED, SHARED = {str: int | float | None}, ("reply/eos_rate", "reply/length", "reply/repetition")
+SHOWING = (int, [str], [JUDGED], dict.fromkeys(SHARED, int | float), {str: int}, int | None)
+
+
 class RepliesCallback(Callback):
     """Answers held-out prompts before, during and after training.
 
@@ -162,6 +168,11 @@ class RepliesCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the replies before the first step. A resumed run goes on where its checkpoint was written."""
         self._began = time.perf_counter()
+        if self.showings and self.showings[-1].step > trainer.global_step:
+            raise UserError(
+                f"--ckpt_path '{trainer.ckpt_path}' is of step {trainer.global_step}, but has replies of step "
+                f"{self.showings[-1].step}: it was edited; go on from another one"
+            )
         if self._file is not None:
             self._open_file()
         if not self.showings:
@@ -190,9 +201,23 @@ class RepliesCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave."""
+        """Loads what `state_dict` gave.
+
+        Raises:
+            ValueError: it is not as that gave it.
+            UserError: it is of another number of prompts.
+        """
+        check_state(state_dict, STATE, "the replies")
+        if self.pairs and state_dict["reference"] and len(state_dict["reference"]) != len(self.pairs):
+            raise UserError(
+                f"replies.num_prompts gives {len(self.pairs)}, but {len(state_dict['reference'])} were answered "
+                "in the run that is gone on with, and the same prompts are answered every time: set it back"
+            )
         self._reference = [Reply(*fields) for fields in state_dict["reference"]]
         self.showings = [Showing(*fields) for fields in state_dict["showings"]]
+        for showing in self.showings:
+            check_state(showing._replace(counts=showing.counts or {}), SHOWING, "a showing of replies")
+            check_state(showing.shares, {str: int | float}, "a showing's shares")
 
     # ------------------------------------------------------------------ what
 

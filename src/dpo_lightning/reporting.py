@@ -22,10 +22,12 @@ from dpo_lightning.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.report import Run, render
 from dpo_lightning.run_context import find_callback, preference_data, run_folder
 from dpo_lightning.sources import dataset_weights
+from dpo_lightning.states import check_amount, check_state
 from dpo_lightning.storyboard import settings
 from dpo_lightning.tables import numbers
 
 MAX_MARGINS = 2000  # remembered of one validation
+STATE = {"curves": {str: [(int, int | float)]}, "margins": {int: [float]}, "warnings": [str]}
 
 
 class ReportCallback(Callback):
@@ -89,7 +91,14 @@ class ReportCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave."""
+        """Loads what `state_dict` gave.
+
+        Raises:
+            ValueError: it is not as that gave it.
+        """
+        check_state(state_dict, STATE, "the report")
+        for name in ("val_pairs", "seconds"):
+            check_amount(state_dict.get(name, 0), f"the report's {name}")
         self._curves, self._margins = state_dict["curves"], state_dict["margins"]
         self._val_pairs = state_dict.get("val_pairs", 0)  # checkpoints from before it was have none
         self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
@@ -121,7 +130,8 @@ class ReportCallback(Callback):
             warnings.showwarning, self._show_warning = self._show_warning, None
         if self._began is None:
             return places  # it ended before anything was trained
-        trainer.loggers.remove(self._history)
+        if self._history in trainer.loggers:  # no more, where writing the report is what failed
+            trainer.loggers.remove(self._history)
         if self._folder is not None and trainer.is_global_zero:
             path = self._folder / "report.html"
             try:

@@ -17,11 +17,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.states import check_amount, check_state
 
 KEY = "dpo_lightning"  # in a checkpoint
+STATE = {"run": dict, "start": str | None, "batches": int | float, "metrics": {str: torch.Tensor}}
 LENGTH = {"trainer.max_epochs", "trainer.max_steps"}
 MAY_CHANGE = LENGTH | {"trainer.precision", "trainer.gradient_clip_val"}
 
@@ -99,12 +102,24 @@ def load(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) 
 
     Raises:
         UserError: this run differs from the checkpoint's in what its rest would depend on.
+        ValueError: the checkpoint's part is not as `save` made it.
     """
-    if trainer.state.fn != TrainerFn.FITTING or KEY not in checkpoint:
+    if trainer.state.fn != TrainerFn.FITTING:
         return
+    if KEY not in checkpoint:
+        raise ValueError(f"it has no {KEY}")
     saved, step = checkpoint[KEY], checkpoint["global_step"]
+    check_state(saved, STATE, "what the run goes on from")
+    if saved["batches"] < 1:
+        raise ValueError(f"its batches are {saved['batches']}")
+    for schedule in checkpoint.get("lr_schedulers", ()):
+        check_schedule(schedule)
     check_same_run(saved["run"], settings(trainer), _scheduled(module))
     check_same_start(saved.get("start"), module.start_digest, module.hparams.name_or_path)
+    module.batches_before = saved["batches"]
+    for name, progress in checkpoint["loops"]["fit_loop"].items():
+        if name.endswith("progress"):
+            check_counts(progress, name)
     if saved["batches"] != float("inf"):
         settle(
             checkpoint["loops"]["fit_loop"],
@@ -113,9 +128,45 @@ def load(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) 
             trainer.accumulate_grad_batches,
             by_steps=trainer.max_steps != -1,
         )
+    ours = _metrics(module)
     for name, value in saved["metrics"].items():
         own = value[trainer.global_rank] if trainer.world_size > 1 else value
+        if name not in ours or own.shape != ours[name].shape or not own.isfinite().all():
+            raise ValueError(f"the metric {name!r} is not one that is kept")
         setattr(module.train_metrics, name, own.to(module.device, torch.float32))
+
+
+def check_restored(trainer: Trainer, module: LightningModule) -> None:
+    """Raises UserError where what was restored is not of one step, skipped ones aside, or not of this run's data."""
+    steps, wrong = trainer.global_step - module.skipped.total, None
+    for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+        if isinstance(schedule, LambdaLR):
+            if schedule.last_epoch != steps:
+                wrong = f"is of step {steps}, but its learning rate of step {schedule.last_epoch}"
+            elif schedule.base_lrs != [group["initial_lr"] for group in schedule.optimizer.param_groups]:
+                wrong = "has two learning rates, the optimizer's and the schedule's"
+    if module.batches_before not in (None, trainer.num_training_batches):
+        wrong = f"has {module.batches_before} batches in an epoch, these data have {trainer.num_training_batches}"
+    if wrong:
+        raise UserError(f"--ckpt_path '{trainer.ckpt_path}' {wrong}: it was edited; go on from another one")
+
+
+def check_counts(progress: Any, name: str) -> None:
+    """Raises ValueError where one of a loop's counters, however deep, is no number of 0 or more."""
+    if isinstance(progress, dict):
+        for key, part in progress.items():
+            check_counts(part, f"{name} {key}")
+    elif not isinstance(progress, bool):
+        check_amount(progress, name)
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raises ValueError where a schedule's state is not one: PyTorch puts all names in it into the schedule itself."""
+    check_state(schedule, {"base_lrs": [float], "last_epoch": int, "_last_lr": [float]}, "the schedule")
+    for rate in (*schedule["base_lrs"], *schedule["_last_lr"], schedule["last_epoch"]):
+        check_amount(rate, "a number of the schedule")
+    if taken := [name for name in schedule if callable(getattr(LRScheduler, name, None)) or name == "optimizer"]:
+        raise ValueError(f"the schedule has a state for {taken[0]!r}")
 
 
 def _metrics(module: LightningModule) -> dict[str, torch.Tensor]:

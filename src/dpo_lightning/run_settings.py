@@ -1,5 +1,6 @@
 """Settings of a run -> UserError where Lightning would fall over them later, or mend them, with a line that says so."""
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from dpo_lightning.datamodule import PreferenceDataModule
 from dpo_lightning.errors import UserError
+from dpo_lightning.module import DPOModule
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 SECTIONS = ("model", "data", "trainer", "replies", "checkpoint", "last", "predictions", "export")
@@ -28,6 +31,8 @@ def check_settings(settings: Namespace) -> None:
             raise UserError(
                 f"{section} is '{settings[section]}': it must be a section, with settings of its own below it"
             )
+    check_given("model", settings.model, DPOModule)
+    check_given("data", settings.data, PreferenceDataModule)
     seed = settings.get("seed_everything")
     if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything is {seed}: it must be from 0 to {LARGEST_SEED}")
@@ -40,6 +45,18 @@ def check_settings(settings: Namespace) -> None:
     if trainer.get("barebones"):
         raise UserError("trainer.barebones leaves out checkpoints, logs and replies, which a run is for: leave it out")
     check_processes(trainer.get("accelerator"), trainer.get("devices"))
+
+
+def check_given(section: str, settings: Namespace, made: type) -> None:
+    """Refuses `null` for a setting that must have a value, which the parser lets pass for all.
+
+    Raises:
+        UserError: the setting, and its default.
+    """
+    for name, parameter in inspect.signature(made).parameters.items():
+        if name in settings and settings[name] is None and parameter.default is not None:
+            default = "" if parameter.default is parameter.empty else f" (left out, it is {parameter.default})"
+            raise UserError(f"{section}.{name} is null: it must have a value{default}")
 
 
 def check_processes(accelerator: Any, devices: Any) -> None:

@@ -74,7 +74,7 @@ class StoryboardCallback(Callback):
             return
         margins = pl_module.val_metrics.all_margins()  # on all ranks
         writer = tensorboard_writer(trainer)
-        if writer and len(margins):
+        if writer and len(margins) and margins.isfinite().all():  # else GuardsCallback says it, and ends the run
             # A tag of its own: TensorBoard drops the points of a tag that is a scalar and a histogram.
             writer.add_histogram("margins/val", margins.float().cpu(), trainer.global_step)
 

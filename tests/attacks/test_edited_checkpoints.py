@@ -35,7 +35,7 @@ EDITS = {
     "no value": (lambda m: {"settings": {"learning_rate": None}}, "has the setting learning_rate without a value"),
     "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype '\x1b[2J\x9b2J'"),
     "of a name": (lambda m: {"state_dict": weights(m) | {"\x1b[2J": torch.zeros(1)}}, r"unknown weight \x1b[2J"),
-    "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora.r is "),
+    "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora.r is 'x'"),
     "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that this model cannot have"),
     "wrong loss": (lambda m: {"settings": {"loss_options": {"ld_alpha": [1]}}}, "ld_alpha"),
 }
@@ -69,8 +69,8 @@ def states(model, **changed):
 
 RESUMED = {
     "callbacks a list": (lambda m: {"callbacks": [1]}, "its callbacks is no table"),
-    "callback's state a text": (lambda m: {"callbacks": dict.fromkeys(states(m), "x")}, "states do not fit it"),
-    "callback's state another": (lambda m: {"callbacks": dict.fromkeys(states(m), {"x": 1})}, "states do not fit it"),
+    "callback's state a text": (lambda m: {"callbacks": dict.fromkeys(states(m), "x")}, "state is str"),
+    "callback's state another": (lambda m: {"callbacks": dict.fromkeys(states(m), {"x": 1})}, "state has no best"),
     "loops a text": (lambda m: {"loops": "x"}, "states do not fit it"),
     "no loops": (lambda m: {"loops": None}, "holds the weights alone"),
     "own part a list": (lambda m: {"dpo_lightning": [1]}, "states do not fit it"),
