@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import first_line
+from dpo_lightning.rendering import render_chats
 from dpo_lightning.rows import FORMATS, RowOptions
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ class Asking(NamedTuple):
             return question
         messages = [{"role": "user", "content": f"{schema}\n{question}" if schema else question}]
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return render_chats(tokenizer, None, [(messages, True)])[0]
+        except UserError:
+            raise
         except Exception as error:  # Jinja's, or whatever the template raises
             raise UserError(f"the model's chat template cannot be used: {first_line(error)}") from error
 

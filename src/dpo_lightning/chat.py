@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.hub import first_line
+from dpo_lightning.rendering import render_chats
 from dpo_lightning.rows import BadCell, PreferencePair
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ class ChatTemplate:
         question = [{"role": "user", "content": PROBE}]
         try:
             self.template = template or tokenizer.get_chat_template()
-            self._render(question, reply_follows=True)
-            whole = self._render([*question, {"role": "assistant", "content": f"{PROBE}{PROBE}"}])
+            replied = [*question, {"role": "assistant", "content": f"{PROBE}{PROBE}"}]
+            _, whole = render_chats(tokenizer, self.template, [(question, True), (replied, False)])
+        except UserError:
+            raise
         except Exception as error:  # Jinja's, or whatever the template raises
             raise UserError(f"the chat template cannot be used: {first_line(error)}") from error
         _, found, self.tail = whole.rpartition(f"{PROBE}{PROBE}")
@@ -49,21 +52,23 @@ class ChatTemplate:
 
         Raises:
             BadCell: the template refuses the conversation, or does not render the prompt the same with a reply.
+            UserError: it takes more time or memory than any conversation does.
         """
         try:
-            start = self._render(prompt, reply_follows=True)
-            completions = [self._completion(start, prompt, replies) for replies in (chosen, rejected)]
-        except BadCell:
+            sides = [[*prompt, *replies] if replies else None for replies in (chosen, rejected)]
+            wholes = [whole for whole in sides if whole]
+            start, *texts = render_chats(
+                self.tokenizer, self.template, [(prompt, True), *((whole, False) for whole in wholes)]
+            )
+            completions = [self._completion(start, texts.pop(0)) if whole else "" for whole in sides]
+        except (BadCell, UserError):
             raise
         except Exception as error:
             raise BadCell("chat template", "", f"the chat template refuses it: {first_line(error)}") from error
         return PreferencePair(start, *completions, chat=True)
 
-    def _completion(self, start: str, prompt: Messages, replies: Messages) -> str:
+    def _completion(self, start: str, whole: str) -> str:
         """What follows `start` when the replies are there, without what ends the last one."""
-        if not replies:
-            return ""
-        whole = self._render([*prompt, *replies])
         if not whole.startswith(start):
             raise BadCell("chat template", "", "the chat template renders the prompt differently once it is replied to")
         completion = whole[len(start) :]
@@ -73,8 +78,3 @@ class ChatTemplate:
         if completion.endswith(self.tail):
             return completion.removesuffix(self.tail) + before_end
         return completion.rstrip().removesuffix(self.end_token)
-
-    def _render(self, messages: Messages, reply_follows: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=reply_follows
-        )

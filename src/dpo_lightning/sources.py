@@ -6,7 +6,7 @@ import json
 import math
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,20 +197,33 @@ def _open_json(name: str, path: Path) -> Source:
 
 
 def _has_object_per_line(path: Path) -> bool:
-    """Whether a .json file is really .jsonl: its first line is more than the beginning of what it opens."""
+    """Whether a .json file is really .jsonl: its first line is more than the beginning of what it opens.
+
+    A first line that was broken off is told from such a beginning by the second: an object of its own, with a brace
+    that nothing has asked for (after `{` or `,` a name belongs).
+    """
     with path.open("rb") as file:
-        first = next((line for line in file if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
-        more = any(line.strip() for line in file)
+        lines = (line for line in file if line.removeprefix(codecs.BOM_UTF8).strip())
+        first, second = islice(chain(lines, [b"", b""]), 2)
     text = first.decode("utf-8-sig", errors="replace").strip()
     if text.startswith("["):
         return False
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        return error.pos < len(text)  # else it goes on in the next line
+        if error.pos < len(text):
+            return True
+        return text.startswith("{") and _is_object(second)  # else it goes on in the next line
     except (ValueError, RecursionError):
         return True
-    return more or not isinstance(value, dict) or not _row_lists(value)
+    return bool(second) or not isinstance(value, dict) or not _row_lists(value)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _row_lists(value: dict[str, Any]) -> list[str]:

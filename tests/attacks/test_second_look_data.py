@@ -1,0 +1,112 @@
+"""A second look at what comes from outside: templates, data files, replies and SQL that were made to hurt."""
+
+import json
+
+import pytest
+
+from conftest import REPO, ROWS
+from dpo_lightning import rendering
+from dpo_lightning.chat import ChatTemplate
+from dpo_lightning.cli import main
+from dpo_lightning.errors import UserError
+from dpo_lightning.sources import open_source
+
+CHAT = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}] for i in range(20)]
+PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last %}|{% endif %}{% endfor %}"
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, model_folder, capsys):
+    """Runs a command on a data set; gives its exit code, what it printed and its `error: ` lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, data, *args):
+        argv = [name, "--config", str(REPO / "configs" / "gpt2.yaml"), "--model.name_or_path", str(model_folder)]
+        argv += ["--data.train_dataset", str(data), "--data.max_length", "128", "--trainer.accelerator", "cpu"]
+        argv += ["--data.val_size", "2", "--data.test_size", "2", "--data.batch_size", "2", "--trainer.max_steps", "1"]
+        argv += ["--trainer.enable_progress_bar", "false", "--model.max_new_tokens", "4"]
+        code = main([*argv, *args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, [line for line in captured.err.splitlines() if line.startswith("error: ")]
+
+    return call
+
+
+# ---------------------------------------------------------------------- chat templates
+
+
+@pytest.fixture
+def one_second(monkeypatch):
+    """Little time for templates; the process that knows it ends with the test."""
+    rendering._WORKER.end()
+    monkeypatch.setattr(rendering, "SECONDS", 0.5)
+    yield
+    rendering._WORKER.end()
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(50) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{{ '%99999999999d' % 1 }}",
+        "{{ 'a' | center(10**11) }}",
+        "{{ lipsum(n=10**9) }}",
+    ],
+)
+def test_a_chat_template_neither_hangs_nor_fills_the_memory(one_second, command, write_rows, tmp_path, endless):
+    on_one_row = "{% if messages[0].content == 'q 7' %}" + endless + "{% endif %}"
+    (tmp_path / "t.jinja").write_text((on_one_row if "range" in endless else endless) + PLAIN)
+    code, _, errors = command(
+        "inspect", write_rows([{"messages": turns} for turns in CHAT]), "--data.chat_template", "t.jinja",
+        "--data.on_bad_row", "skip",
+    )  # fmt: skip
+    assert code == 2 and len(errors) == 1 and "the chat template takes more than 0.5 seconds or 512 MiB" in errors[0]
+
+
+def test_a_strangers_model_folder_cannot_stop_chat_with_its_template(one_second, tokenizer, monkeypatch):
+    from dpo_lightning.asking import Asking
+
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ 'x' * 10**10 }}" + PLAIN, raising=False)
+    with pytest.raises(UserError, match="the chat template takes more than"):
+        Asking(True).prompt("q", "", tokenizer)
+
+
+def test_templates_render_as_transformers_renders_them(tokenizer):
+    template = (
+        "{{ bos_token }}{% for m in messages %}\n  {%- if m['role'] == 'user' %}U {{ m.content | trim | tojson }}\n"
+        "{% else %}{% generation %}A {{ m.content }}{% endgeneration %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A {% endif %}{{ tools is none }}"
+    )
+    turns = [{"role": "user", "content": " é\u2028\x00<&>\n "}, {"role": "assistant", "content": "\U0001f600\r\n x"}]
+    chats = [(turns[:1], True), (turns, False)]
+    assert rendering.render_chats(tokenizer, template, chats) == [
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=follows)
+        for messages, follows in chats
+    ]
+
+
+def test_the_process_of_templates_comes_back_after_it_was_killed(tokenizer):
+    chat = ChatTemplate(tokenizer, PLAIN + "{% if add_generation_prompt %}|<|assistant|>{% endif %}")
+    pair = chat.pair(CHAT[0][:1], CHAT[0][1:], [])
+    rendering._WORKER._process.kill()
+    assert chat.pair(CHAT[0][:1], CHAT[0][1:], []) == pair and pair.prompt == "<|user|>q 0|<|assistant|>"
+
+
+# ---------------------------------------------------------------------- data files
+
+
+def test_a_json_file_of_lines_whose_first_is_broken_off_loses_that_line_alone(tmp_path, command):
+    lines = [json.dumps(row) for row in ROWS]
+    for first in ('{"question": "a",', "{", '{"question": "a"'):
+        path = tmp_path / "rows.json"
+        path.write_text("\n".join([first, *lines]) + "\n")
+        code, out, errors = command("inspect", path, "--data.on_bad_row", "skip")
+        assert code == 0, errors
+        source = open_source(str(path), "train")
+        assert [row for number, row in source.rows() if number > 1] == ROWS
+        code, _, errors = command("inspect", path)
+        assert code == 2 and "rows.json, line 1: not valid JSON" in errors[0]
