@@ -342,7 +342,7 @@ class LastCheckpoint(Checkpoint):
         """Starts counting, and removes what a kill left half written.
 
         Raises:
-            UserError: the folder holds another run's `last.ckpt`, which this run would replace, or the optimizer's
+            UserError: the folder holds another run's checkpoints, which this run could replace, or the optimizer's
                 state in the checkpoint that the run goes on from does not fit the weights.
         """
         best, run = find_callback(trainer, ModelCheckpoint), run_folder(trainer)
@@ -354,13 +354,14 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(best.dirpath if best and best.dirpath else run / "checkpoints") / LAST
         if run.absolute() not in self.path.absolute().parents:  # else it is this run's alone (`run_folders`)
             self._take(trainer)
-        if self.path.exists() and trainer.ckpt_path is None:
+        found = newest_first(self.path.parent)
+        if found and trainer.ckpt_path is None:
             raise UserError(
-                f"'{self.path}' is another run's: go on with that run with --ckpt_path last, or choose another "
-                "checkpoint.dirpath"
+                f"'{self.path if self.path in found else found[0]}' is another run's: go on with that run with "
+                "--ckpt_path last, or choose another checkpoint.dirpath"
             )
         if trainer.is_global_zero:
-            for partial in self.path.parent.glob(f"*{PARTIAL}"):
+            for partial in self.path.parent.glob(f"*{ModelCheckpoint.FILE_EXTENSION}{PARTIAL}"):
                 _remove(partial)
             if self.path.exists() and damage(self.path):  # else it would become the previous one
                 self.path.replace(self.path.with_suffix(".damaged"))

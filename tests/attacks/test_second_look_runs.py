@@ -224,3 +224,28 @@ def test_replies_that_are_no_file(make, model_folder, tmp_path, capsys):
     make(replies)
     assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "3") == 2
     assert "is not a file of replies: move it away" in error_line(capsys)
+
+
+def test_nothing_of_the_users_is_replaced_in_a_folder_of_checkpoints(model_folder, tmp_path, capsys):
+    mine = [tmp_path / "kept" / name for name in ("step1.ckpt", "draft.partial")]
+    mine[0].parent.mkdir()
+    for path in mine:
+        path.write_text("mine")
+    assert command("fit", model_folder, "--checkpoint.dirpath", "kept") == 2
+    assert "step1.ckpt' is another run's" in error_line(capsys)
+    mine[0].rename(mine := tmp_path / "step1.ckpt")
+    assert command("fit", model_folder, "--checkpoint.dirpath", "kept") == 0
+    assert (tmp_path / "kept" / "draft.partial").read_text() == "mine" == mine.read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("checkpoint.filename=../../../x", "must lie in the run's folder"),
+        ("checkpoint.dirpath=a\0b", "cannot be looked up"),
+        ("trainer.default_root_dir=a\0b", "cannot be looked up"),
+    ],
+)
+def test_places_that_are_none(setting, words, model_folder, capsys):
+    assert command("fit", model_folder, f"--{setting}") == 2
+    assert words in error_line(capsys)
