@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.hub import first_line
+from dpo_lightning.hub import first_line, local_path
 from dpo_lightning.locks import hold, let_go
 from dpo_lightning.run_context import find_callback, run_folder
 from dpo_lightning.states import check_amount, check_state
@@ -86,7 +86,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: there is no such file, it is damaged, or it holds other Python objects.
         """
         if "://" in str(path):
-            return super().load_checkpoint(path, map_location or "cpu", weights_only=True)
+            try:
+                return super().load_checkpoint(path, map_location or "cpu", weights_only=True)
+            except Exception as error:  # each kind of store has its own
+                raise UserError(f"--ckpt_path '{path}' cannot be read: {first_line(error)}") from error
         check_checkpoint(path)
         return read_checkpoint(path, map_location or "cpu")
 
@@ -140,8 +143,11 @@ def check_checkpoint(path: str | Path) -> None:
     UserError: there is no such checkpoint, or it is damaged; the newest whole one beside it is named.
     """
     path = Path(path)
+    local_path(str(path))  # that can be looked up
     if not path.exists():
         raise UserError(f"--ckpt_path '{path}': there is no such file")
+    if not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        raise UserError(f"--ckpt_path '{path}' is no file")
     if reason := damage(path):
         whole = next((other for other in newest_first(path.parent) if other != path and not damage(other)), None)
         raise UserError(
@@ -268,7 +274,8 @@ def restoring() -> Iterator[None]:
 
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first; of two that are equally new, `last.ckpt`."""
-    return sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
+    there = [path for path in folder.glob("*.ckpt") if path.is_file() or path.is_dir()]  # no pipe, no dead link
+    return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
 
 
 def newest_whole(folders: Iterable[Path], to_go_on: bool = False) -> Path | None:
@@ -335,7 +342,7 @@ class LastCheckpoint(Checkpoint):
         """Starts counting, and removes what a kill left half written.
 
         Raises:
-            UserError: the folder holds another run's `last.ckpt`, which this run would replace, or the optimizer's
+            UserError: the folder holds another run's checkpoints, which this run could replace, or the optimizer's
                 state in the checkpoint that the run goes on from does not fit the weights.
         """
         best, run = find_callback(trainer, ModelCheckpoint), run_folder(trainer)
@@ -347,13 +354,14 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(best.dirpath if best and best.dirpath else run / "checkpoints") / LAST
         if run.absolute() not in self.path.absolute().parents:  # else it is this run's alone (`run_folders`)
             self._take(trainer)
-        if self.path.exists() and trainer.ckpt_path is None:
+        found = newest_first(self.path.parent)
+        if found and trainer.ckpt_path is None:
             raise UserError(
-                f"'{self.path}' is another run's: go on with that run with --ckpt_path last, or choose another "
-                "checkpoint.dirpath"
+                f"'{self.path if self.path in found else found[0]}' is another run's: go on with that run with "
+                "--ckpt_path last, or choose another checkpoint.dirpath"
             )
         if trainer.is_global_zero:
-            for partial in self.path.parent.glob(f"*{PARTIAL}"):
+            for partial in self.path.parent.glob(f"*{ModelCheckpoint.FILE_EXTENSION}{PARTIAL}"):
                 _remove(partial)
             if self.path.exists() and damage(self.path):  # else it would become the previous one
                 self.path.replace(self.path.with_suffix(".damaged"))

@@ -266,6 +266,10 @@ def run_trainer(args: Sequence[str]) -> None:
             configured(DPOCLI, args, run=True)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ValueError as error:
+        if "(ckpt_path=" not in str(error) or isinstance(error, UserError):
+            raise
+        raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no best, or no hpc
     except OSError as error:
         raise refused_folder(error, args) or error from error
 

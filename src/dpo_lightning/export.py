@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dpo_lightning.asking import Asking, asking_of, write_asking
 from dpo_lightning.errors import UserError
 from dpo_lightning.export_folder import Target
+from dpo_lightning.hub import local_path
 from dpo_lightning.model_card import model_card
 from dpo_lightning.policy import base_model_name
 from dpo_lightning.reference_adapter import trained_weights
@@ -99,10 +100,10 @@ def export_target(
         chosen: whether the user named the folder.
     """
     name = module.hparams.name_or_path
-    models = [path for path in map(Path, dict.fromkeys((name, base_model_name(name)))) if path.expanduser().is_dir()]
+    models = [path for path in map(local_path, dict.fromkeys((name, base_model_name(name)))) if path.is_dir()]
     kept = [("the model's folder", path) for path in models]
     kept += [("the checkpoints' folder", path) for path in checkpoints]
-    return Target(Path(folder).expanduser(), tuple(kept), chosen)
+    return Target(local_path(str(folder)), tuple(kept), chosen)
 
 
 def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftModel | None":

@@ -3,14 +3,13 @@
 import importlib.util
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dpo_lightning.errors import UserError, did_you_mean
-from dpo_lightning.hub import first_line, from_hub_or_folder
+from dpo_lightning.hub import first_line, from_hub_or_folder, local_path
 from dpo_lightning.routing import set_router_loss
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def base_model_name(name_or_path: str) -> str:
     Raises:
         UserError: the adapter's config does not say which model it belongs to.
     """
-    path = Path(name_or_path).expanduser() / ADAPTER_CONFIG
+    path = local_path(name_or_path) / ADAPTER_CONFIG
     if not path.is_file():
         return name_or_path
     try:
@@ -150,7 +149,7 @@ def check_sizes(config: "PretrainedConfig") -> None:
 
 def tokenizer_name(name_or_path: str) -> str:
     """Where a model's tokenizer is: beside an adapter only where it was saved there, else with the base model."""
-    beside = (Path(name_or_path).expanduser() / "tokenizer_config.json").is_file()
+    beside = (local_path(name_or_path) / "tokenizer_config.json").is_file()
     return name_or_path if beside else base_model_name(name_or_path)
 
 

@@ -275,6 +275,8 @@ class RepliesCallback(Callback):
         """Keeps of a file from before a kill what the run resumed from; the rest is about to be made again."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if self._file.exists() and not self._file.is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
             lines = read_lines(self._file)
             steps = [int(line["step"]) for line in lines.objects]
             ours = all("reply" in line for line in lines.objects) and could_be_half(lines.rest, {"step": 0})

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from dpo_lightning.checkpoints import version
 from dpo_lightning.errors import UserError
 from dpo_lightning.locks import hold, let_go
 
@@ -52,6 +53,12 @@ class _OwnFolder:
             f"'{self._folder()}' is in use by a run that still goes on: wait for its end or stop it, or start a run of "
             "its own without --ckpt_path"
         )
+
+    def _get_next_version(self) -> int:
+        """As Lightning's, which falls over folders such as `version_²`."""
+        if "://" in str(self.save_dir):
+            return super()._get_next_version()
+        return max(map(version, _expanded(self.root_dir).glob("version_*")), default=-1) + 1
 
     def _folder(self) -> Path:
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"

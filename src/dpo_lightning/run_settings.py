@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.datamodule import PreferenceDataModule
 from dpo_lightning.errors import UserError
+from dpo_lightning.hub import local_path
 from dpo_lightning.module import DPOModule
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
@@ -33,10 +34,18 @@ def check_settings(settings: Namespace) -> None:
             )
     check_given("model", settings.model, DPOModule)
     check_given("data", settings.data, PreferenceDataModule)
+    named = (settings.get("checkpoint") or {}).get("filename") or ""
+    if named.startswith("/") or ".." in named.split("/"):
+        raise UserError(f"checkpoint.filename is '{named}': it must lie in the run's folder of checkpoints")
+    for place in (settings.trainer.get("default_root_dir"), (settings.get("checkpoint") or {}).get("dirpath")):
+        if "://" not in str(place or ""):
+            local_path(str(place or "."))  # that can be looked up
     seed = settings.get("seed_everything")
     if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything is {seed}: it must be from 0 to {LARGEST_SEED}")
     trainer = settings.trainer
+    if not isinstance(trainer.get("val_check_interval") or 0, (int, float, str)):
+        raise UserError("trainer.val_check_interval is a table: it must be a number of batches, or a time")
     for name in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"):
         if (value := trainer.get(name)) is not None and value < 1:
             raise UserError(f"trainer.{name} is {value}: it must be at least 1")

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from attacked import LAST, command, edited, error_line, trained
 
+from dpo_lightning.cli import main
 from dpo_lightning.locks import hold
 
 
@@ -174,3 +176,76 @@ def test_a_tokenizer_that_makes_no_tokens(own_folder, capsys):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": nothing}))
     assert command("fit", own_folder) == 2
     assert "makes no tokens of a prompt" in error_line(capsys)
+
+
+@pytest.mark.parametrize("out", ["a\0b", "~nobody-of-this-name/out", "a" * 5000])
+def test_a_target_that_is_no_path(out, model_folder, capsys):
+    status = main(["export", "--ckpt_path", str(trained(model_folder) / LAST), "--output_dir", out])
+    if out.startswith("~"):  # then it is a folder's name
+        assert status == 0 and Path(out, "config.json").is_file()
+    else:
+        assert status == 2 and "cannot be looked up" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("a" * 5000, "cannot be looked up"),
+        ("best", "--ckpt_path: "),
+        ("hpc", "--ckpt_path: "),
+        ("memory://x", "cannot be read: Checkpoint file not found"),
+        ("/dev/zero", "is no file"),
+    ],
+)
+def test_a_checkpoint_that_is_none(given, words, model_folder, capsys):
+    assert command("fit", model_folder, "--ckpt_path", given) == 2
+    assert words in error_line(capsys)
+
+
+def test_a_folder_numbered_in_another_way_is_none_of_ours(model_folder):
+    Path("lightning_logs", "version_²").mkdir(parents=True)
+    assert command("fit", model_folder) == 0
+    assert Path("lightning_logs", "version_0", "report.html").is_file()
+
+
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("nowhere"), os.mkfifo], ids=["dead link", "pipe"])
+def test_last_passes_over_what_is_no_file(make, model_folder):
+    folder = Path("lightning_logs", "version_0", "checkpoints")
+    folder.mkdir(parents=True)
+    make(folder / "last.ckpt")
+    assert command("fit", model_folder, "--ckpt_path", "last") == 0
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_replies_that_are_no_file(make, model_folder, tmp_path, capsys):
+    shutil.copytree(trained(model_folder) / "lightning_logs", tmp_path / "lightning_logs")
+    replies = Path("lightning_logs", "version_0", "replies.jsonl")
+    replies.unlink()
+    make(replies)
+    assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "3") == 2
+    assert "is not a file of replies: move it away" in error_line(capsys)
+
+
+def test_nothing_of_the_users_is_replaced_in_a_folder_of_checkpoints(model_folder, tmp_path, capsys):
+    mine = [tmp_path / "kept" / name for name in ("step1.ckpt", "draft.partial")]
+    mine[0].parent.mkdir()
+    for path in mine:
+        path.write_text("mine")
+    assert command("fit", model_folder, "--checkpoint.dirpath", "kept") == 2
+    assert "step1.ckpt' is another run's" in error_line(capsys)
+    mine[0].rename(mine := tmp_path / "step1.ckpt")
+    assert command("fit", model_folder, "--checkpoint.dirpath", "kept") == 0
+    assert (tmp_path / "kept" / "draft.partial").read_text() == "mine" == mine.read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("checkpoint.filename=../../../x", "must lie in the run's folder"),
+        ("checkpoint.dirpath=a\0b", "cannot be looked up"),
+        ("trainer.default_root_dir=a\0b", "cannot be looked up"),
+    ],
+)
+def test_places_that_are_none(setting, words, model_folder, capsys):
+    assert command("fit", model_folder, f"--{setting}") == 2
+    assert words in error_line(capsys)
