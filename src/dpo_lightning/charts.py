@@ -11,17 +11,18 @@ WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot
 SERIES_COLOURS = 4
 MAX_POINTS = 300  # of a line; more would only make the page heavy
+LARGEST = 1e100  # that is drawn; no NaN, no infinity, nothing whose difference to another overflows
 
 Points = Sequence[tuple[float, float]]
 
 
 def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, float] | None = None) -> str:
-    """A figure with a line for each named series of (x, y) points, or nothing where no series has a finite point.
+    """A figure with a line for each named series of (x, y) points, or nothing where none can be drawn.
 
     Args:
         limits: of the y axis; left out, they fit the data.
     """
-    series = {name: _thinned([(x, y) for x, y in points if math.isfinite(y)]) for name, points in series.items()}
+    series = {name: _thinned([(x, y) for x, y in points if abs(y) < LARGEST]) for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return ""
@@ -46,7 +47,7 @@ def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, fl
 
 def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30) -> str:
     """A figure with the distribution of each named series, all over the same bins, or nothing where there is none."""
-    series = {name: [v for v in values if math.isfinite(v)] for name, values in series.items()}
+    series = {name: [v for v in values if abs(v) < LARGEST] for name, values in series.items()}
     series = {name: values for name, values in series.items() if values}
     if not series:
         return ""
@@ -74,7 +75,7 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30)
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers that enclose low and high, evenly spaced: (0, 0.93) -> [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]."""
     if high - low < 1e-9 * max(1.0, abs(high)):
-        space = abs(high) / 2 or 1.0
+        space = abs(high) / 2 if abs(high) > 1e-100 else 1.0
         low, high = low - space, high + space
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))

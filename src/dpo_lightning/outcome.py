@@ -1,5 +1,6 @@
 """The first and the last replies of a run -> what has changed, in words: the closing line and the report's tiles."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,12 +32,12 @@ def percent(share: float) -> str:
 
 def change(showings: Sequence[Showing], name: str) -> Change | None:
     """What became of a share, None where it was never known."""
-    known = [showing for showing in showings if name in showing.shares]
+    known = [showing for showing in showings if math.isfinite(showing.shares.get(name, math.nan))]
     if not known:
         return None
     first, last = known[0], known[-1]
     values = list(dict.fromkeys(percent(showing.shares[name]) for showing in (first, last)))
-    counts = sorted({showing.counts[name] for showing in (first, last) if showing.counts})
+    counts = sorted({showing.counts[name] for showing in (first, last) if name in (showing.counts or {})})
     where = [f"on {' to '.join(map(str, counts))} question{'s' * (counts != [1])}"] if counts else []
     if first is last:
         where.append("before training" if first.step == 0 else f"at step {first.step}")
@@ -61,10 +62,11 @@ def _in_a_word(showings: Sequence[Showing], steps: int) -> str:
     if found is None or len(showings) < 2:
         return f"trained for {steps} step{'s' * (steps != 1)}"
     (name, (values, where)), last = found, showings[-1]
-    if last.changed == 0:
+    asked = (last.counts or {}).get(ALL)
+    if last.changed == 0 and asked:
         since = f"at step {showings[0].step}" if showings[0].step else "before training"
-        return f"all {last.counts[ALL]} replies are still what they were {since} ({WORDS[name]}: {values})"
+        return f"all {asked} replies are still what they were {since} ({WORDS[name]}: {values})"
     if "→" in values:
         return f"{WORDS[name]} {values} {where}"
-    other = f"; {last.changed} of the {last.counts[ALL]} replies have changed" if last.counts else ""
+    other = f"; {last.changed} of the {asked} replies have changed" if asked else ""
     return f"{WORDS[name]} still {values} {where}{other}"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dpo_lightning.chat import ChatTemplate
 
 MAX_CELL = 1_000_000  # characters; far more than any model reads, and still tokenized within a second or two
+LISTED = 20  # names of columns in a message
 ASSISTANT_TURN = "\n\nAssistant:"  # ends the prompt in transcripts such as Anthropic's HH
 
 
@@ -455,7 +456,8 @@ def shuffled_partners(texts: Sequence[Any], seed: int, source: str) -> np.ndarra
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(f"'{one_line(_cut(str(name)))}'" for name in names)
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(f"'{one_line(_cut(str(name)))}'" for name in names[:LISTED]) + more
 
 
 def _cut(text: str, length: int = 60) -> str:

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -274,7 +275,7 @@ def _open_csv(name: str, path: Path) -> Source:
     line, header = next(records(), (1, []))
     if isinstance(header, csv.Error) or any("\udc80" <= character <= "\udcff" for cell in header for character in cell):
         raise UserError(f"{name}, line {line}: the column names are not CSV in UTF-8; save it as UTF-8")
-    if twice := [column for column in header if header.count(column) > 1]:
+    if twice := [column for column, count in Counter(header).items() if count > 1]:
         raise UserError(f"{name}, line {line}: two columns have the name '{one_line(twice[0])}'")
 
     def read(_: Sequence[str]) -> Iterator[tuple[int, Row]]:
@@ -303,7 +304,7 @@ def _open_parquet(name: str, path: Path) -> Source:
         raise UserError(f"data set '{name}' cannot be read: {first_line(error)}") from error
     if not count:
         raise UserError(f"data set '{name}' holds no rows")
-    if twice := [column for column in columns if columns.count(column) > 1]:
+    if twice := [column for column, count in Counter(columns).items() if count > 1]:
         raise UserError(f"data set '{name}': two columns have the name '{one_line(twice[0])}'")
 
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from itertools import chain
 
 import torch
 import torchmetrics
 
-from dpo_lightning.sql_fill import draw_fillings, plan_fillings
+from dpo_lightning.sql_fill import draw_fillings, plan_fillings, without_summed
 from dpo_lightning.sql_normalize import equivalent_text
 from dpo_lightning.sql_sandbox import QueryError, Result, Sandbox, read_query
 from dpo_lightning.sql_tokens import tokenize
@@ -69,11 +70,12 @@ def same_result(reply: str, wanted: str, context: str) -> bool | None:
 
 
 def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> bool | None:
-    plan = plan_fillings(sandbox.tables, [tokenize(wanted), tokenize(reply)])
+    queries = [tokenize(wanted), tokenize(reply)]
+    plan = plan_fillings(sandbox.tables, queries)
     ordered = _is_ordered(wanted)
     clear, unclear, telling = False, [], False
     deadline = time.thread_time() + MAX_SECONDS
-    for filling in draw_fillings(plan, FILLINGS, seed):
+    for filling in chain(without_summed(plan, queries, seed), draw_fillings(plan, FILLINGS, seed)):
         sandbox.fill(filling)
         if (expected := _run(sandbox, wanted)) is None:
             return None

@@ -103,6 +103,27 @@ def draw_fillings(plan: Plan, count: int, seed: str) -> Iterator[dict[str, list[
         yield _draw_filling(plan, style, rng)
 
 
+def without_summed(plan: Plan, queries: list[list[Token]], seed: str) -> Iterator[dict[str, list[list[Value]]]]:
+    """A filling in which the columns that a query sums are NULL, where there are any: `sum` is NULL there, `total` 0.
+
+    Only those are, so that conditions still find rows: of no rows even `max(x)` and `ORDER BY x DESC LIMIT 1` differ.
+    """
+    summed = set()
+    for tokens in queries:
+        for index, token in enumerate(tokens[:-2]):
+            if token.is_word("sum", "total") and tokens[index + 1].is_sign("("):
+                named = tokens[index + 4] if len(tokens) > index + 4 and tokens[index + 3].is_sign(".") else None
+                summed.add((named or tokens[index + 2]).name)
+    if not summed.isdisjoint(plan.pools):
+        filling = next(draw_fillings(plan, 1, seed))
+        for table, columns in plan.tables.items():
+            filling[table] = [
+                [None if column.name.lower() in summed else cell for column, cell in zip(columns, row, strict=True)]
+                for row in filling[table]
+            ]
+        yield filling
+
+
 def _column_pools(tables: Tables) -> dict[str, Pool]:
     pools: dict[str, Pool] = {}
     for column in itertools.chain.from_iterable(tables.values()):

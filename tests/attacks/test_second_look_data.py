@@ -110,3 +110,56 @@ def test_a_json_file_of_lines_whose_first_is_broken_off_loses_that_line_alone(tm
         assert [row for number, row in source.rows() if number > 1] == ROWS
         code, _, errors = command("inspect", path)
         assert code == 2 and "rows.json, line 1: not valid JSON" in errors[0]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_of_very_many_columns_is_refused_in_a_short_line(tmp_path, command, kind):
+    names = [f"c{i}" for i in range(60_000)]  # counting each of them among all of them took minutes
+    table = ",".join(names) + "\n" + ",".join("x" for _ in names)
+    text = table if kind == "csv" else json.dumps(dict.fromkeys(names, "x"))
+    (tmp_path / f"wide.{kind}").write_text(text + "\n")
+    code, _, errors = command("inspect", f"wide.{kind}")
+    assert code == 2 and "'c19' and 59,980 more fit no data format" in errors[0] and len(errors[0]) < 1000
+
+
+# ---------------------------------------------------------------------- SQL
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reply", "same"),
+    [
+        ("SELECT sum(a) FROM t", "SELECT total(a) FROM t", False),
+        ("SELECT total(t.a) FROM t WHERE b = 'x'", "SELECT sum(t.a) FROM t WHERE b = 'x'", False),
+        ("SELECT sum(a) FROM t WHERE b = 'x'", "SELECT coalesce(sum(a), 0) FROM t WHERE b = 'x'", False),
+        ("SELECT sum(a) FROM t WHERE b = 'x'", "SELECT sum(t.a) FROM t WHERE 'x' = b", True),
+        ("SELECT sum(a) FROM t GROUP BY b", "SELECT SUM(a) FROM t GROUP BY t.b", True),
+    ],
+)
+def test_a_sum_of_nothing_is_not_a_total_of_nothing(wanted, reply, same):
+    from dpo_lightning.sql import same_result
+
+    assert same_result(reply, wanted, "CREATE TABLE t (a INT, b TEXT)") is same
+
+
+# ---------------------------------------------------------------------- the report and the closing line
+
+
+def test_charts_of_any_numbers_are_drawn_or_left_out():
+    from dpo_lightning.charts import histogram, line_chart, ticks
+
+    for values in ([1e308, -1e308], [5e-324, 1e-323], [float("nan"), 1.0], [float("inf"), 3e38], [0.0, 5e-324]):
+        assert "Infinity" not in line_chart("t", {"a": list(enumerate(values))})
+        histogram("t", {"a": values})
+    assert ticks(5e-324, 1e-323)[0] < 0 < ticks(5e-324, 1e-323)[-1]
+    assert "<svg" in line_chart("t", {"a": [(0, 3e38), (1, -3e38), (2, 1e308)]})
+
+
+@pytest.mark.parametrize("counts", [None, {}, {"sql/valid": 3}])
+@pytest.mark.parametrize("shares", [{}, {"reply/eos_rate": float("nan")}, {"sql/valid": 0.5}])
+def test_the_closing_line_is_said_whatever_a_checkpoint_kept_of_replies(counts, shares):
+    from dpo_lightning.outcome import closing_line
+    from dpo_lightning.replies import Showing
+
+    showings = [Showing(step, [], [], shares, counts, 0) for step in (0, 3)]
+    line = closing_line(showings, 3, {"report": "r.html"})
+    assert "nan" not in line and line.endswith("report: r.html")
