@@ -56,12 +56,16 @@ def generate(
         max_new_tokens=min(max_new_tokens, limit - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
     )
     with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
-        output = model.generate(
-            input_ids=prompts.input_ids[:, -room:],
-            attention_mask=prompts.attention_mask[:, -room:],
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-        )
+        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
+        try:
+            output = model.generate(
+                input_ids=prompts.input_ids[:, -room:],
+                attention_mask=prompts.attention_mask[:, -room:],
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+            )
+        finally:
+            model.generation_config = own
     replies = []
     for ids in output[:, prompts.input_ids[:, -room:].shape[1] :].tolist():
         stopped = eos in ids

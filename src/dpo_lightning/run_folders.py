@@ -55,10 +55,11 @@ class _OwnFolder:
         )
 
     def _get_next_version(self) -> int:
-        """As Lightning's, which falls over folders such as `version_²`."""
-        if "://" in str(self.save_dir):
+        """As Lightning's, which falls over folders such as `version_²`: then they are passed over."""
+        try:
             return super()._get_next_version()
-        return max(map(version, _expanded(self.root_dir).glob("version_*")), default=-1) + 1
+        except ValueError:
+            return max(map(version, _expanded(self.root_dir).glob("version_*")), default=-1) + 1
 
     def _folder(self) -> Path:
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"

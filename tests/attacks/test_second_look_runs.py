@@ -249,3 +249,9 @@ def test_nothing_of_the_users_is_replaced_in_a_folder_of_checkpoints(model_folde
 def test_places_that_are_none(setting, words, model_folder, capsys):
     assert command("fit", model_folder, f"--{setting}") == 2
     assert words in error_line(capsys)
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": -3.0}, {"stop_strings": ["a"]}], ids=str)
+def test_a_models_own_generation_settings_do_not_matter(settings, own_folder):
+    (own_folder / "generation_config.json").write_text(json.dumps(settings))
+    assert command("fit", own_folder, "--export.enabled", "false") == 0
