@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from dpo_lightning.visible import visible
+
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot
 SERIES_COLOURS = 4
@@ -39,7 +41,7 @@ def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, fl
         shapes.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
         shapes += [
             f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="{width / 2 + 1}" fill="{colour}">'
-            f"<title>{escape(name)}, step {number_text(x)}: {number_text(y)}</title></circle>"
+            f"<title>{_safe(name)}, step {number_text(x)}: {number_text(y)}</title></circle>"
             for x, y in points
         ]
     return _figure(title, list(series), shapes)
@@ -67,7 +69,7 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30)
                 shapes.append(
                     f'<rect x="{plot.x(left):.1f}" y="{plot.y(count):.1f}" width="{plot.x(right) - plot.x(left):.1f}" '
                     f'height="{plot.y(0) - plot.y(count):.1f}" fill="{colour}" fill-opacity="0.6">'
-                    f"<title>{escape(name)}, {number_text(left)} to {number_text(right)}: {count}</title></rect>"
+                    f"<title>{_safe(name)}, {number_text(left)} to {number_text(right)}: {count}</title></rect>"
                 )
     return _figure(title, list(series), shapes)
 
@@ -127,10 +129,14 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _figure(title: str, names: list[str], shapes: list[str]) -> str:
     legend = "".join(
-        f'<span><i style="background:var(--series-{number % SERIES_COLOURS})"></i>{escape(name)}</span>'
+        f'<span><i style="background:var(--series-{number % SERIES_COLOURS})"></i>{_safe(name)}</span>'
         for number, name in enumerate(names)
     )
     return (
-        f"<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(shapes)}</svg></figure>'
+        f"<figure><figcaption><b>{_safe(title)}</b>{legend}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_safe(title)}">{"".join(shapes)}</svg></figure>'
     )
+
+
+def _safe(text: str) -> str:
+    return escape(visible(text))
