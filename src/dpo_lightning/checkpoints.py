@@ -468,9 +468,10 @@ def _check_options(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     for name, own in {**defaults, **({"initial_lr": 0.0} if "initial_lr" in group else {})}.items():
         if name not in group:
             raise ValueError(f"{name} is missing")
+        value = group[name]
         if isinstance(own, float):
-            check_amount(group[name], name)
-        elif group[name] != own:
+            check_amount(value, name)
+        elif (tuple(value) if isinstance(value, list) else value) != own:  # a sharded checkpoint has no tuples
             raise ValueError(f"{name} is {group[name]!r} instead of {own!r}")
 
 

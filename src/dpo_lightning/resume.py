@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.states import check_amount, check_state
+from dpo_lightning.states import check_amount, check_state, check_type
 
 KEY = "dpo_lightning"  # in a checkpoint
-STATE = {"run": dict, "start": str | None, "batches": int | float, "metrics": {str: torch.Tensor}}
+STATE = {"run": dict, "batches": int | float, "metrics": {str: torch.Tensor}}
 LENGTH = {"trainer.max_epochs", "trainer.max_steps"}
 MAY_CHANGE = LENGTH | {"trainer.precision", "trainer.gradient_clip_val"}
 
@@ -110,6 +110,7 @@ def load(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) 
         raise ValueError(f"it has no {KEY}")
     saved, step = checkpoint[KEY], checkpoint["global_step"]
     check_state(saved, STATE, "what the run goes on from")
+    check_type(saved.get("start"), str | None, "the digest of its start")  # of earlier versions there is none
     if saved["batches"] < 1:
         raise ValueError(f"its batches are {saved['batches']}")
     for schedule in checkpoint.get("lr_schedulers", ()):
