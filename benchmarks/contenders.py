@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpo_lightning.hardware import peak_memory
+from dpo_lightning.models.hardware import peak_memory
 
 if TYPE_CHECKING:
     from dpo_lightning import DPOModule

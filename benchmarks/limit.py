@@ -28,8 +28,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
-from dpo_lightning.batching import PADDING, PairBatch
-from dpo_lightning.logps import shared_prefix_mask
+from dpo_lightning.data.batching import PADDING, PairBatch
+from dpo_lightning.dpo.logps import shared_prefix_mask
 
 TRIALS = 5  # of a matrix product; the median counts
 

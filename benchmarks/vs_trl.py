@@ -209,7 +209,7 @@ def machine() -> str:
     """What this runs on."""
     return (
         run_here(
-            "import torch, trl, transformers, dpo_lightning.hardware as p; "
+            "import torch, trl, transformers, dpo_lightning.models.hardware as p; "
             "print(torch.cuda.get_device_name() if torch.cuda.is_available() else "
             "f'CPU with {torch.get_num_threads()} threads, bfloat16 in hardware: ' + "
             "(', '.join(sorted(p.cpu_flags() & p.BF16_FLAGS)) or 'no'), "

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 
 TIMEOUT = 240  # seconds after which a process counts as hanging
 

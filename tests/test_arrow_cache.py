@@ -4,7 +4,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from dpo_lightning.arrow_cache import cached_dataset
+from dpo_lightning.storage.arrow_cache import cached_dataset
 from side_by_side import at_once
 
 SCHEMA = pa.schema([("n", pa.int64())])

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.errors import UserError
-from dpo_lightning.rows import MAX_CELL
+from dpo_lightning.data.formats import MAX_CELL
 
 GOOD = ROWS[0]
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(20)]
@@ -93,7 +93,7 @@ def test_repeated_and_identical_pairs_are_kept_and_said_or_skipped(tokenizer, wr
 def test_a_second_run_says_the_same_from_the_cache(tokenizer, write_rows, monkeypatch):
     path = write_rows([*PAIRS, "{", PAIRS[0] | {"prompt": 1}, "{"])
     first = load(tokenizer, path, on_bad_row="skip").accounts
-    monkeypatch.setattr("dpo_lightning.reading.row_to_pair", None)  # nothing is read again
+    monkeypatch.setattr("dpo_lightning.data.reading.row_to_pair", None)  # nothing is read again
     with pytest.warns(UserWarning, match="3 of 23 rows are skipped: 2 not JSON, 1 not text"):
         assert load(tokenizer, path, on_bad_row="skip").accounts == first
 

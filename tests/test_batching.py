@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lightning.batching import (
+from dpo_lightning.data.batching import (
     EncodedPair,
     LengthGroupedBatchSampler,
     collate,
@@ -11,7 +11,7 @@ from dpo_lightning.batching import (
     to_separate,
 )
 from dpo_lightning.errors import UserError
-from dpo_lightning.logps import shared_prefix_mask
+from dpo_lightning.dpo.logps import shared_prefix_mask
 
 PAIRS = [EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])]
 

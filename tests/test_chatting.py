@@ -5,11 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dpo_lightning import chatting
-from dpo_lightning.batching import collate_prompts
-from dpo_lightning.chatting import converse, load_speakers, show, stream
-from dpo_lightning.cli import main
-from dpo_lightning.replies import generate
+from dpo_lightning.cli import chat as chatting
+from dpo_lightning.data.batching import collate_prompts
+from dpo_lightning.cli.chat import converse, load_speakers, show, stream
+from dpo_lightning.cli.entry import main
+from dpo_lightning.callbacks.replies import generate
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_lightning.checkpoints import (
+from dpo_lightning.callbacks.checkpoints import (
     AtomicCheckpointIO,
     LastCheckpoint,
     check_checkpoint,
@@ -18,10 +18,10 @@ from dpo_lightning.checkpoints import (
     newest_whole,
     read_checkpoint,
 )
-from dpo_lightning.datamodule import PreferenceDataModule
-from dpo_lightning.download import inside
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.cli.download import inside
 from dpo_lightning.errors import UserError
-from dpo_lightning.module import DPOModule
+from dpo_lightning.dpo.module import DPOModule
 
 IO = AtomicCheckpointIO()
 

@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from conftest import REPO, ROWS
-from dpo_lightning import hardware
-from dpo_lightning.cli import main
+from dpo_lightning.models import hardware
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
-from dpo_lightning.losses import LOSSES
+from dpo_lightning.dpo.losses import LOSSES
 
 GPT2 = str(REPO / "configs" / "gpt2.yaml")
 LORA = str(REPO / "configs" / "lora.yaml")
@@ -148,7 +148,7 @@ def test_help_and_a_mistyped_command_import_nothing_heavy():
     code = "\n".join(
         [
             "import sys",
-            "from dpo_lightning.cli import main",
+            "from dpo_lightning.cli.entry import main",
             "status = main(sys.argv[1:])",
             "assert 'torch' not in sys.modules",
             "sys.exit(status)",

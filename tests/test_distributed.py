@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import REPO, ROWS
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
-from dpo_lightning.sharding import data_parallel_mesh
+from dpo_lightning.models.sharding import data_parallel_mesh
 from ranks import TIMEOUT, run_ranks
 
 DDP = ("--trainer.strategy", "ddp")

@@ -5,9 +5,9 @@ import pytest
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.cli import main
-from dpo_lightning.evaluation import EvaluationCallback
-from dpo_lightning.replies import answer, judge, shares
+from dpo_lightning.cli.entry import main
+from dpo_lightning.callbacks.evaluation import EvaluationCallback
+from dpo_lightning.callbacks.replies import answer, judge, shares
 
 NAMES = {"loss", "rewards/margins", "rewards/accuracies", "kl", "sql/valid", "sql/exact", "sql/execution",
          "reply/eos_rate", "reply/length", "reply/repetition"}  # fmt: skip
@@ -37,7 +37,7 @@ def test_the_whole_split_is_judged(parts, quiet_trainer):
     (logged,) = trainer.test(*parts, verbose=False)
     positions = range(len(data.datasets["test"]))
     prompts = data.datasets["test"]["prompt_ids"][:]
-    from dpo_lightning.batching import collate_prompts
+    from dpo_lightning.data.batching import collate_prompts
 
     replies = answer(trainer, module, collate_prompts(prompts, positions))
     expected = shares([judge(r, pair) for r, pair in zip(replies, data.pairs("test", positions), strict=True)])

@@ -9,10 +9,10 @@ import torch
 
 from conftest import REPO, ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.batching import to_pairs
-from dpo_lightning.chat import ChatTemplate
+from dpo_lightning.data.batching import to_pairs
+from dpo_lightning.data.chat import ChatTemplate
 from dpo_lightning.errors import UserError
-from dpo_lightning.rows import FORMATS, shared_messages, shared_text
+from dpo_lightning.data.formats import FORMATS, shared_messages, shared_text
 
 DOC = (REPO / "docs" / "data.md").read_text()
 EXAMPLES = re.findall(r"```json\n(.*?)```\s+```text\n(.*?)```", DOC, re.S)

@@ -9,13 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import REPO, ROWS
-from dpo_lightning import DPOModule, PreferenceDataModule, generated
-from dpo_lightning.batching import collate_prompts
-from dpo_lightning.cli import main
+from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.data import generated
+from dpo_lightning.data.batching import collate_prompts
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
-from dpo_lightning.generated import Draws, Generation, draw, stored_weights
-from dpo_lightning.policy import load_policy
-from dpo_lightning.replies import generate
+from dpo_lightning.data.generated import Draws, Generation, draw, stored_weights
+from dpo_lightning.models.policy import load_policy
+from dpo_lightning.callbacks.replies import generate
 from ranks import run_ranks
 
 FEW = ROWS[::2]
@@ -186,13 +187,13 @@ def test_the_chosen_completion_is_asked_for_again_and_then_said(data, write_rows
     calls = []
 
     def parrot(model, prompts, tokenizer, max_new_tokens, processors):
-        from dpo_lightning.replies import Reply
+        from dpo_lightning.callbacks.replies import Reply
 
         calls.append(len(prompts.pair_ids))
         ids = prompts.input_ids[:, -1].tolist()
         return [Reply(" good" if calls[-1] < 3 or len(calls) == 1 else " bad", [i], True) for i in ids]
 
-    monkeypatch.setattr("dpo_lightning.replies.generate", parrot)
+    monkeypatch.setattr("dpo_lightning.callbacks.replies.generate", parrot)
     rows = [{"prompt": f"question {i}?", "completion": " good" if i < 2 else " other"} for i in range(4)]
     module = data(write_rows(rows), val_size=0, test_size=0)
     assert calls == [4, 2, 2, 2]

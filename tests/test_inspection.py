@@ -5,8 +5,8 @@ import pytest
 
 from conftest import REPO, ROWS
 from dpo_lightning import PreferenceDataModule
-from dpo_lightning.cli import main
-from dpo_lightning.inspection import histogram, padding
+from dpo_lightning.cli.entry import main
+from dpo_lightning.cli.inspect import histogram, padding
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 
 from conftest import REPO
-from dpo_lightning import commands
-from dpo_lightning.cli import main
+from dpo_lightning.cli import trainer as commands
+from dpo_lightning.cli.entry import main
 
 LOGGERS = {path.stem: path for path in sorted((REPO / "configs" / "loggers").glob("*.yaml"))}
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}

@@ -19,10 +19,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from dpo_lightning import logps
-from dpo_lightning.batching import EncodedPair, collate
-from dpo_lightning.logps import Scoring, choose_scoring, head_logps, pair_logps, scoring_from_config, within_window
-from dpo_lightning.reference import FrozenCopy
+from dpo_lightning.dpo import logps
+from dpo_lightning.data.batching import EncodedPair, collate
+from dpo_lightning.dpo.logps import Scoring, choose_scoring, head_logps, pair_logps, scoring_from_config, within_window
+from dpo_lightning.dpo.reference import FrozenCopy
 
 VOCABULARY = 97
 # A large initial spread: with the usual 0.02 a tiny model hardly looks at its context and any mask would pass.

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_lightning.batching import EncodedPair, collate
-from dpo_lightning.logps import PairLogps
-from dpo_lightning.losses import LOSSES
-from dpo_lightning.preference_loss import PreferenceLoss
+from dpo_lightning.data.batching import EncodedPair, collate
+from dpo_lightning.dpo.logps import PairLogps
+from dpo_lightning.dpo.losses import LOSSES
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
 
 VOCABULARY = 12
 PAIRS = [

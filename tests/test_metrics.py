@@ -1,7 +1,7 @@
 import torch
 
-from dpo_lightning.metrics import PAIR_METRICS, PairMetrics
-from dpo_lightning.preference_loss import PreferenceLoss
+from dpo_lightning.dpo.metrics import PAIR_METRICS, PairMetrics
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from test_losses import POLICY, REFERENCE, logps
 
 rewards = PreferenceLoss(beta=0.1).rewards

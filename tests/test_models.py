@@ -16,12 +16,13 @@ from lightning.pytorch import Trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import REPO, ROWS
-from dpo_lightning import DPOModule, PreferenceDataModule, policy
-from dpo_lightning.batching import EncodedPair, collate, to_separate
+from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.models import policy
+from dpo_lightning.data.batching import EncodedPair, collate, to_separate
 from dpo_lightning.errors import UserError
-from dpo_lightning.export import export_policy
-from dpo_lightning.logps import SHARED_PREFIX_MODEL_TYPES, Scoring, pair_logps
-from dpo_lightning.policy import load_policy
+from dpo_lightning.callbacks.export.callback import export_policy
+from dpo_lightning.dpo.logps import SHARED_PREFIX_MODEL_TYPES, Scoring, pair_logps
+from dpo_lightning.models.policy import load_policy
 
 DOC = REPO / "docs" / "models.md"
 TABLE = re.compile(r"(<!-- made by tests/test_models.py -->\n).*?(<!-- end -->)", re.S)

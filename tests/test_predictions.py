@@ -3,8 +3,8 @@ import torch
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.errors import UserError
-from dpo_lightning.jsonl import append_lines, keep_lines, read_lines, whole_lines
-from dpo_lightning.predictions import ReplyWriter, model_digest
+from dpo_lightning.storage.jsonl import append_lines, keep_lines, read_lines, whole_lines
+from dpo_lightning.callbacks.predictions import ReplyWriter, model_digest
 
 
 def test_whole_lines_come_back_and_half_a_line_does_not(tmp_path):
@@ -38,7 +38,7 @@ def predict(quiet_trainer, model_folder, tokenizer, rows_file, tmp_path):
         module.configure_model()
         change(module)
         with pytest.MonkeyPatch.context() as patch:
-            from dpo_lightning import replies
+            from dpo_lightning.callbacks import replies
 
             original = replies.generate
 

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 
 from conftest import SHARED, needs_shared
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.batching import to_pairs
-from dpo_lightning.logps import Scoring, choose_scoring, pair_logps
-from dpo_lightning.policy import load_policy
-from dpo_lightning.replies import generate
+from dpo_lightning.data.batching import to_pairs
+from dpo_lightning.dpo.logps import Scoring, choose_scoring, pair_logps
+from dpo_lightning.models.policy import load_policy
+from dpo_lightning.callbacks.replies import generate
 from test_module import Record
 
 TRAIN, TEST = (str(SHARED / "data" / f"wikisql-{split}.jsonl") for split in ("train", "test"))

@@ -5,15 +5,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.batching import collate_prompts
+from dpo_lightning.data.batching import collate_prompts
 from dpo_lightning.errors import UserError
-from dpo_lightning.evaluation import EvaluationCallback
-from dpo_lightning.predictions import ReplyWriter
-from dpo_lightning.replies import RepliesCallback, Reply, generate, judge, shares
-from dpo_lightning.reply_metrics import ReplyMetrics
-from dpo_lightning.reply_views import fold, show_replies
-from dpo_lightning.rows import PreferencePair
-from dpo_lightning.sql import SQLMetrics
+from dpo_lightning.callbacks.evaluation import EvaluationCallback
+from dpo_lightning.callbacks.predictions import ReplyWriter
+from dpo_lightning.callbacks.replies import RepliesCallback, Reply, generate, judge, shares
+from dpo_lightning.judging.reply_metrics import ReplyMetrics
+from dpo_lightning.judging.views import fold, show_replies
+from dpo_lightning.data.formats import PreferencePair
+from dpo_lightning.judging.sql.judge import SQLMetrics
 
 
 @pytest.fixture(scope="module")

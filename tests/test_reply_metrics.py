@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dpo_lightning.reply_metrics import ReplyMetrics, repetition
+from dpo_lightning.judging.reply_metrics import ReplyMetrics, repetition
 
 
 @pytest.mark.parametrize(

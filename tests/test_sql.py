@@ -7,10 +7,10 @@ import pytest
 import torch
 from torchmetrics.utilities import dim_zero_sum
 
-from dpo_lightning.sql import SQLMetrics, compiles, equivalent_text, same_result
-from dpo_lightning.sql_fill import draw_fillings, plan_fillings
-from dpo_lightning.sql_sandbox import Sandbox
-from dpo_lightning.sql_tokens import tokenize
+from dpo_lightning.judging.sql.judge import SQLMetrics, compiles, equivalent_text, same_result
+from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings
+from dpo_lightning.judging.sql.sandbox import Sandbox
+from dpo_lightning.judging.sql.tokens import tokenize
 
 WIKISQL = Path(__file__).parents[1] / ".." / "shared" / "data" / "wikisql-test.jsonl"
 

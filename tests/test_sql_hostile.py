@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dpo_lightning.sql import compiles, equivalent_text, same_result
-from dpo_lightning.sql_sandbox import MAX_QUERY_CHARS, QueryError, Sandbox
+from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result
+from dpo_lightning.judging.sql.sandbox import MAX_QUERY_CHARS, QueryError, Sandbox
 
 CONTEXT = "CREATE TABLE t (x VARCHAR, y INTEGER); CREATE TABLE u (x VARCHAR, z REAL)"
 WANTED = "SELECT x FROM t WHERE y > 3"

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.logps import Scoring
+from dpo_lightning.dpo.logps import Scoring
 from test_module import Record
 
 STEPS, BATCH, RATE = 20, 2, 1e-3

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpo_lightning.datamodule import PreferenceDataModule
-    from dpo_lightning.module import DPOModule
+    from dpo_lightning.data.datamodule import PreferenceDataModule
+    from dpo_lightning.dpo.module import DPOModule
 
 __all__ = ["DPOModule", "PreferenceDataModule"]
 
@@ -12,11 +12,11 @@ __all__ = ["DPOModule", "PreferenceDataModule"]
 def __getattr__(name: str) -> Any:
     # Imported when asked for: `cli.py --help` should not wait for torch.
     if name == "PreferenceDataModule":
-        from dpo_lightning.datamodule import PreferenceDataModule
+        from dpo_lightning.data.datamodule import PreferenceDataModule
 
         return PreferenceDataModule
     if name == "DPOModule":
-        from dpo_lightning.module import DPOModule
+        from dpo_lightning.dpo.module import DPOModule
 
         return DPOModule
     raise AttributeError(f"module 'dpo_lightning' has no attribute '{name}'")

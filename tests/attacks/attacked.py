@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import REPO, ROWS
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 
 LAST = Path("lightning_logs", "version_0", "checkpoints", "last.ckpt")
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from conftest import REPO, ROWS
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 
 GPT2 = str(REPO / "configs" / "gpt2.yaml")
 TEMPLATE = "{context}\n-- {question} {{exactly}} `so`:\n"
@@ -132,7 +132,7 @@ def test_the_demo_is_asked_as_it_was_trained(asked):
     args += ["--data.train_dataset", "few.jsonl", "--data.val_dataset", "few.jsonl", "--data.batch_size", "2"]
     args += ["--model.max_new_tokens", "2", "--replies.num_prompts", "1", "--replies.every_n_steps", "0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpo_lightning.storyboard.StoryboardCallback.on_fit_end", lambda *_: None)
+        patch.setattr("dpo_lightning.callbacks.storyboard.StoryboardCallback.on_fit_end", lambda *_: None)
         assert main([*args, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]) == 0
     lines = "".join(f"/schema {row['context']}\n{row['question']}\n" for row in rows)
     found = texts(RUN / "huggingface", asked(RUN, lines))

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from conftest import ROWS
-from dpo_lightning import DPOModule, PreferenceDataModule, generated
-from dpo_lightning.arrow_cache import cached_dataset
-from dpo_lightning.reference import FrozenCopy
+from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.data import generated
+from dpo_lightning.storage.arrow_cache import cached_dataset
+from dpo_lightning.dpo.reference import FrozenCopy
 from side_by_side import at_once
 
 SCHEMA = pa.schema([("n", pa.int64())])

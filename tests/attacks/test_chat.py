@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from conftest import REPO
-from dpo_lightning import chatting
-from dpo_lightning.chatting import converse, show
-from dpo_lightning.cli import main
+from dpo_lightning.cli import chat as chatting
+from dpo_lightning.cli.chat import converse, show
+from dpo_lightning.cli.entry import main
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +312,7 @@ def test_a_conversation_on_a_terminal(model_folder):
     leader, follower = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(REPO / "src"), "TERM": "xterm", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_lightning.cli", "chat", "--model", str(model_folder), "--max_new_tokens", "1"],
+        [sys.executable, "-m", "dpo_lightning.cli.entry", "chat", "--model", str(model_folder), "--max_new_tokens", "1"],
         stdin=follower,
         stdout=follower,
         stderr=follower,

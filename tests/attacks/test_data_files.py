@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from conftest import REPO, ROWS
 from dpo_lightning import PreferenceDataModule
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
-from dpo_lightning.sources import open_source
+from dpo_lightning.data.sources import open_source
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_a_failed_download_leaves_nothing(download, tmp_path, monkeypatch):
 
 
 def test_settings_of_a_folder_like_dot_stay_inside(tmp_path, monkeypatch, model_folder):
-    from dpo_lightning.download import inside
+    from dpo_lightning.cli.download import inside
 
     monkeypatch.chdir(tmp_path)
     for name in (".", "", "./", "/", "..", "../..", "a/../..", "/etc/x", "../x"):

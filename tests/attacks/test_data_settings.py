@@ -7,7 +7,7 @@ import pytest
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attacked import LAST, command, edited, error_line, trained
 
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 
 
 @pytest.fixture(autouse=True)

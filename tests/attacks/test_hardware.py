@@ -10,12 +10,15 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from conftest import REPO
-from dpo_lightning import DPOModule, PreferenceDataModule, commands, hardware, logps
-from dpo_lightning.batching import EncodedPair, collate
-from dpo_lightning.cli import main
+from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.cli import trainer as commands
+from dpo_lightning.models import hardware
+from dpo_lightning.dpo import logps
+from dpo_lightning.data.batching import EncodedPair, collate
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
-from dpo_lightning.logps import choose_scoring
-from dpo_lightning.reporting import ReportCallback
+from dpo_lightning.dpo.logps import choose_scoring
+from dpo_lightning.callbacks.report.callback import ReportCallback
 
 # ---------------------------------------------------------------------- Windows
 

@@ -5,8 +5,8 @@ import torch
 
 from conftest import REPO, ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.cli import main
-from dpo_lightning.policy import load_policy
+from dpo_lightning.cli.entry import main
+from dpo_lightning.models.policy import load_policy
 from ranks import run_ranks
 
 FSDP = (

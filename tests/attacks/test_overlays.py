@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from conftest import REPO
-from dpo_lightning.commands import DPOCLI, configured
-from dpo_lightning.preference_loss import PreferenceLoss
+from dpo_lightning.cli.trainer import DPOCLI, configured
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
 
 CONFIGS = REPO / "configs"
 OVERLAYS = sorted(path for path in CONFIGS.rglob("*.yaml") if "Overlay" in path.read_text())

@@ -9,9 +9,10 @@ import pytest
 from tokenizers import AddedToken
 
 from conftest import REPO, ROWS
-from dpo_lightning import DPOModule, PreferenceDataModule, replies
+from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.callbacks import replies
 from dpo_lightning.errors import UserError
-from dpo_lightning.predictions import ReplyWriter
+from dpo_lightning.callbacks.predictions import ReplyWriter
 from side_by_side import at_once, command
 
 

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.export import ExportCallback
-from dpo_lightning.outcome import closing_line, percent
-from dpo_lightning.replies import RepliesCallback, Showing
-from dpo_lightning.reporting import ReportCallback
+from dpo_lightning.callbacks.export.callback import ExportCallback
+from dpo_lightning.callbacks.report.outcome import closing_line, percent
+from dpo_lightning.callbacks.replies import RepliesCallback, Showing
+from dpo_lightning.callbacks.report.callback import ReportCallback
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from conftest import REPO, ROWS
-from dpo_lightning import rendering
-from dpo_lightning.chat import ChatTemplate
-from dpo_lightning.cli import main
+from dpo_lightning.data import rendering
+from dpo_lightning.data.chat import ChatTemplate
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
-from dpo_lightning.sources import open_source
+from dpo_lightning.data.sources import open_source
 
 CHAT = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}] for i in range(20)]
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last %}|{% endif %}{% endfor %}"
@@ -68,7 +68,7 @@ def test_a_chat_template_neither_hangs_nor_fills_the_memory(one_second, command,
 
 
 def test_a_strangers_model_folder_cannot_stop_chat_with_its_template(one_second, tokenizer, monkeypatch):
-    from dpo_lightning.asking import Asking
+    from dpo_lightning.data.asking import Asking
 
     monkeypatch.setattr(tokenizer, "chat_template", "{{ 'x' * 10**10 }}" + PLAIN, raising=False)
     with pytest.raises(UserError, match="the chat template takes more than"):
@@ -136,7 +136,7 @@ def test_a_file_of_very_many_columns_is_refused_in_a_short_line(tmp_path, comman
     ],
 )
 def test_a_sum_of_nothing_is_not_a_total_of_nothing(wanted, reply, same):
-    from dpo_lightning.sql import same_result
+    from dpo_lightning.judging.sql.judge import same_result
 
     assert same_result(reply, wanted, "CREATE TABLE t (a INT, b TEXT)") is same
 
@@ -145,7 +145,7 @@ def test_a_sum_of_nothing_is_not_a_total_of_nothing(wanted, reply, same):
 
 
 def test_charts_of_any_numbers_are_drawn_or_left_out():
-    from dpo_lightning.charts import histogram, line_chart, ticks
+    from dpo_lightning.callbacks.report.charts import histogram, line_chart, ticks
 
     for values in ([1e308, -1e308], [5e-324, 1e-323], [float("nan"), 1.0], [float("inf"), 3e38], [0.0, 5e-324]):
         assert "Infinity" not in line_chart("t", {"a": list(enumerate(values))})
@@ -157,8 +157,8 @@ def test_charts_of_any_numbers_are_drawn_or_left_out():
 @pytest.mark.parametrize("counts", [None, {}, {"sql/valid": 3}])
 @pytest.mark.parametrize("shares", [{}, {"reply/eos_rate": float("nan")}, {"sql/valid": 0.5}])
 def test_the_closing_line_is_said_whatever_a_checkpoint_kept_of_replies(counts, shares):
-    from dpo_lightning.outcome import closing_line
-    from dpo_lightning.replies import Showing
+    from dpo_lightning.callbacks.report.outcome import closing_line
+    from dpo_lightning.callbacks.replies import Showing
 
     showings = [Showing(step, [], [], shares, counts, 0) for step in (0, 3)]
     line = closing_line(showings, 3, {"report": "r.html"})

@@ -10,8 +10,8 @@ import pytest
 import torch
 from attacked import LAST, command, edited, error_line, trained
 
-from dpo_lightning.cli import main
-from dpo_lightning.locks import hold
+from dpo_lightning.cli.entry import main
+from dpo_lightning.storage.locks import hold
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from conftest import REPO, ROWS
-from dpo_lightning import replies
-from dpo_lightning.module import DPOModule
-from dpo_lightning.reference import FrozenCopy
+from dpo_lightning.callbacks import replies
+from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.dpo.reference import FrozenCopy
 from side_by_side import at_once, command
 
 TRIES = int(os.environ.get("DPO_TRIES", 3))

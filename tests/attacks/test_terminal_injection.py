@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import REPO, ROWS
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 
 # Sets the clipboard, retitles, wipes, rings, turns the direction of text, hides; C0, DEL, C1, bidi, zero width.
 CODES = (
@@ -164,7 +164,7 @@ def test_a_fit_on_hostile_rows_prints_no_code_of_theirs(run, tmp_path, write_row
 def test_warnings_logs_and_tracebacks_of_a_process_are_visible():
     code = f"""
 import sys
-from dpo_lightning import cli
+from dpo_lightning.cli import entry as cli
 cli.keep_quiet()
 try:
     cli.run(["inspect", "--nonsense"])

@@ -10,9 +10,9 @@ from attacked import LAST, command, edited, error_line, trained
 from transformers import AutoModelForCausalLM
 
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.cli import main
+from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError
-from dpo_lightning.policy import add_lora, base_model_name
+from dpo_lightning.models.policy import add_lora, base_model_name
 
 CODE = """
 from pathlib import Path

@@ -58,8 +58,8 @@ if __name__ == "__main__":
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
-    import dpo_lightning.commands  # noqa: F401
-    from dpo_lightning.cli import main
+    import dpo_lightning.cli.trainer  # noqa: F401
+    from dpo_lightning.cli.entry import main
 
     torch.set_num_threads(1)
     print(json.dumps("ready"), flush=True)

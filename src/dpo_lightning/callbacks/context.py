@@ -1,0 +1,50 @@
+"""Trainer -> what the callbacks ask of it: its preference data, its run folder, its TensorBoard writer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+C = TypeVar("C", bound=Callback)
+
+
+def preference_data(trainer: Trainer, asker: object) -> PreferenceDataModule:
+    """The run's datamodule.
+
+    Raises:
+        UserError: the run has none, or not a PreferenceDataModule; `asker` is who needs it.
+    """
+    data = trainer.datamodule
+    if not isinstance(data, PreferenceDataModule):
+        found = "none" if data is None else type(data).__name__
+        raise UserError(
+            f"{type(asker).__name__} needs the texts of a PreferenceDataModule, but the run's datamodule is {found}: "
+            "call trainer.fit(module, datamodule=PreferenceDataModule(...)) or leave the callback out"
+        )
+    return data
+
+
+def run_folder(trainer: Trainer) -> Path | None:
+    """Where the run keeps its files, None in a trial run (`fast_dev_run`). To be called on all ranks."""
+    folder = trainer.log_dir
+    return None if trainer.fast_dev_run else Path(folder or trainer.default_root_dir)
+
+
+def tensorboard_writer(trainer: Trainer) -> "SummaryWriter | None":
+    """The writer of the run's TensorBoard logger, None without one and on ranks that do not write."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            return logger.experiment
+    return None
+
+
+def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
+    """The run's callback of a kind."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)

@@ -1,0 +1,100 @@
+"""`validate` and `test` -> reward metrics and judged replies over the whole split, logged and in `metrics.json`."""
+
+import json
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from dpo_lightning.data.batching import PairBatch, collate_prompts, to_pairs
+from dpo_lightning.callbacks.replies import answer
+from dpo_lightning.judging.reply_metrics import ReplyMetrics
+from dpo_lightning.callbacks.context import preference_data, run_folder
+from dpo_lightning.judging.sql.judge import SQLMetrics
+
+PREFIX = {"validate": "val", "test": "test"}  # of names, and the split's name in the datamodule
+
+
+class EvaluationCallback(Callback):
+    """Answers every prompt of the split that `validate` or `test` is about and judges the replies.
+
+    The validations inside `fit` are left alone: they stay cheap. `SQLMetrics` are logged where the data has a SQL
+    context. What was logged is written to `metrics.json` in the run's folder too; nan becomes null there.
+    """
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn in PREFIX:
+            preference_data(trainer, self)
+            self._replies, self._sql = ReplyMetrics().to(module.device), SQLMetrics().to(module.device)
+
+    def _judge(self, trainer: Trainer, module: LightningModule, batch: PairBatch) -> None:
+        if trainer.state.fn not in PREFIX:
+            return
+        positions = batch.pair_ids.tolist()
+        replies = answer(trainer, module, collate_prompts([pair.prompt_ids for pair in to_pairs(batch)], positions))
+        self._replies.update([reply.token_ids for reply in replies], [reply.stopped for reply in replies])
+        pairs = trainer.datamodule.pairs(PREFIX[trainer.state.fn], positions)
+        judged = [(reply.text, pair) for reply, pair in zip(replies, pairs, strict=True) if pair.context]
+        self._sql.update(
+            [text for text, _ in judged],
+            [pair.chosen.strip() for _, pair in judged],
+            [pair.context for _, pair in judged],
+        )
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn not in PREFIX:
+            return
+        prefix = PREFIX[trainer.state.fn]
+        with_context = any(trainer.datamodule.datasets[prefix]["context"][:])  # the same on all ranks
+        for metric in (self._replies, *((self._sql,) if with_context else ())):
+            module.log_dict({f"{prefix}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)
+
+    def _write(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn not in PREFIX:
+            return
+        folder, pairs = run_folder(trainer), trainer.strategy.reduce(self._replies.replies, reduce_op="sum")
+        if folder is None or not trainer.is_global_zero:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        result = {
+            "command": str(trainer.state.fn.value),
+            "model": module.hparams.name_or_path,
+            "ckpt_path": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            "pairs": int(pairs),
+            "metrics": {name: None if math.isnan(value) else value for name, value in sorted(values.items())},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        rank_zero_info(f"metrics written to {folder / 'metrics.json'}")
+
+    # ------------------------------------------------------------------ Lightning's hooks, twice the same
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting."""
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PairBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Answers the prompts of a batch and judges the replies."""
+        self._judge(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the shares over the whole split."""
+        self._log(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes everything that was logged."""
+        self._write(trainer, pl_module)
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end

@@ -1,0 +1,212 @@
+"""Policy -> Hugging Face folder: safetensors weights, tokenizer, generation config, model card.
+
+LoRA is written as an adapter or merged. The folder is what transformers loads by its path, and servers that read the
+same layout (vLLM, SGLang, TGI).
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dpo_lightning.data.asking import Asking, asking_of, write_asking
+from dpo_lightning.errors import UserError
+from dpo_lightning.callbacks.export.folder import Target
+from dpo_lightning.models.hub import local_path
+from dpo_lightning.callbacks.export.model_card import model_card
+from dpo_lightning.models.policy import base_model_name
+from dpo_lightning.dpo.reference_adapter import trained_weights
+from dpo_lightning.callbacks.context import run_folder
+from dpo_lightning.models.sharding import is_sharded, whole_state
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dpo_lightning.dpo.module import DPOModule
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export_policy(
+    module: "DPOModule",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str | Path | Target,
+    merge: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    data: Mapping[str, Any] | None = None,
+    asking: Asking | None = None,
+) -> None:
+    """Writes the policy so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
+
+    With LoRA the folder holds the adapter (loading it needs the base model too); `merge=True` folds the adapter into
+    a copy of the base model's weights and writes a complete model. The folder is written beside and then renamed, so
+    that what stands there is always whole. What it held is replaced only where a previous export wrote all of it
+    (`export_folder`). In a run, to be called on all ranks; the first one writes.
+
+    Args:
+        folder: where to; as an `export_target`, with more folders that it must keep away from.
+        dtype: of the written weights, one of `DTYPES`; left out, as they are trained.
+        max_shard_size: largest size of a weights file, such as "5GB"; more is split into several.
+        data: settings of the datamodule, for the model card.
+        asking: how the model is to be asked; left out, as in the module's run.
+
+    Raises:
+        UserError: an unknown dtype or size, or the folder cannot be written, or holds what no export wrote.
+    """
+    check_options(dtype, max_shard_size)
+    trainer = module._trainer
+    policy = whole_policy(module, merge)
+    if policy is None:
+        return
+    if dtype and policy.dtype != getattr(torch, dtype):
+        policy = (copy.deepcopy(policy) if policy is module.policy else policy).to(getattr(torch, dtype))
+    adapter = hasattr(policy, "get_base_model")
+    model = policy.get_base_model() if adapter else policy
+    target = folder if isinstance(folder, Target) else export_target(module, folder)
+    with target.writing() as partial:
+        with _ending_at_eos(model, tokenizer):
+            policy.save_pretrained(partial, **({} if adapter else {"max_shard_size": max_shard_size}))
+            model.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_asking(partial, asking := asking or asking_of(trainer))
+        has_chat_template = bool(tokenizer.chat_template)
+        card = model_card(module, data or {}, adapter, trainer, asking, has_chat_template)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_options(dtype: str | None, max_shard_size: str) -> None:
+    """Raises UserError for a dtype or a size that there is not."""
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"\s*[1-9]\d*\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
+        raise UserError(f"export.max_shard_size '{max_shard_size}' is not a size such as 500MB or 5GB")
+
+
+def export_target(
+    module: "DPOModule", folder: str | Path, checkpoints: Sequence[Path] = (), chosen: bool = True
+) -> Target:
+    """A folder to export to, which has to keep away from the model's own folder and those of checkpoints.
+
+    Args:
+        checkpoints: folders with checkpoints.
+        chosen: whether the user named the folder.
+    """
+    name = module.hparams.name_or_path
+    models = [path for path in map(local_path, dict.fromkeys((name, base_model_name(name)))) if path.is_dir()]
+    kept = [("the model's folder", path) for path in models]
+    kept += [("the checkpoints' folder", path) for path in checkpoints]
+    return Target(local_path(str(folder)), tuple(kept), chosen)
+
+
+def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftModel | None":
+    """The policy with all its weights on this rank, its adapter merged on request; None on all ranks but the first.
+
+    A sharded policy is gathered into one that is loaded anew, and so is one with quantized weights that an adapter is
+    to be merged into, since rounding them once more would lose what was trained.
+    """
+    policy, state = module.policy, None
+    merge = merge and hasattr(policy, "get_base_model")
+    if is_sharded(policy):
+        state = whole_state(policy)
+    elif merge and module.hparams.quantization:
+        state = {name: weight.detach().cpu() for name, weight in trained_weights(policy).items()}
+    if module.global_rank != 0:
+        return None
+    if state is not None:
+        policy = module.load_policy(quantization=None).cpu()
+        policy.load_state_dict(state, strict=False)  # quantized, it is the adapter alone
+    elif merge:
+        policy = copy.deepcopy(policy)
+    return policy.merge_and_unload() if merge else policy
+
+
+@contextmanager
+def _ending_at_eos(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """For the time of writing: a generation config with the EOS that was trained, and a pad token."""
+    from transformers import GenerationConfig
+
+    saved, pad = model.generation_config, tokenizer.pad_token_id
+    eos = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos if pad is None else pad
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = saved
+
+
+class ExportCallback(Callback):
+    """Writes the final policy as a Hugging Face folder when training has ended well.
+
+    Args:
+        folder: where to; left out, `huggingface` in the run's folder.
+        merge: with LoRA, write a complete model instead of the adapter.
+        dtype: of the written weights (float32, bfloat16, float16); left out, as they are trained.
+        max_shard_size: largest size of a weights file, such as 5GB; more is split into several.
+        enabled: whether to write at all.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        merge: bool = False,
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        enabled: bool = True,
+    ) -> None:
+        check_options(dtype, max_shard_size)
+        self.folder, self.merge, self.dtype, self.max_shard_size = folder, merge, dtype, max_shard_size
+        self.enabled = enabled
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks at the folder before anything is trained, which would be for nothing if it could not be written.
+
+        Raises:
+            UserError: it cannot be written, or holds what no export wrote; on all ranks, as the first one finds it.
+        """
+        target = self._target(trainer, pl_module) if stage == "fit" else None
+        if target is None:
+            return
+        reason = None
+        if trainer.is_global_zero:
+            try:
+                target.check()
+            except UserError as error:
+                reason = str(error)
+        if reason := trainer.strategy.broadcast(reason):
+            raise UserError(f"{reason} with export.folder, or set export.enabled: false")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exports, unless the run was a trial or was stopped, or has trained nothing."""
+        target = self._target(trainer, pl_module)
+        if target is None or trainer.interrupted:
+            return
+        if not trainer.global_step:
+            rank_zero_warn(
+                "no model is written, because nothing was trained: this run has 0 optimizer steps (see "
+                "trainer.max_steps, trainer.max_epochs and trainer.limit_train_batches)"
+            )
+            return
+        data = trainer.datamodule
+        export_policy(pl_module, data.tokenizer, target, self.merge, self.dtype, self.max_shard_size, data.hparams)
+        rank_zero_info(f"model written to {target.folder}")
+
+    def _target(self, trainer: Trainer, module: "DPOModule") -> Target | None:
+        """Where to export to, None where nothing is to be. To be called on all ranks."""
+        run = run_folder(trainer)
+        if not self.enabled or run is None:
+            return None
+        folders = [Path(best.dirpath) for best in trainer.checkpoint_callbacks if getattr(best, "dirpath", None)]
+        if trainer.ckpt_path and "://" not in str(trainer.ckpt_path):
+            folders.append(Path(trainer.ckpt_path).parent)
+        folder = self.folder or run / "huggingface"
+        return export_target(module, folder, [run / "checkpoints", *folders], chosen=self.folder is not None)

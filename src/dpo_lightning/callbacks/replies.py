@@ -1,0 +1,315 @@
+"""Prompts -> greedy replies, their judgment, and the callback that shows and keeps them before, during and after."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_prompts
+from dpo_lightning.errors import UserError
+from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
+from dpo_lightning.dpo.logps import evaluating
+from dpo_lightning.judging.reply_metrics import repetition
+from dpo_lightning.judging.views import markdown_table, show_replies
+from dpo_lightning.data.formats import PreferencePair
+from dpo_lightning.callbacks.context import preference_data, run_folder, tensorboard_writer
+from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result
+from dpo_lightning.storage.states import check_state
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+REMEMBERED = 6  # prompts whose replies are kept in memory and in checkpoints, for the report
+
+
+class Reply(NamedTuple):
+    """What a model answered to one prompt."""
+
+    text: str
+    token_ids: list[int]  # EOS not counted
+    stopped: bool  # ended by EOS, not by the length limit
+
+
+@torch.no_grad()
+def generate(
+    model: "PreTrainedModel",
+    prompts: PromptBatch,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_new_tokens: int,
+    processors: "Sequence[LogitsProcessor]" = (),
+) -> list[Reply]:
+    """Greedy replies to a batch of prompts on the model's device, with a KV cache.
+
+    The model's own generation settings (sampling, penalties) are not used: replies are to show the model. Processors
+    change each new token's logits first.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    eos = tokenizer.eos_token_id
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    room = max(1, limit - max_new_tokens)
+    config = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, limit - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
+    )
+    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
+        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
+        try:
+            output = model.generate(
+                input_ids=prompts.input_ids[:, -room:],
+                attention_mask=prompts.attention_mask[:, -room:],
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+            )
+        finally:
+            model.generation_config = own
+    replies = []
+    for ids in output[:, prompts.input_ids[:, -room:].shape[1] :].tolist():
+        stopped = eos in ids
+        ids = ids[: ids.index(eos)] if stopped else ids
+        replies.append(Reply(tokenizer.decode(ids, skip_special_tokens=False), ids, stopped))
+    return replies
+
+
+def answer(trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> list[Reply]:
+    """The policy's replies, on the run's device and in its precision."""
+    prompts = PromptBatch(*(tensor.to(module.device) for tensor in prompts))
+    with trainer.precision_plugin.forward_context():
+        return generate(module.causal_lm, prompts, trainer.datamodule.tokenizer, module.hparams.max_new_tokens)
+
+
+def judge(reply: Reply, pair: PreferencePair) -> dict[str, float | None]:
+    """One reply's part in the shares of `ReplyMetrics` and, where its pair has a context, of `SQLMetrics`.
+
+    The wanted reply is the chosen completion. None: this cannot be judged (see `dpo_lightning.judging.sql.judge`).
+    """
+    judged: dict[str, float | None] = {
+        "reply/eos_rate": float(reply.stopped),
+        "reply/length": float(len(reply.token_ids)),
+        "reply/repetition": repetition(reply.token_ids),
+    }
+    if pair.context:
+        wanted = pair.chosen.strip()
+        answers = {
+            "sql/valid": compiles(reply.text, pair.context),
+            "sql/exact": equivalent_text(reply.text, wanted),
+            "sql/execution": same_result(reply.text, wanted, pair.context),
+        }
+        judged |= {name: None if answer is None else float(answer) for name, answer in answers.items()}
+    return judged
+
+
+def shares(judged: Sequence[dict[str, float | None]]) -> dict[str, float]:
+    """Means over the replies that could be judged: [{"a": 1.0}, {"a": 0.0, "b": None}] -> {"a": 0.5}."""
+    values: dict[str, list[float]] = {}
+    for reply in judged:
+        for name, value in reply.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def counts(judged: Sequence[dict[str, float | None]]) -> dict[str, int]:
+    """How many replies each of `shares` is of: [{"a": 1.0}, {"a": 0.0, "b": None}] -> {"a": 2}."""
+    return dict(Counter(name for reply in judged for name, value in reply.items() if value is not None))
+
+
+class Showing(NamedTuple):
+    """What was answered at one step."""
+
+    step: int
+    texts: list[str]  # of the first `REMEMBERED` prompts
+    judged: list[dict[str, float | None]]  # of the same
+    shares: dict[str, float]  # of all prompts
+    counts: dict[str, int] | None = None  # how many replies each share is of; None in checkpoints from before it was
+    changed: int | None = None  # replies that are not those of the first showing
+
+
+STATE = {"reference": [(str, [int], bool)], "showings": [list]}  # `Reply` and `Showing`
+JUDGED, SHARED = {str: int | float | None}, ("reply/eos_rate", "reply/length", "reply/repetition")
+SHOWING = (int, [str], [JUDGED], dict.fromkeys(SHARED, int | float), {str: int}, int | None)
+
+
+class RepliesCallback(Callback):
+    """Answers held-out prompts before, during and after training.
+
+    The same prompts are answered every time. The console shows them beside the first and the wanted reply, TensorBoard
+    gets a text page with policy and reference side by side and the shares of `judge`, and `replies.jsonl` in the run's
+    folder a line per reply. The reference's replies are the policy's before training: they are generated once.
+
+    Args:
+        every_n_steps: optimizer steps between two showings; 0 shows only before and after.
+        num_prompts: held-out prompts that are answered each time.
+        num_shown: how many of them are shown in the console.
+    """
+
+    def __init__(self, every_n_steps: int = 50, num_prompts: int = 16, num_shown: int = 4) -> None:
+        if every_n_steps < 0 or num_prompts < 1 or num_shown < 0:
+            raise UserError("replies: every_n_steps and num_shown must be 0 or more, num_prompts at least 1")
+        self.every_n_steps, self.num_prompts, self.num_shown = every_n_steps, num_prompts, num_shown
+        self.pairs: list[PreferencePair] = []
+        self.showings: list[Showing] = []
+        self.seconds, self.run_seconds = 0.0, 0.0  # spent on replies, and on the whole training
+        self._reference: list[Reply] = []
+
+    # ------------------------------------------------------------------ when
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the prompts: the first held-out pairs, or training pairs where none are held out."""
+        if stage != "fit":
+            return
+        data = preference_data(trainer, self)
+        name = "val" if "val" in data.datasets else "train"
+        positions = list(range(min(self.num_prompts, len(data.datasets[name]))))
+        self.pairs = data.pairs(name, positions)
+        self._prompts = collate_prompts(data.datasets[name][positions]["prompt_ids"], positions)
+        folder = run_folder(trainer)
+        self._file = folder / "replies.jsonl" if folder and trainer.is_global_zero else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the replies before the first step. A resumed run goes on where its checkpoint was written."""
+        self._began = time.perf_counter()
+        if self.showings and self.showings[-1].step > trainer.global_step:
+            raise UserError(
+                f"--ckpt_path '{trainer.ckpt_path}' is of step {trainer.global_step}, but has replies of step "
+                f"{self.showings[-1].step}: it was edited; go on from another one"
+            )
+        if self._file is not None:
+            self._open_file()
+        if not self.showings:
+            self._show(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Shows the replies every `every_n_steps` steps."""
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the replies after the last step, and says what all of them cost."""
+        self._show(trainer, pl_module)
+        self.run_seconds = time.perf_counter() - self._began
+        share = self.seconds / self.run_seconds
+        advice = "; a larger replies.every_n_steps makes it less" if share > 0.1 and self.every_n_steps else ""
+        rank_zero_info(f"replies took {self.seconds:.1f} s, {share:.0%} of the training time{advice}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run cannot make again: the replies before training, and what was shown since."""
+        return {
+            "reference": [list(reply) for reply in self._reference],
+            "showings": [list(showing) for showing in self.showings],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave.
+
+        Raises:
+            ValueError: it is not as that gave it.
+            UserError: it is of another number of prompts.
+        """
+        check_state(state_dict, STATE, "the replies")
+        if self.pairs and state_dict["reference"] and len(state_dict["reference"]) != len(self.pairs):
+            raise UserError(
+                f"replies.num_prompts gives {len(self.pairs)}, but {len(state_dict['reference'])} were answered "
+                "in the run that is gone on with, and the same prompts are answered every time: set it back"
+            )
+        self._reference = [Reply(*fields) for fields in state_dict["reference"]]
+        self.showings = [Showing(*fields) for fields in state_dict["showings"]]
+        for showing in self.showings:
+            check_state(showing._replace(counts=showing.counts or {}), SHOWING, "a showing of replies")
+            check_state(showing.shares, {str: int | float}, "a showing's shares")
+
+    # ------------------------------------------------------------------ what
+
+    def _show(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        if self.showings and self.showings[-1].step >= step:
+            return  # with accumulation a step has several batches
+        began = time.perf_counter()
+        replies = answer(trainer, module, self._prompts)  # on all ranks: a sharded policy needs them all
+        if not self._reference:
+            self._reference = replies
+        judged = [judge(reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
+        texts = [reply.text for reply in replies]
+        changed = sum(text != before.text for text, before in zip(texts, self._reference, strict=True))
+        self.showings.append(
+            Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares(judged), counts(judged), changed)
+        )
+        if trainer.is_global_zero:
+            self._to_console(replies)
+            self._to_tensorboard(trainer, replies, judged)
+            self._to_file(replies, judged)
+        self.seconds += time.perf_counter() - began
+
+    def _to_console(self, replies: list[Reply]) -> None:
+        showing = self.showings[-1]
+        now = {"now": [reply.text for reply in replies]} if replies is not self._reference else {}
+        show_replies(
+            f"step {showing.step}" if showing.step else "before training",
+            [pair.prompt for pair in self.pairs[: self.num_shown]],
+            {
+                "before": [reply.text for reply in self._reference],
+                **now,
+                "wanted": [pair.chosen for pair in self.pairs],
+            },
+            showing.shares,
+            sql=any(pair.context for pair in self.pairs),
+        )
+
+    def _to_tensorboard(self, trainer: Trainer, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
+        showing = self.showings[-1]
+        for logger in trainer.loggers:
+            logger.log_metrics({f"replies/{name}": share for name, share in showing.shares.items()}, showing.step)
+        if writer := tensorboard_writer(trainer):
+            rows = [
+                (pair.prompt, reply.text, before.text, pair.chosen, _in_words(flags))
+                for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
+            ]
+            page = markdown_table(("prompt", "policy", "reference", "wanted", "the policy's reply is"), rows)
+            writer.add_text("replies", page, showing.step)
+            writer.flush()
+
+    # ------------------------------------------------------------------ replies.jsonl
+
+    def _open_file(self) -> None:
+        """Keeps of a file from before a kill what the run resumed from; the rest is about to be made again."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if self._file.exists() and not self._file.is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
+            lines = read_lines(self._file)
+            steps = [int(line["step"]) for line in lines.objects]
+            ours = all("reply" in line for line in lines.objects) and could_be_half(lines.rest, {"step": 0})
+            if not ours:
+                raise ValueError("it holds something else")
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"'{self._file}' is not a file of replies: move it away") from error
+        last = self.showings[-1].step if self.showings else -1
+        keep_lines(self._file, lines, next((i for i, step in enumerate(steps) if step > last), len(steps)))
+
+    def _to_file(self, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
+        if self._file is None:
+            return
+        lines = (
+            {
+                "step": self.showings[-1].step,
+                "prompt": pair.prompt,
+                "reply": reply.text,
+                "reference": before.text,
+                "wanted": pair.chosen,
+                "stopped": reply.stopped,
+                **{name: flag and bool(flag) for name, flag in flags.items() if name.startswith("sql/")},
+            }
+            for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
+        )
+        append_lines(self._file, lines)
+
+
+def _in_words(judged: dict[str, float | None]) -> str:
+    """{"reply/eos_rate": 1.0, "sql/valid": 1.0, "sql/exact": 0.0, ...} -> "stopped, valid"."""
+    words = {"reply/eos_rate": "stopped", "sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result"}
+    return ", ".join(word for name, word in words.items() if judged.get(name))

@@ -1,0 +1,228 @@
+"""A `fit` -> `report.html` in its run folder: collects while it runs, writes when it ends, however it ends."""
+
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import transformers
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dpo_lightning.callbacks.checkpoints import LastCheckpoint
+from dpo_lightning.errors import Stopped
+from dpo_lightning.callbacks.export.callback import ExportCallback
+from dpo_lightning.models.hardware import device_name, peak_memory
+from dpo_lightning.callbacks.report.history import Curve, History
+from dpo_lightning.callbacks.report.outcome import closing_line
+from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
+from dpo_lightning.callbacks.report.page import Run, render
+from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
+from dpo_lightning.data.sources import dataset_weights
+from dpo_lightning.storage.states import check_amount, check_state
+from dpo_lightning.callbacks.storyboard import settings
+from dpo_lightning.data.columns import numbers
+
+MAX_MARGINS = 2000  # remembered of one validation
+STATE = {"curves": {str: [(int, int | float)]}, "margins": {int: [float]}, "warnings": [str]}
+
+
+class ReportCallback(Callback):
+    """Writes `report.html` when a fit has ended: well, by Ctrl-C, or by an error.
+
+    Curves are what was logged (a `History` listens in as one more logger), replies are the RepliesCallback's, and
+    warnings are those since the setup. A resumed run's report tells the whole run: checkpoints carry what was
+    collected.
+    """
+
+    def __init__(self) -> None:
+        self._curves: dict[str, Curve] = {}
+        self._margins: dict[int, list[float]] = {}  # step -> of the first and of the last validation
+        self._val_pairs = 0  # of a validation
+        self._warnings: list[str] = []
+        self._earlier_seconds = 0.0  # of the runs that this one goes on from
+        self._began: float | None = None
+        self._show_warning: Any = None
+
+    # ------------------------------------------------------------------ collect
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts listening to warnings."""
+        if stage != "fit":
+            return
+        preference_data(trainer, self)
+        self._folder = run_folder(trainer)
+        if self._show_warning is None:
+            self._show_warning, warnings.showwarning = warnings.showwarning, self._note_warning
+
+    def _note_warning(self, message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        if str(message) not in self._warnings:
+            self._warnings.append(str(message))
+        self._show_warning(message, *args, **kwargs)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock and listens to what is logged."""
+        self._device = trainer.strategy.root_device
+        self._history = History(trainer.default_root_dir)
+        self._history.curves = self._curves
+        trainer.loggers.append(self._history)
+        self._began = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the margins of the first and of the newest validation."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        margins = pl_module.val_metrics.all_margins()  # on all ranks
+        first = dict(list(self._margins.items())[:1])
+        self._margins = first | {trainer.global_step: margins[:MAX_MARGINS].tolist()}
+        self._val_pairs = len(margins)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was collected."""
+        return {
+            "curves": self._curves,
+            "margins": self._margins,
+            "val_pairs": self._val_pairs,
+            "warnings": self._warnings,
+            "seconds": self._seconds(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave.
+
+        Raises:
+            ValueError: it is not as that gave it.
+        """
+        check_state(state_dict, STATE, "the report")
+        for name in ("val_pairs", "seconds"):
+            check_amount(state_dict.get(name, 0), f"the report's {name}")
+        self._curves, self._margins = state_dict["curves"], state_dict["margins"]
+        self._val_pairs = state_dict.get("val_pairs", 0)  # checkpoints from before it was have none
+        self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
+        self._earlier_seconds = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
+    # ------------------------------------------------------------------ write
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the report of a run that ended well, and says in one line how it ended and where things are."""
+        steps, replies = trainer.global_step, find_callback(trainer, RepliesCallback)
+        places = _model_place(trainer) | self._end(trainer, pl_module, "Finished")
+        if places:
+            rank_zero_info(closing_line(replies.showings if replies else [], steps, places))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes the report of a run that did not."""
+        by_hand = isinstance(exception, KeyboardInterrupt | Stopped)
+        outcome = "Stopped by hand" if by_hand else f"Stopped by an error ({exception})"
+        for name, place in self._end(trainer, pl_module, outcome).items():
+            rank_zero_info(f"{name}: {place}")
+
+    def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> dict[str, Path]:
+        """Writes the report; {"report": where it is}, or nothing where none was written."""
+        places: dict[str, Path] = {}
+        if self._show_warning is not None:
+            warnings.showwarning, self._show_warning = self._show_warning, None
+        if self._began is None:
+            return places  # it ended before anything was trained
+        if self._history in trainer.loggers:  # no more, where writing the report is what failed
+            trainer.loggers.remove(self._history)
+        if self._folder is not None and trainer.is_global_zero:
+            path = self._folder / "report.html"
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
+                places["report"] = path
+            except OSError as error:  # the training is what counts, or the error that ended it
+                rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
+        self._began = None
+        return places
+
+    def _run(self, trainer: Trainer, module: LightningModule, outcome: str) -> Run:
+        data, h = trainer.datamodule, module.hparams
+        replies = find_callback(trainer, RepliesCallback)
+        sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in data.datasets.items())
+        train = data.datasets["train"]
+        cut = [int(numbers(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
+        step, accumulated, batch_size = trainer.global_step, trainer.accumulate_grad_batches, data.hparams.batch_size
+        epochs = step * batch_size * accumulated * trainer.world_size / len(train)
+        weights, trained = (
+            sum(p.numel() for p in module.parameters() if p.requires_grad or everything) / 1e6
+            for everything in (True, False)
+        )
+        loss = h.loss_type if isinstance(h.loss_type, str) else " + ".join(h.loss_type)
+        trained_on = " + ".join(
+            name if weight == 1 else f"{weight:g} × {name}"
+            for name, weight in dataset_weights(data.hparams.train_dataset).items()
+        )
+        return Run(
+            title=f"{h.name_or_path} on {trained_on}",
+            outcome=f"{outcome} after {step} steps and {duration(self._seconds())}, {time.strftime('%Y-%m-%d %H:%M')}.",
+            facts={
+                "model": h.name_or_path,
+                "weights": f"{weights:.4g} million, "
+                + ("all trained" if weights == trained else f"{trained:.4g} million of them trained")
+                + (" (LoRA)" if h.lora else ""),
+                "data": trained_on,
+                "pairs": f"{sizes}; rejected completions: {data.hparams.rejected}",
+                "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",
+                "loss": f"{loss}, beta {h.beta}",
+                "optimizer": f"AdamW, learning rate {h.learning_rate}, {h.lr_scheduler_type}, warm-up {h.warmup_steps}",
+                "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
+                "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
+                "precision": str(trainer.precision)
+                + (f", steps skipped for overflow: {module.skipped.total}" if module.skipped.total else ""),
+            },
+            settings=settings(trainer, module),
+            curves=self._curves,
+            margins={f"step {step}": values for step, values in self._margins.items()},
+            pairs=replies.pairs[:REMEMBERED] if replies else [],
+            showings=replies.showings if replies else [],
+            costs=self._costs(replies),
+            warnings=self._warnings,
+            val_pairs=self._val_pairs,
+        )
+
+    def _costs(self, replies: RepliesCallback | None) -> dict[str, str]:
+        seconds = self._seconds()
+        speed = [value for _, value in self._curves.get("train/pairs_per_second", [])]
+        costs = {"time": duration(seconds)}
+        if replies:
+            costs["of it for replies"] = f"{duration(replies.seconds)} ({replies.seconds / seconds:.1%})"
+        if speed:
+            costs["speed"] = f"{sum(speed) / len(speed):.3g} pairs per second, without validation and replies"
+        if (peak := peak_memory(self._device)) is not None:
+            of = "of the process" if self._device.type == "cpu" else "on the GPU"
+            costs["peak memory"] = f"{peak / 2**30:.2f} GiB {of}"
+        costs["machine"] = device_name(self._device)
+        versions = {"torch": torch, "lightning": lightning, "transformers": transformers}
+        costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+        costs["versions"] += f", Python {platform.python_version()}"
+        return costs
+
+
+def _model_place(trainer: Trainer) -> dict[str, Path]:
+    """{"model": its exported folder}, or {"checkpoint": where it can be taken from}, of a run that keeps anything."""
+    export, last = find_callback(trainer, ExportCallback), find_callback(trainer, LastCheckpoint)
+    run = run_folder(trainer)
+    if run is None:
+        return {}
+    folder = Path(export.folder or run / "huggingface") if export and export.enabled else None
+    if folder and folder.is_dir() and trainer.global_step:
+        return {"model": folder}
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    path = last.path if last and last.path.exists() else Path(best) if best else None
+    return {"checkpoint": path} if path else {}
+
+
+def duration(seconds: float) -> str:
+    """12.34 -> "12.3 s", 754 -> "12 min 34 s", 7500 -> "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

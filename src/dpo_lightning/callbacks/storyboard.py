@@ -1,0 +1,99 @@
+"""What a run logs -> a TensorBoard that tells its story: chosen charts, hyperparameters beside results, histograms."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dpo_lightning.callbacks.context import tensorboard_writer
+
+# Title of a chart -> regular expressions of the tags in it; TensorBoard's "custom scalars" tab.
+CHARTS = {
+    "learning": {
+        "loss": ["(train|val)/loss$"],
+        "margins": ["(train|val)/rewards/margins$"],
+        "accuracy": ["(train|val)/rewards/accuracies$"],
+        "rewards": ["(train|val)/rewards/(chosen|rejected)$"],
+    },
+    "replies": {
+        "SQL: valid, exact, same result": ["replies/sql/(valid|exact|execution)$"],
+        "replies: ended by themselves, repetition": ["replies/reply/(eos_rate|repetition)$"],
+        "replies: length": ["replies/reply/length$"],
+    },
+    "is it well?": {
+        "KL": ["(train|val)/kl$"],
+        "displaced": ["(train|val)/rewards/displaced$"],
+        "gradient norm": ["train/grad_norm$"],
+        "learning rate": ["train/learning_rate$"],
+        "pairs per second": ["train/pairs_per_second$"],
+    },
+}
+# Shown beside the hyperparameters: their last value in the run.
+RESULTS = (
+    "val/loss",
+    "val/rewards/accuracies",
+    "val/rewards/margins",
+    "val/kl",
+    "replies/sql/valid",
+    "replies/sql/exact",
+    "replies/sql/execution",
+    "replies/reply/eos_rate",
+    "train/pairs_per_second",
+)
+
+
+class StoryboardCallback(Callback):
+    """Writes to a run's TensorBoard logger, where it has one, what plain scalars cannot say.
+
+    - custom scalars: `CHARTS`;
+    - hparams: all settings, with the metrics of `RESULTS`;
+    - histograms: the margins of all pairs at each validation (of all ranks).
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the layout and the settings.
+
+        The settings are written by hand and before Lightning does: TensorBoard heeds only the first such record of a
+        run, and Lightning's names no metrics (or, given metrics, logs a point of its own into their curves). The
+        metrics named here are the live curves, so a run that is killed shows its results too.
+        """
+        writer = tensorboard_writer(trainer)
+        if writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        layout = {
+            group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in CHARTS.items()
+        }
+        writer.add_custom_scalars(layout)
+        for summary in hparams(settings(trainer, pl_module), dict.fromkeys(RESULTS, 0.0)):
+            writer.file_writer.add_summary(summary)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the histogram of margins."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        margins = pl_module.val_metrics.all_margins()  # on all ranks
+        writer = tensorboard_writer(trainer)
+        if writer and len(margins) and margins.isfinite().all():  # else GuardsCallback says it, and ends the run
+            # A tag of its own: TensorBoard drops the points of a tag that is a scalar and a histogram.
+            writer.add_histogram("margins/val", margins.float().cpu(), trainer.global_step)
+
+
+def settings(trainer: Trainer, module: LightningModule) -> dict[str, bool | int | float | str]:
+    """All settings of module, data and trainer that a run can differ in, by name."""
+    found: dict[str, Any] = {
+        name: value
+        for part in (module, trainer.datamodule)
+        for name, value in getattr(part, "hparams", {}).items()
+        if not name.startswith("_")
+    }
+    found |= {
+        "max_epochs": trainer.max_epochs,
+        "max_steps": trainer.max_steps,
+        "precision": trainer.precision,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+        "devices": trainer.world_size,
+    }
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in found.items()}

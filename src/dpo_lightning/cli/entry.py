@@ -1,0 +1,149 @@
+"""The command line: finds the command and turns its failures into a line and an exit code.
+
+A user's mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback instead. Nothing heavy is
+imported before a command is known, so that `--help` and a typo answer at once.
+"""
+
+import difflib
+import errno
+import gc
+import importlib
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dpo_lightning.errors import Stopped, UserError
+from dpo_lightning.visible import one_line, show_only_visible, visible
+
+USER_ERROR_EXIT = 2
+INTERRUPTED_EXIT = 130  # as shells report SIGINT
+
+
+class Command(NamedTuple):
+    """A command and who runs it: `function` of `module` gets the arguments, this one's name first."""
+
+    help: str
+    module: str = "dpo_lightning.cli.trainer"
+    function: str = "run_trainer"
+
+
+COMMANDS = {
+    "fit": Command("train, showing replies before, during and after"),
+    "validate": Command("reward metrics and judged replies on the validation pairs"),
+    "test": Command("the same on the test pairs"),
+    "predict": Command("write replies to prompts to a file"),
+    "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
+    "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
+    "export": Command("write a checkpoint's model as a Hugging Face folder", function="run_export"),
+    "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
+}
+
+
+def usage() -> str:
+    """What `--help` without a command says."""
+    lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python cli.py COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]",
+            "",
+            "Direct Preference Optimization of causal language models.",
+            "",
+            *lines,
+            "",
+            "`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from.",
+        ]
+    )
+
+
+def run(args: Sequence[str]) -> None:
+    """Runs the command that the first argument names.
+
+    Raises:
+        UserError: there is no such command, or the user can mend why it failed.
+    """
+    name = args[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command '{name}': {hint}")
+    command = COMMANDS[name]
+    gc.disable()  # a sixth of the time that the imports take would go to looking for garbage in them
+    try:
+        module = importlib.import_module(command.module)
+    finally:
+        gc.enable()
+    show_only_visible()
+    getattr(module, command.function)(args)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else USER_ERROR_EXIT
+    keep_quiet()
+    try:
+        run(args)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except Stopped as stop:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 0  # else Lightning kills the first process, which started this one
+        print(visible(stopped(args, stop)), file=sys.stderr)
+        return 128 + stop.signal
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED_EXIT
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way to end before the first step
+            raise
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED_EXIT
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        name = one_line(str(error.filename or "a file of the run"))
+        print(f"error: {name} cannot be written: {error.strerror}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    return 0
+
+
+def stopped(args: Sequence[str], stop: Stopped) -> str:
+    """How a run that was stopped is gone on with."""
+    kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (before, arg)]
+    kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
+    program = "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
+    done = "stopped at once" if stop.step is None else f"stopped after step {stop.step}, which is saved"
+    return f"{done}; to go on:\n    {program} {shlex.join(kept)} --ckpt_path last"
+
+
+def keep_quiet() -> None:
+    """Drops what libraries say that is neither about this run nor for its user; the rest is shown as visible text."""
+    show_only_visible()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else loader workers and tokenizers warn of each other
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The dirpath has changed")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: (
+            not record.getMessage().startswith(
+                ("💡", "TPU available", "Loading `train_dataloader`", "`weights_only` was not set")
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""`inspect`: what a configuration will train on and for how long, before it is paid for. Needs no weights.
+
+Everything comes from the datamodule as training takes it: its checked rows, its encoded pairs, its sampler's batches.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
+from dpo_lightning.cli.trainer import DPOCLI, configured
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.encoding import EncodedPair
+from dpo_lightning.data.reading import RowAccount
+from dpo_lightning.callbacks.report.callback import duration
+from dpo_lightning.data.columns import context_keys, id_counts, numbers
+from dpo_lightning.visible import one_line, visible
+
+BINS, BAR = 10, 40  # of a histogram: its rows, and characters of its longest bar
+INDENT = "\n" + 12 * " "  # under the text of a shown pair, so that no line of it looks like one of ours
+TIMED_STEPS, WARMUP_STEPS = 4, 2
+SHOWN = 300  # characters of a prompt
+
+
+class InspectCLI(DPOCLI):
+    """The same configuration without a Trainer command, and what to show of it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `rows` and `time`."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--rows", type=int, default=3, help="pairs that are shown decoded")
+        parser.add_argument("--time", type=bool, default=False, help="load the model and time a few real steps")
+
+
+class Clock(Callback):
+    """Seconds and tokens of each training batch."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Starts."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Stops, once the loss is really there."""
+        outputs["loss"].item()
+        self.seconds.append(time.perf_counter() - self._began)
+        self.tokens.append(int((batch.segment_ids != PADDING).sum()))
+
+
+def run_inspect(args: Sequence[str]) -> None:
+    """`inspect`: prints what a configuration will train on."""
+    cli = configured(InspectCLI, args[1:], run=False)
+    data, trainer = cli.datamodule, cli.trainer
+    data.trainer = trainer  # which knows the number of devices
+    trainer.strategy.connect(cli.model)  # whose positions bound the pairs
+    data.generates = False
+    data.setup("fit")
+    for line in inspect(data, cli.config.rows):
+        print(visible(line))
+    print("\n" + run_line(data, trainer) + "; " + time_line(data, trainer, measured(cli) if cli.config.time else None))
+
+
+def measured(cli: DPOCLI) -> float:
+    """Seconds that training takes per token on one device here, timed over a few real steps."""
+    settings, clock = cli.config.trainer, Clock()
+    trainer = Trainer(
+        accelerator=settings.accelerator, devices=1, precision=settings.precision, callbacks=[clock],
+        gradient_clip_val=settings.gradient_clip_val, max_steps=WARMUP_STEPS + TIMED_STEPS, limit_val_batches=0,
+        num_sanity_val_steps=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(cli.model, datamodule=cli.datamodule)
+    return sum(clock.seconds[WARMUP_STEPS:]) / sum(clock.tokens[WARMUP_STEPS:])
+
+
+def run_line(data: PreferenceDataModule, trainer: Trainer) -> str:
+    """How long the run is in steps."""
+    batches, steps = length_of_run(data, trainer)
+    return (
+        f"an epoch is {batches:,} batches of {data.hparams.batch_size} pairs on each of {trainer.world_size} devices; "
+        f"at {trainer.accumulate_grad_batches} a step the run has {steps:,} steps"
+    )
+
+
+def length_of_run(data: PreferenceDataModule, trainer: Trainer) -> tuple[int, float]:
+    """Batches of an epoch on each device, and optimizer steps of the run (infinite where nothing ends it)."""
+    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    epochs = trainer.max_epochs if (trainer.max_epochs or -1) >= 0 else math.inf
+    most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    return batches, min(most, epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+def time_line(data: PreferenceDataModule, trainer: Trainer, seconds_per_token: float | None) -> str:
+    """How long the run takes, where it was measured."""
+    if seconds_per_token is None:
+        return "--time true loads the model and measures how long that takes here"
+    _, steps = length_of_run(data, trainer)
+    pairs = data.hparams.batch_size * trainer.accumulate_grad_batches
+    seconds = numbers(data.datasets["train"], "length").mean() * pairs * seconds_per_token
+    return (
+        f"about {duration(steps * seconds)} of training here, {seconds:.2f} s a step (measured over {TIMED_STEPS} "
+        "steps; validation and replies come on top)"
+    )
+
+
+def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
+    """Lines on a datamodule that is set up for "fit": rows, lengths, batches, and the first `rows` pairs decoded."""
+    for account in data.accounts.values():
+        yield from account_lines(account)
+    for name in data.not_generated:
+        model = data.hparams.generation["name_or_path"]
+        yield f"{name}: its rejected completions, here empty, are yet to be generated: `fit` begins with that ({model})"
+    yield ""
+    for name, pairs in data.datasets.items():
+        yield f"{name}: {len(pairs):,} pairs, {len(np.unique(context_keys(pairs))):,} different contexts (or prompts)"
+    train = data.datasets["train"]
+    for side in ("prompt", "chosen", "rejected"):
+        yield ""
+        yield from histogram(f"train, tokens of {side}", id_counts(train, f"{side}_ids"))
+    yield ""
+    for cut in ("prompt_cut", "completion_cut"):
+        count = int(numbers(train, cut).sum())
+        share = f"{count:,} ({count / len(train):.1%})"
+        yield f"{cut.replace('_', 's ')} to fit data.max_length = {data.max_length}: {share}"
+    yield f"padding in the first epoch's training batches: {padding(data):.1%} of their tokens"
+    if rows:
+        yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"
+    for position in range(min(rows, len(train))):
+        yield from shown(data, position)
+
+
+def account_lines(account: RowAccount) -> Iterator[str]:
+    """What became of the rows of a data set, with the first of each kind."""
+    yield f"{account.source}: {account.rows:,} rows read, {account.pairs:,} pairs"
+    for what, counts in (("skipped", account.skipped), ("kept, though they teach nothing", account.doubtful)):
+        for reason, count in counts.items():
+            yield f"  {what}: {count:,} {reason}"
+            yield from (f"    {one_line(line)}" for line in account.first[reason])
+    if not account.skipped and not account.doubtful:
+        yield "  none skipped, none repeated, no chosen that is its rejected"
+
+
+def histogram(title: str, values: np.ndarray) -> Iterator[str]:
+    """A histogram of whole numbers in text: a line on all of them, then one for each of at most `BINS` ranges."""
+    low, high = int(values.min()), int(values.max())
+    yield f"{title}: {low} to {high}, median {np.median(values):g}, mean {values.mean():.1f}, {values.sum():,} in all"
+    width = max(1, math.ceil((high - low + 1) / BINS))
+    counts = np.bincount((values - low) // width)
+    for number, count in enumerate(counts.tolist()):
+        first, last = low + number * width, low + (number + 1) * width - 1
+        label = f"{first}" if width == 1 else f"{first}–{last}"
+        yield f"  {label:>11} {count:>9,} {'█' * math.ceil(BAR * count / counts.max())}"
+
+
+def padding(data: PreferenceDataModule) -> float:
+    """Share of padding among the tokens of the first epoch's training batches, on all devices together."""
+    lengths = numbers(data.datasets["train"], "length")
+    sampler = data.train_dataloader().sampler
+    world = sampler.num_replicas
+    batches = [batch[rank::world] for batch in sampler.global_batches() for rank in range(world)]
+    return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches)
+
+
+def shown(data: PreferenceDataModule, position: int) -> Iterator[str]:
+    """A training pair as its batch holds it."""
+    columns = data.datasets["train"].select_columns(list(EncodedPair._fields))[[position]]
+    (pair,) = to_pairs(collate_columns(columns, [position]))
+    prompt = data.tokenizer.decode(pair.prompt_ids)
+    yield data.where("train", [position])[0]
+    for line in (
+        f"prompt    {'…' + prompt[-SHOWN:] if len(prompt) > SHOWN else prompt}",
+        f"chosen    ⟦{data.tokenizer.decode(pair.chosen_ids)}⟧",
+        f"rejected  ⟦{data.tokenizer.decode(pair.rejected_ids)}⟧",
+    ):
+        yield "  " + line.replace("\n", INDENT)

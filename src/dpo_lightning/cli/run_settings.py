@@ -1,0 +1,123 @@
+"""Settings of a run -> UserError where Lightning would fall over them later, or mend them, with a line that says so."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.hub import local_path
+from dpo_lightning.dpo.module import DPOModule
+
+LARGEST_SEED = 2**32 - 1  # that numpy takes
+SECTIONS = ("model", "data", "trainer", "replies", "checkpoint", "last", "predictions", "export")
+PROCESSES = 8  # that any machine may be asked for, to try out distributed runs
+
+
+def check_settings(settings: Namespace) -> None:
+    """Checks the settings of a command before anything is made from them.
+
+    Raises:
+        UserError: the setting, what it is, and what it may be.
+    """
+    for section in SECTIONS:
+        if section in settings and not isinstance(settings[section], Namespace):
+            raise UserError(
+                f"{section} is '{settings[section]}': it must be a section, with settings of its own below it"
+            )
+    check_given("model", settings.model, DPOModule)
+    check_given("data", settings.data, PreferenceDataModule)
+    named = (settings.get("checkpoint") or {}).get("filename") or ""
+    if named.startswith("/") or ".." in named.split("/"):
+        raise UserError(f"checkpoint.filename is '{named}': it must lie in the run's folder of checkpoints")
+    for place in (settings.trainer.get("default_root_dir"), (settings.get("checkpoint") or {}).get("dirpath")):
+        if "://" not in str(place or ""):
+            local_path(str(place or "."))  # that can be looked up
+    seed = settings.get("seed_everything")
+    if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed_everything is {seed}: it must be from 0 to {LARGEST_SEED}")
+    trainer = settings.trainer
+    if not isinstance(trainer.get("val_check_interval") or 0, (int, float, str)):
+        raise UserError("trainer.val_check_interval is a table: it must be a number of batches, or a time")
+    for name in ("log_every_n_steps", "accumulate_grad_batches", "check_val_every_n_epoch"):
+        if (value := trainer.get(name)) is not None and value < 1:
+            raise UserError(f"trainer.{name} is {value}: it must be at least 1")
+    if (trainer.get("gradient_clip_val") or 0) < 0:
+        raise UserError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}: it must be 0 (no clipping) or more")
+    if trainer.get("barebones"):
+        raise UserError("trainer.barebones leaves out checkpoints, logs and replies, which a run is for: leave it out")
+    check_processes(trainer.get("accelerator"), trainer.get("devices"))
+
+
+def check_given(section: str, settings: Namespace, made: type) -> None:
+    """Refuses `null` for a setting that must have a value, which the parser lets pass for all.
+
+    Raises:
+        UserError: the setting, and its default.
+    """
+    for name, parameter in inspect.signature(made).parameters.items():
+        if name in settings and settings[name] is None and parameter.default is not None:
+            default = "" if parameter.default is parameter.empty else f" (left out, it is {parameter.default})"
+            raise UserError(f"{section}.{name} is null: it must have a value{default}")
+
+
+def check_processes(accelerator: Any, devices: Any) -> None:
+    """Refuses more processes on the CPU than its machine can hold: each has a copy of the model.
+
+    Raises:
+        UserError: how many there may be.
+    """
+    on_cpu = accelerator == "cpu" or accelerator == "auto" and not torch.cuda.is_available()
+    if not on_cpu or torch.backends.mps.is_available() and accelerator == "auto":
+        return
+    most = max(PROCESSES, os.cpu_count() or 1)
+    try:
+        number = int(devices)
+    except (TypeError, ValueError):
+        return  # auto, a list, or what Lightning refuses
+    if not 1 <= number <= most:
+        raise UserError(
+            f"trainer.devices is {devices}: on the CPU it is a number of processes, each with its own copy of the "
+            f"model: 1 to {most} here"
+        )
+
+
+def refused_folder(error: OSError, args: Sequence[str]) -> UserError | None:
+    """The error of a run that cannot make its folder, None where it is about something else."""
+    folder = next((b for a, b in zip(args, args[1:], strict=False) if a == "--trainer.default_root_dir"), None) or next(
+        (a.partition("=")[2] for a in args if a.startswith("--trainer.default_root_dir=")), None
+    )
+    if not folder or not isinstance(error.filename, str):
+        return None
+    touched, wanted = Path(error.filename).absolute(), Path(folder).absolute()
+    if touched != wanted and touched not in wanted.parents and wanted not in touched.parents:
+        return None
+    return UserError(f"trainer.default_root_dir '{folder}' cannot be written: {error.strerror}")
+
+
+def settle_validation(trainer: Trainer) -> None:
+    """Validates where Lightning would refuse to.
+
+    At the end of each epoch where `val_check_interval` is more batches than an epoch has; on one batch at least where
+    `overfit_batches` is a share.
+    """
+    interval, data = trainer.val_check_interval, trainer.datamodule
+    if 0 < trainer.overfit_batches < 1 and "val" in data.datasets:
+        trainer.limit_val_batches = max(1, int(len(data.val_dataloader().sampler) * trainer.overfit_batches))
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or trainer.fast_dev_run:
+        return
+    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if 0 < batches < interval:
+        trainer.val_check_interval = 1.0
+        rank_zero_info(
+            f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: validating at the end of "
+            "each epoch instead (trainer.check_val_every_n_epoch: null counts batches across epochs)"
+        )

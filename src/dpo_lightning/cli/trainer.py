@@ -1,0 +1,343 @@
+"""The commands themselves: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download` and `export`."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from dpo_lightning.data.asking import Asking, checkpoint_asking, read_asking, settled_template
+from dpo_lightning.callbacks.checkpoints import (
+    DATA_SETTINGS,
+    SETTINGS,
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    can_go_on,
+    check_checkpoint,
+    check_resumable,
+    checkpoint_folders,
+    damage,
+    newest_first,
+    newest_whole,
+    read_checkpoint,
+    restoring,
+    version,
+)
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.cli.download import download
+from dpo_lightning.errors import UserError
+from dpo_lightning.callbacks.evaluation import EvaluationCallback
+from dpo_lightning.callbacks.export.callback import ExportCallback, check_options, export_policy, export_target
+from dpo_lightning.data.generated import MODEL_SETTINGS
+from dpo_lightning.callbacks.guards import GuardsCallback
+from dpo_lightning.models.hardware import fastest_precision
+from dpo_lightning.models.hub import first_line
+from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.cli.parsing import OneLineErrorParser, check_config_files, with_place
+from dpo_lightning.models.policy import load_config, tokenizer_name
+from dpo_lightning.callbacks.predictions import ReplyWriter
+from dpo_lightning.callbacks.progress import RunBar
+from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.callbacks.report.callback import ReportCallback
+from dpo_lightning.callbacks.run_folders import with_own_folder
+from dpo_lightning.cli.run_settings import check_settings, refused_folder
+from dpo_lightning.models.sharding import check_strategy
+from dpo_lightning.callbacks.stopping import StoppingCallback
+from dpo_lightning.callbacks.storyboard import StoryboardCallback
+from dpo_lightning.storage.trust import TRUST, plain_settings
+from dpo_lightning.visible import one_line
+
+# Those without settings.
+CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
+
+
+class DPOCLI(LightningCLI):
+    """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
+
+    _logger_options: Mapping[str, Any] = MappingProxyType({})
+    _checkpoint_asking: Asking | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.filename": "step{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.save_last": False,  # the next one's task
+                "checkpoint.enable_version_counter": False,  # a resumed run writes the same files again
+            }
+        )
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_lightning_class_args(RepliesCallback, "replies")
+        parser.add_lightning_class_args(ExportCallback, "export")
+        parser.add_lightning_class_args(ReplyWriter, "predictions")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI's, and checks what Lightning itself would fall over later."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        check_settings(self.config[command] if command else self.config)
+
+    @property
+    def settings(self) -> Namespace:
+        """The parsed configuration, the command's own where there is one."""
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    def before_instantiate_classes(self) -> None:
+        """Fills in what follows from the rest of the config: tokenizer, template, generating model, precision."""
+        config = self.settings
+        check_strategy(config.trainer.strategy)
+        asking, where = self._checkpoint_asking, config.get("ckpt_path")
+        if asking is None:
+            asking, where = read_asking(config.model.name_or_path), config.model.name_or_path
+        config.data.prompt_template = settled_template(config.data.prompt_template, asking, where)
+        if config.data.tokenizer is None:
+            config.data.tokenizer = tokenizer_name(config.model.name_or_path)
+        if config.data.rejected == "generated":
+            model = {name: config.model[name] for name in MODEL_SETTINGS}
+            config.data.generation = model | (config.data.generation or {})
+        if config.trainer.precision is None:
+            config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
+            rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
+        if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
+            config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI's, once the model is known to be there: a wrong name is said before data are read."""
+        load_config(self.settings.model.name_or_path, self.settings.model.trust_remote_code)
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except ValueError as error:
+            missing = re.search(r"Requirement '([^']+)' not met", str(error))  # as Lightning's loggers say it
+            if missing:
+                raise UserError(f"trainer.logger needs a missing package: pip install '{missing[1]}'") from error
+            raise
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As LightningCLI's, with TensorBoard's hparams free for real metrics, a folder that is this run's alone, and
+        refusals as UserError.
+        """
+        trainer = self._get(self.config_init, "trainer")
+        if trainer.logger in (None, True):
+            folder = trainer.default_root_dir or "."
+            kwargs["logger"] = TensorBoardLogger(
+                folder, name="lightning_logs", default_hp_metric=False, **self._logger_options
+            )
+        plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if trainer.enable_checkpointing is False:  # Lightning would refuse the run instead of leaving them out
+            keys = self._parser(self.subcommand).callback_keys
+            keys[:] = [key for key in keys if key not in ("checkpoint", "last")]
+        own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
+        if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
+            kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end
+        try:
+            made = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
+        made.loggers = [with_own_folder(logger) for logger in made.loggers]
+        return made
+
+    def _parse_ckpt_path(self) -> None:
+        """Finds the checkpoint that `--ckpt_path` means, and takes over its model's settings, as Lightning's does.
+
+        Those of them alone that are plain values: what runs code (`trust`) is never taken from a file.
+
+        Raises:
+            UserError: it is not there, damaged, of another model, or was edited into what is no checkpoint of ours.
+        """
+        settings = self.config.get("subcommand") and self.config[self.config.subcommand]
+        if not settings or not settings.get("ckpt_path"):
+            return
+        if settings.ckpt_path == "last":
+            settings.ckpt_path = self._find_last(settings)
+        path = settings.ckpt_path
+        if path in (None, "last", "best", "hpc") or "://" in path:
+            return
+        check_checkpoint(path)
+        checkpoint = read_checkpoint(path, mmap=True)
+        if self.config.subcommand == "fit":
+            check_resumable(checkpoint, path)
+        saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
+        self._check_trust(settings, saved.get("name_or_path"), path)
+        self._checkpoint_asking = checkpoint_asking(checkpoint, path)
+        self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
+        given = settings.model.as_dict()
+        try:
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
+        except UserError as error:
+            raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
+        taken = self.config[self.config.subcommand].model.as_dict()
+        if changed := [f"{key} = {value!r}" for key, value in taken.items() if value != given.get(key)]:
+            rank_zero_info(f"model settings taken from {path}: {', '.join(changed)}")
+
+    @staticmethod
+    def _check_trust(settings: Namespace, name: Any, path: str) -> None:
+        """Trust that was given to one model is not given to the one that a checkpoint names."""
+        trusting = settings.model[TRUST] or settings.data[TRUST] or (settings.data.generation or {}).get(TRUST)
+        if trusting and name not in (None, settings.model.name_or_path):
+            raise UserError(
+                f"--ckpt_path '{path}' is of the model {name!r}, but {TRUST} is true for "
+                f"{settings.model.name_or_path!r}: to run the code of {name!r}, give it as model.name_or_path"
+            )
+
+    def _find_last(self, settings: Namespace) -> str | None:
+        """The newest whole checkpoint of the newest run; "last" where only its own logger knows its folder."""
+        if settings.checkpoint.dirpath:
+            folders = [Path(settings.checkpoint.dirpath)]
+        elif settings.trainer.logger in (None, True):
+            folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
+        else:
+            return "last"
+        path = newest_whole(folders, to_go_on=self.config.subcommand == "fit")
+        if path is None and self.config.subcommand != "fit":
+            raise UserError("--ckpt_path last: there is no checkpoint yet")
+        # No error for `fit`: so a job that is started again and again can be the same command each time.
+        place = " or ".join(f"'{folder.parent if folder.name == 'checkpoints' else folder}'" for folder in folders)
+        nothing = f"there is no checkpoint yet{f' in {place}' if place else ''}, so the run starts at its beginning"
+        rank_zero_info(f"--ckpt_path last: {path or nothing}")
+        return path and str(path)
+
+    def _resume_in_its_folder(self, settings: Namespace, path: Path, step: int) -> None:
+        """Lets the run that goes on from its newest checkpoint keep its folder; from an older one it gets a new one."""
+        run, logs = path.absolute().parent.parent, Path(settings.trainer.default_root_dir or ".") / "lightning_logs"
+        if self.config.subcommand != "fit" or run.parent != logs.absolute() or version(run) < 0:
+            return
+        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and can_go_on(o))):
+            rank_zero_info(f"{path} is not the newest checkpoint of its run: what follows from it gets its own folder")
+            return
+        # TensorBoard hides what a run that was killed had logged after its checkpoint: it comes again.
+        self._logger_options = {"version": version(run), "purge_step": step + 1}
+
+
+class DownloadCLI(DPOCLI):
+    """The same configuration without a Trainer command, and where to download to."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `output_dir`."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output_dir", type=str, default=".", help="folder to write into")
+
+
+def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
+    """Parses a configuration and, with `run`, runs the Trainer command in it."""
+    # Not as an argument: Lightning starts the processes of further devices with this process's own command line.
+    sys.argv[1:] = args
+    check_config_files(args)
+    try:
+        return cli(
+            DPOModule,
+            PreferenceDataModule,
+            run=run,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            trainer_defaults={"callbacks": [callback() for callback in CALLBACKS]},
+            parser_class=OneLineErrorParser,
+            save_config_kwargs={"overwrite": True},
+        )
+    except UserError as error:
+        raise with_place(error, args) from error
+
+
+def run_trainer(args: Sequence[str]) -> None:
+    """`fit`, `validate`, `test`, `predict`.
+
+    Raises:
+        UserError: Lightning refuses what is asked of it, or what the package's own code raises.
+    """
+    try:
+        with restoring():
+            configured(DPOCLI, args, run=True)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except ValueError as error:
+        if "(ckpt_path=" not in str(error) or isinstance(error, UserError):
+            raise
+        raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no best, or no hpc
+    except OSError as error:
+        raise refused_folder(error, args) or error from error
+
+
+def run_download(args: Sequence[str]) -> None:
+    """`download`: the tokenizer, model and data sets that a configuration names, for use without a network."""
+    config = configured(DownloadCLI, args[1:], run=False).config
+    for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
+        print(one_line(f"{kind} written to {name}"))
+
+
+def run_export(args: Sequence[str]) -> None:
+    """`export`: a checkpoint as a Hugging Face folder."""
+    from jsonargparse import auto_cli
+
+    auto_cli(export, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
+
+
+def export(
+    ckpt_path: str,
+    output_dir: str,
+    merge: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes the model of a checkpoint as a Hugging Face folder.
+
+    Args:
+        ckpt_path: a checkpoint written by `fit`.
+        output_dir: folder to write; what it holds is replaced only where a previous export wrote all of it.
+        merge: with LoRA, write a complete model instead of the adapter.
+        dtype: of the written weights (float32, bfloat16, float16); left out, as they were trained.
+        max_shard_size: largest size of a weights file; more is split into several.
+        trust_remote_code: run the own Python code of the hub model that the checkpoint names.
+    """
+    check_options(dtype, max_shard_size)
+    check_checkpoint(ckpt_path)
+    checkpoint = read_checkpoint(ckpt_path)
+    if "state_dict" not in checkpoint:
+        raise UserError(
+            f"--ckpt_path '{ckpt_path}' is a sharded checkpoint, and `export` reads a single file: make one of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt_path}`"
+        )
+    if not checkpoint["global_step"]:
+        raise UserError(f"--ckpt_path '{ckpt_path}' has 0 optimizer steps: nothing was trained, so no model is written")
+    module = DPOModule(**_model_settings(checkpoint, ckpt_path), trust_remote_code=trust_remote_code)
+    target = export_target(module, output_dir, [Path(ckpt_path).parent])
+    target.check()  # before the model is loaded
+    data_settings = checkpoint.get(DATA_SETTINGS, {})
+    tokenizer = data_settings.get("tokenizer")
+    if not isinstance(tokenizer, str):
+        raise UserError(f"--ckpt_path '{ckpt_path}' does not name its tokenizer, so no folder can be written from it")
+    data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
+    module.load_state_dict(checkpoint["state_dict"])
+    if asking := checkpoint_asking(checkpoint, ckpt_path):
+        asking.fit_out(data.tokenizer)
+    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings, asking)
+    print(one_line(f"model written to {output_dir}"))
+
+
+def _model_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A checkpoint's settings of DPOModule, with their types checked as the command line's are."""
+    parser = OneLineErrorParser()
+    parser.add_class_arguments(DPOModule, "model")
+    saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
+    try:
+        settings = parser.parse_object({"model": saved}).model.as_dict()
+    except UserError as error:
+        raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
+    return {name: value for name, value in settings.items() if name != TRUST}

@@ -1,0 +1,211 @@
+"""How a model was trained to be asked -> a small JSON file beside its weights, and back.
+
+A model answers as it was trained only where it is asked as it was trained: with the same template, or with its chat
+template, or with the bare prompt. So that travels with the model, in checkpoints and in exported folders, as plain
+data. What is read was perhaps written by a stranger: a template is text with `{question}` and `{context}`, no more.
+"""
+
+import json
+import string
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.hub import first_line
+from dpo_lightning.data.rendering import render_chats
+from dpo_lightning.data.formats import FORMATS, RowOptions
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "dpo_lightning.json"  # in an exported folder
+KEY = "dpo_lightning_asking"  # in a checkpoint
+LARGEST = 1_000_000  # bytes of the file
+LONGEST = 100_000  # characters of a template
+PLACES = ("context", "question")
+
+
+class Asking(NamedTuple):
+    """How a model was trained to be asked.
+
+    With `chat`, by its tokenizer's chat template; else by `prompt_template`; with neither, by the prompt as it is.
+    """
+
+    chat: bool
+    prompt_template: str | None = None  # of rows with a question and a context
+    completion_start: str | None = None  # what a reply begins with; None where that was up to the rows
+    end_token: str | None = None  # what a reply ends with
+    format: str | None = None  # of the training data, for readers: it is never looked up
+    chat_template: str | None = None  # Jinja, in checkpoints alone: an exported tokenizer has it
+
+    @property
+    def uses_schema(self) -> bool:
+        """Whether a schema can be a part of the prompt."""
+        return self.chat or self.prompt_template is not None and "context" in places(self.prompt_template)
+
+    def prompt(self, question: str, schema: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """The prompt, as training makes it.
+
+        Raises:
+            UserError: the tokenizer's chat template is missing or refuses the question.
+        """
+        if self.prompt_template is not None:
+            return self.prompt_template.format_map({"context": schema, "question": question})
+        if not self.chat:
+            return question
+        messages = [{"role": "user", "content": f"{schema}\n{question}" if schema else question}]
+        try:
+            return render_chats(tokenizer, None, [(messages, True)])[0]
+        except UserError:
+            raise
+        except Exception as error:  # Jinja's, or whatever the template raises
+            raise UserError(f"the model's chat template cannot be used: {first_line(error)}") from error
+
+    def fit_out(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Gives a tokenizer the end of replies and the chat template that were trained with it."""
+        if self.end_token and self.end_token in tokenizer.get_vocab():
+            tokenizer.eos_token = self.end_token
+        if self.chat_template:
+            tokenizer.chat_template = self.chat_template
+
+
+def trained_asking(
+    formats: Iterable[tuple[str, bool]], options: RowOptions, end_token: str, chat_template: str | None
+) -> Asking:
+    """The way of asking that training data follow.
+
+    Args:
+        formats: of each data set the format's name, and whether it holds conversations.
+        chat_template: Jinja, where it is not the tokenizer's own.
+    """
+    names, chats = zip(*formats, strict=True)
+    said = ", ".join(dict.fromkeys(names))
+    if any(chats):
+        return Asking(True, end_token=end_token, format=said, chat_template=chat_template)
+    if any(name in FORMATS and "question" in FORMATS[name].prompt_columns for name in names):
+        start = next(string.Formatter().parse(options.completion_template), ("", None, None, None))[0]
+        return Asking(False, options.prompt_template, start, end_token, said)
+    return Asking(False, end_token=end_token, format=said)
+
+
+def asking_of(trainer: "Trainer | None") -> Asking | None:
+    """The way of asking of a run; None where it has no training data of ours."""
+    data = getattr(trainer, "datamodule", None)
+    return data.asking() if hasattr(data, "asking") else None
+
+
+def settled_template(given: str | None, asking: Asking | None, where: str) -> str:
+    """The template to ask with: the one that was given, else the one of training, else the usual one.
+
+    Args:
+        given: the user's setting.
+        asking: how the model was trained to be asked, if that is known.
+        where: what says so, for messages.
+    """
+    trained = asking.prompt_template if asking else None
+    if given is None and trained is not None:
+        rank_zero_info(f"data.prompt_template is {shown(trained)}, with which '{where}' was trained")
+    elif trained not in (None, given):
+        rank_zero_warn(
+            f"data.prompt_template is {shown(given)}, but '{where}' was trained with {shown(trained)} and may answer "
+            "worse to another; leave data.prompt_template out to use that"
+        )
+    return next(template for template in (given, trained, RowOptions().prompt_template) if template is not None)
+
+
+# ---------------------------------------------------------------------- file and checkpoint
+
+
+def write_asking(folder: Path, asking: Asking | None) -> None:
+    """Writes the file into a model's folder, if the way of asking is known."""
+    if asking is not None:
+        values = {name: value for name, value in asking._asdict().items() if name != "chat_template"}
+        text = json.dumps({"written by": "dpo-lightning", **values}, indent=2)
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_asking(folder: str) -> Asking | None:
+    """What a model's folder says, None where it says nothing.
+
+    Raises:
+        UserError: the file cannot be read, or is not what `write_asking` writes.
+    """
+    path = Path(folder).expanduser() / FILE
+    if not path.exists():
+        return None
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise ValueError(f"it is no file of at most {LARGEST:,} bytes")
+        asking = checked(json.loads(path.read_bytes().decode("utf-8")))
+        return asking._replace(chat_template=None)  # the tokenizer beside has it
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"'{path}', which says how to ask the model, cannot be used: {first_line(error)}; mend it, or remove it"
+        ) from error
+
+
+def checkpoint_asking(checkpoint: Mapping[str, Any], path: str) -> Asking | None:
+    """What a checkpoint says, None where it says nothing.
+
+    Raises:
+        UserError: what it says is not what a run writes.
+    """
+    values = checkpoint.get(KEY)
+    try:
+        return None if values is None else checked(values)
+    except ValueError as error:
+        raise UserError(f"checkpoint '{path}' does not say rightly how to ask its model: {error}") from error
+
+
+def checked(values: Any) -> Asking:
+    """An Asking from what was read; what it does not know is left out.
+
+    Raises:
+        ValueError: something is missing or is not of its type, or a template has more than plain places.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"it is {type(values).__name__} where names with values belong")
+    if not isinstance(values.get("chat"), bool):
+        raise ValueError("its 'chat' is not true or false")
+    known = {name: values[name] for name in Asking._fields if values.get(name) is not None}
+    for name, value in known.items():
+        if name != "chat" and not isinstance(value, str):
+            raise ValueError(f"its '{name}' is {type(value).__name__} where text belongs")
+        if name != "chat" and len(value) > LONGEST:
+            raise ValueError(f"its '{name}' has {len(value):,} characters where at most {LONGEST:,} belong")
+        if name != "chat" and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"its '{name}' has half a character where Unicode text belongs")
+    if "prompt_template" in known:
+        if known["chat"]:
+            raise ValueError("it has a 'prompt_template' though its 'chat' is true")
+        places(known["prompt_template"])
+    return Asking(**known)
+
+
+def places(template: str) -> set[str]:
+    """The places of a template: of `question` and `context`, those that it has.
+
+    Raises:
+        ValueError: it has another one, or one with a format, a conversion, an attribute or an index.
+    """
+    if len(template) > LONGEST:
+        raise ValueError(f"the template {shown(template)} has more than {LONGEST:,} characters")
+    try:
+        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"the template {shown(template)} is not valid: {error}") from error
+    for name, spec, conversion in parsed:
+        if name not in PLACES or spec or conversion:
+            raise ValueError(
+                f"the template {shown(template)} may have {{context}} and {{question}} in braces and nothing else"
+            )
+    return {name for name, _, _ in parsed}
+
+
+def shown(template: str) -> str:
+    """A template on one line, for messages."""
+    return repr(template if len(template) <= 200 else template[:200] + "…")  # repr escapes what terminals obey

@@ -1,0 +1,228 @@
+"""list[EncodedPair] -> PairBatch, and the order in which pairs are batched.
+
+A row of a PairBatch holds a pair with its prompt once:
+
+    prompt[0..P)  chosen[0..C-1)  rejected[0..R-1)
+
+The last token of a completion predicts nothing and is left out; the last prompt token predicts the first token of
+both completions. With an empty rejected completion (EOS alone) the rejected side adds no token at all.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler, SequentialSampler
+
+from dpo_lightning.data.encoding import EncodedPair
+from dpo_lightning.errors import UserError
+
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
+
+
+class PairBatch(NamedTuple):
+    """B pairs as tensors. N is the number of completion tokens of all pairs, the ones that are predicted.
+
+    In the shared layout a row is a pair; in the separate one (`to_separate`) rows 2b and 2b+1 are the chosen and
+    the rejected sequence of pair b. Everything downstream reads only these fields and works with both.
+    """
+
+    input_ids: Tensor  # [rows, T] int64; padding is 0 and never attended to by a real token
+    position_ids: Tensor  # [rows, T] int64; the rejected part starts again where the prompt ends
+    segment_ids: Tensor  # [rows, T] int64; 0 prompt, 1 chosen, 2 rejected, -1 padding
+    predict_index: Tensor  # [N] int64 into the flattened [rows * T]: whose hidden state predicts the token
+    targets: Tensor  # [N] int64 token ids that are predicted
+    sequence: Tensor  # [N] int64 in [0, 2B): 2b for pair b's chosen, 2b + 1 for its rejected completion
+    pair_ids: Tensor  # [B] int64 position of the pair in its data set
+    weight: Tensor  # [B] float32, what the pair's loss is multiplied by
+    margin: Tensor  # [B] float32, what the loss demands beyond chosen over rejected, in the unit of beta times nats
+    reference_logps: Tensor | None = None  # [N] float32 nats of the targets under the reference, where known before
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """The same batch on a device."""
+        return PairBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+
+    @property
+    def num_pairs(self) -> int:
+        """B."""
+        return self.pair_ids.numel()
+
+    @property
+    def shared(self) -> bool:
+        """Whether a row holds a whole pair."""
+        return self.input_ids.shape[0] == self.num_pairs
+
+
+def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
+    """Builds a shared-prefix PairBatch, padded on the right to its longest row.
+
+    Two pairs, prompt [5, 6] with chosen [7, 8, 2] and rejected [9, 2], and prompt [5] with [7, 2] and [2]:
+
+        input_ids     [[5, 6, 7, 8, 9],     position_ids [[0, 1, 2, 3, 2],     segment_ids [[0, 0, 1, 1, 2],
+                       [5, 7, 0, 0, 0]]                   [0, 1, 0, 0, 0]]                  [0, 1, -1, -1, -1]]
+        predict_index [1, 2, 3, 1, 4, 5, 6, 5]
+        targets       [7, 8, 2, 9, 2, 7, 2, 2]
+        sequence      [0, 0, 0, 1, 1, 2, 2, 3]
+        weight        [1, 1]
+        margin        [0, 0]
+    """
+    ids = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+    rows = [prompt + chosen[:-1] + rejected[:-1] for prompt, chosen, rejected in ids]
+    width = max(map(len, rows))
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
+    position_ids = np.zeros_like(input_ids)
+    segment_ids = np.full_like(input_ids, PADDING)
+    predict_index: list[int] = []
+    targets: list[int] = []
+    sequence: list[int] = []
+    for b, (row, (prompt, chosen, rejected)) in enumerate(zip(rows, ids, strict=True)):
+        p, c = len(prompt), len(prompt) + len(chosen) - 1
+        input_ids[b, : len(row)] = row
+        position_ids[b, :c] = np.arange(c)
+        position_ids[b, c : len(row)] = np.arange(p, p + len(row) - c)
+        segment_ids[b, :p], segment_ids[b, p:c], segment_ids[b, c : len(row)] = PROMPT, CHOSEN, REJECTED
+        first = b * width
+        predict_index += range(first + p - 1, first + c)
+        predict_index += [first + p - 1, *range(first + c, first + len(row))]
+        targets += chosen + rejected
+        sequence += [2 * b] * len(chosen) + [2 * b + 1] * len(rejected)
+    tensors = (input_ids, position_ids, segment_ids, predict_index, targets, sequence, pair_ids)
+    return PairBatch(
+        *(torch.as_tensor(np.asarray(tensor, dtype=np.int64)) for tensor in tensors),
+        weight=torch.tensor([pair.weight for pair in pairs]),
+        margin=torch.tensor([pair.margin for pair in pairs]),
+    )
+
+
+def collate_columns(columns: Mapping[str, Sequence], pair_ids: Sequence[int]) -> PairBatch:
+    """`collate` for pairs that come as columns, one for each field of EncodedPair."""
+    pairs = zip(*(columns[field] for field in EncodedPair._fields), strict=True)
+    return collate([EncodedPair(*fields) for fields in pairs], pair_ids)
+
+
+def to_separate(batch: PairBatch) -> PairBatch:
+    """The same pairs as 2B rows of ordinary sequences (prompt + one completion), for models that cannot share.
+
+    Because position ids start again at the rejected part, a token's column in its own sequence is its position id.
+    """
+    if not batch.shared:
+        return batch
+    pairs, width = batch.input_ids.shape
+    columns = int(batch.position_ids.max()) + 1
+    shape = (2 * pairs, columns)
+    input_ids, position_ids = batch.input_ids.new_zeros(shape), batch.input_ids.new_zeros(shape)
+    segment_ids = batch.segment_ids.new_full(shape, PADDING)
+    for side, segment in enumerate((CHOSEN, REJECTED)):
+        pair, column = ((batch.segment_ids == PROMPT) | (batch.segment_ids == segment)).nonzero(as_tuple=True)
+        position = batch.position_ids[pair, column]
+        input_ids[2 * pair + side, position] = batch.input_ids[pair, column]
+        position_ids[2 * pair + side, position] = position
+        segment_ids[2 * pair + side, position] = batch.segment_ids[pair, column]
+    position = batch.position_ids.flatten()[batch.predict_index]
+    return batch._replace(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        predict_index=batch.sequence * columns + position,
+    )
+
+
+def to_pairs(batch: PairBatch) -> list[EncodedPair]:
+    """The pairs that a shared batch was collated from, as lists of ids."""
+    assert batch.shared
+    pairs = []
+    for b in range(batch.num_pairs):
+        chosen, rejected = (batch.targets[batch.sequence == 2 * b + side].tolist() for side in (0, 1))
+        prompt = batch.input_ids[b][batch.segment_ids[b] == PROMPT].tolist()
+        pairs.append(EncodedPair(prompt, chosen, rejected, batch.weight[b].item(), batch.margin[b].item()))
+    return pairs
+
+
+class PromptBatch(NamedTuple):
+    """B prompts padded on the left, ready for generation."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64; 0 at padding
+    pair_ids: Tensor  # [B] int64 position of the prompt in its data set
+
+
+def collate_prompts(prompts: Sequence[list[int]], pair_ids: Sequence[int]) -> PromptBatch:
+    """Pads prompts on the left: [[5, 6], [7]] -> input_ids [[5, 6], [0, 7]], attention_mask [[1, 1], [0, 1]]."""
+    width = max(map(len, prompts))
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for b, ids in enumerate(prompts):
+        input_ids[b, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[b, width - len(ids) :] = 1
+    return PromptBatch(input_ids, attention_mask, torch.as_tensor(pair_ids))
+
+
+class LengthGroupedBatchSampler(DistributedSampler):
+    """Batches of pair positions: a pure function of (lengths, seed, epoch), sharded by rank.
+
+    Shuffled, the pairs are cut into windows of `window` global batches, each window is sorted by length so that a
+    batch's rows are about equally long (little padding), and the batches are put in random order. Not shuffled, the
+    data keeps its order. Every pair is handed out exactly once an epoch: where the last global batch would leave a
+    rank without pairs, its pairs join the batch before it.
+
+    It is used as a DataLoader's `sampler` with `batch_size=None` (an item is a whole batch), and it is a
+    DistributedSampler so that Lightning takes it as it is instead of wrapping it.
+
+    Args:
+        lengths: tokens of each pair's row, [n].
+        batch_size: pairs per batch and rank.
+
+    Raises:
+        UserError: fewer pairs than ranks.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        num_replicas: int = 1,
+        window: int = 50,
+    ) -> None:
+        if len(lengths) < num_replicas:
+            raise UserError(f"{len(lengths)} pairs cannot be shared out among {num_replicas} processes")
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
+        self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
+        self.start = 0  # batches of the epoch that are left out, because a resumed run has trained on them
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
+        return full + (rest > 0 if full == 0 else rest >= self.num_replicas)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.global_batches()[self.start :]:
+            yield batch[self.rank :: self.num_replicas].tolist()
+
+    def global_batches(self) -> list[np.ndarray]:
+        """This epoch's batches over all ranks, in order; each holds int64 pair positions."""
+        size = self.batch_size * self.num_replicas
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+        batches = []
+        step = size * self.window
+        for start in range(0, len(order), step):
+            part = order[start : start + step]
+            if self.shuffle:
+                part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches += [part[i : i + size] for i in range(0, len(part), size)]
+        if len(batches) > 1 and len(batches[-1]) < self.num_replicas:
+            short = batches.pop()
+            batches[-1] = np.concatenate([batches[-1], short])
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+
+class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):
+    """The same batches in the same order every epoch, for `trainer.overfit_batches`.
+
+    Lightning replaces every other sampler by a SequentialSampler there, which knows nothing of batches and ranks.
+    """

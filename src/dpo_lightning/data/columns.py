@@ -1,0 +1,51 @@
+"""A data set that was written by `arrow_cache` -> its columns, without a Python object for every cell."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dpo_lightning.storage.arrow_cache import Columns
+from dpo_lightning.data.reading import PAIR_COLUMNS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def numbers(data: "Dataset", name: str) -> np.ndarray:
+    """A column of numbers or bools, [n], read straight from the table."""
+    return _picked(data, data.data.column(name).to_numpy())
+
+
+def id_counts(data: "Dataset", name: str) -> np.ndarray:
+    """How many ids each list of a column has, int32 [n]."""
+    return _picked(data, pc.list_value_length(data.data.column(name)).to_numpy())
+
+
+def _picked(data: "Dataset", values: np.ndarray) -> np.ndarray:
+    """Values for all rows of the table -> those of the data set, which may be a selection of them."""
+    return values if data._indices is None else values[data._indices.column(0).to_numpy()]
+
+
+def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> Iterator[Columns]:
+    """The columns of the table under a data set as it was written: a few rows at a time."""
+    for batch in data.data.table.select(list(columns)).to_batches():
+        yield batch.to_pydict()
+
+
+def text_keys(data: "Dataset", name: str) -> np.ndarray:
+    """A number for each text of a column, uint64 [n]: the same for equal texts, in every process."""
+    texts = (text for columns in batches_of(data, [name]) for text in columns[name])
+    return _picked(data, np.fromiter(map(_text_key, texts), np.uint64, data.data.num_rows))
+
+
+def _text_key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def context_keys(data: "Dataset") -> np.ndarray:
+    """A number for each pair, uint64 [n]: the same for pairs with the same context (or prompt, without a context)."""
+    contexts, prompts = text_keys(data, "context"), text_keys(data, "prompt")
+    return np.where(contexts == _text_key(""), prompts, contexts)

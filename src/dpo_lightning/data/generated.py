@@ -1,0 +1,363 @@
+"""Prompts -> rejected completions that the model samples before it is trained: once, kept on disk, for every pair.
+
+For data that have only good answers. Trained against its own answers, the model learns what sets the good ones apart:
+the first iteration of SPIN (Chen et al. 2024, https://arxiv.org/abs/2401.01335).
+
+Replies are kept among the encoded data sets, in a folder named by the digest of everything they follow from. While
+they are made they are lines of files in a folder called `.partial`, so an interrupted pass goes on where it stopped.
+"""
+
+import gc
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
+from dpo_lightning.data.batching import PromptBatch, collate_prompts
+from dpo_lightning.storage.digests import file_digest, key_digest
+from dpo_lightning.data.encoding import encode_prompts, tokenizer_fingerprint
+from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.models.hub import from_hub_or_folder
+from dpo_lightning.storage.jsonl import append_lines, whole_lines
+from dpo_lightning.storage.locks import alone
+from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy
+from dpo_lightning.dpo.cached_reference import with_progress
+from dpo_lightning.data.columns import text_keys
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1  # raise it when the replies to the same key change
+ATTEMPTS = 4  # to get another reply than the chosen completion
+COLUMNS = pa.schema([("text", pa.string()), ("tokens", pa.list_(pa.int32()))])
+WRITTEN_ROWS = 1000  # at a time
+MODEL_SETTINGS = ("name_or_path", "dtype", "quantization", "attn_implementation", "trust_remote_code")
+
+
+class Generation(NamedTuple):
+    """Which model answers, and how it is sampled. The name and the last four are as in `policy.load_policy`."""
+
+    name_or_path: str
+    temperature: float = 1.0  # divides the logits
+    top_p: float = 1.0  # only the likeliest tokens that together have this probability are drawn from
+    max_new_tokens: int = 64
+    dtype: str = "float32"
+    quantization: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+def generation_from(options: dict[str, Any] | None, max_length: int) -> Generation:
+    """`data.generation` as `Generation`.
+
+    Args:
+        max_length: tokens of a prompt and completion together.
+
+    Raises:
+        UserError: a setting that there is not, out of its range, or without a model.
+    """
+    options = options or {}
+    if unknown := sorted(set(options) - set(Generation._fields)):
+        near = did_you_mean(unknown[0], Generation._fields)
+        raise UserError(f"data.generation has no '{unknown[0]}': it has {', '.join(Generation._fields)}{near}")
+    if not options.get("name_or_path"):
+        raise UserError("data.rejected is generated, but by which model? data.generation has no name_or_path")
+    generation = Generation(**options)
+    rules = {
+        "temperature": (generation.temperature, Real, lambda value: 0 < value < np.inf, "a number above 0"),
+        "top_p": (generation.top_p, Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+        "max_new_tokens": (
+            *(generation.max_new_tokens, int, lambda value: 0 < value < max_length - 1),
+            f"a whole number, at least 1, that leaves room for a prompt in data.max_length = {max_length}",
+        ),
+    }
+    for name, (value, kind, holds, wanted) in rules.items():
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+            raise UserError(f"data.generation: {name} is {value!r}: it must be {wanted}")
+    return generation._replace(temperature=float(generation.temperature), top_p=float(generation.top_p))
+
+
+class RejectedGenerator:
+    """Makes and finds the replies to the prompts of data sets.
+
+    Replies hang on the weights, the pairs' texts, the tokenizer, the settings and the seed: all are in the key. Each
+    pair draws from random numbers of its own, so batches, ranks, an interruption and the order of the rows change no
+    reply, but for a token here and there whose probability rounding moves across the drawn number.
+
+    Args:
+        tokenizer: as prompts are encoded for training.
+        max_length: tokens of a prompt and completion together; longer prompts are cut so that the reply has room.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, generation: Generation, tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int
+    ) -> None:
+        self.generation, self.tokenizer, self.max_length, self.seed = generation, tokenizer, max_length, seed
+
+    def key(self, pairs: "Dataset") -> dict[str, Any]:
+        """Everything that the replies to a data set (columns prompt, chosen, chat) follow from but rounding."""
+        how = self.generation
+        texts = [text_keys(pairs, name) for name in ("prompt", "chosen")]
+        chat = pairs.data.column("chat").to_numpy()
+        return {
+            "format": FORMAT,
+            "weights": stored_weights(how.name_or_path, how.trust_remote_code),
+            "pairs": hashlib.sha256(b"".join(column.tobytes() for column in (*texts, chat))).hexdigest(),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "max_length": self.max_length,
+            "seed": self.seed,
+            **{name: getattr(how, name) for name in Generation._fields[1:6]},
+        }
+
+    def find(self, pairs: "Dataset") -> tuple["Dataset", dict[str, Any]] | None:
+        """The replies to a data set (`COLUMNS`, a row per pair) and a note on them, where they are on disk."""
+        return find_dataset(key_digest(self.key(pairs)))
+
+    def make(
+        self, pairs: "Dataset", name: str, batch_size: int, trainer: "Trainer | None" = None
+    ) -> tuple["Dataset", dict[str, Any]]:
+        """The same, made where they are not. To be called on all ranks, which share the work.
+
+        Args:
+            name: of the data set, for the progress bar.
+            batch_size: prompts that are answered at a time.
+            trainer: whose devices and precision are used; without one, this process's GPU if it has one.
+
+        Raises:
+            UserError: the model cannot be loaded, the folder cannot be written, or the ranks do not share it.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        strategy = trainer.strategy if trainer else SingleDeviceStrategy(device)
+        key = self.key(pairs)
+        folder = dataset_folder(key_digest(key))
+        partial = folder.with_name(folder.name + ".partial")
+
+        def find() -> tuple["Dataset", dict[str, Any]] | None:
+            # Every rank must take the same way, or one would wait for the others for ever.
+            found = find_dataset(folder.name)
+            return found if strategy.reduce_boolean_decision(found is not None, all=True) else None
+
+        if found := find():
+            return found
+        with alone(lock_file(partial), f"the rejected completions of {name}", strategy):
+            if found := find():  # another run has made them meanwhile
+                return found
+            if strategy.is_global_zero:
+                _make_folder(partial)
+            strategy.barrier("replies prepared")
+            if not strategy.reduce_boolean_decision(partial.is_dir(), all=True):
+                raise UserError(
+                    f"data.rejected is generated, but not all processes see the folder {folder.parent}: share the "
+                    "folder that HF_DATASETS_CACHE names between the machines"
+                )
+            known = _answered(partial)  # on every rank before any of them writes: they must share out the same pairs
+            strategy.barrier("replies read")
+            sizes = pc.utf8_length(pairs.data.column("prompt")).to_numpy()
+            longest_first = np.argsort(-sizes.astype(np.int64), kind="stable")
+            missing = longest_first[~np.isin(longest_first, list(known))]
+            if len(share := missing[strategy.global_rank :: strategy.world_size]):
+                shares = with_progress(share, batch_size, f"Rejected, {name}", strategy.is_global_zero)
+                self._answer(pairs, shares, partial, trainer, strategy.root_device)
+            strategy.barrier("replies made")
+            if strategy.is_global_zero:
+                _complete(folder.name, partial, len(pairs), {"model": self.generation.name_or_path, "key": key})
+            strategy.barrier("replies complete")
+            return find_dataset(folder.name)
+
+    def _answer(
+        self,
+        pairs: "Dataset",
+        shares: Iterator[list[int]],
+        folder: Path,
+        trainer: "Trainer | None",
+        device: torch.device,
+    ) -> None:
+        """Loads the model, answers some pairs, and writes a line per reply to a file of this process's own."""
+        with isolate_rng(), tempfile.NamedTemporaryFile(dir=folder, suffix=".jsonl", delete=False) as file:
+            model = self._load()
+            if trainer:
+                model = trainer.precision_plugin.convert_module(model)
+            if not self.generation.quantization:  # else it is there already
+                model = model.to(device)
+            for positions in shares:
+                with trainer.precision_plugin.forward_context() if trainer else nullcontext():
+                    lines = self._lines(model, pairs, positions)
+                append_lines(Path(file.name), lines)
+        del model
+        gc.collect()  # a model is full of cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self) -> "PreTrainedModel":
+        settings = {name: getattr(self.generation, name) for name in MODEL_SETTINGS}
+        # Quantized weights are loaded under an adapter only; a new one changes nothing.
+        new_adapter = settings["quantization"] and base_model_name(settings["name_or_path"]) == settings["name_or_path"]
+        model = load_policy(**settings, lora={} if new_adapter else None)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _lines(self, model: "PreTrainedModel", pairs: "Dataset", positions: list[int]) -> list[dict[str, Any]]:
+        from dpo_lightning.callbacks.replies import Reply, generate
+
+        rows = pairs.select_columns(["prompt", "chosen", "chat"])[positions]
+        texts = list(zip(rows["prompt"], rows["chosen"], strict=True))
+        room = self.max_length - self.generation.max_new_tokens - 1  # for EOS
+        prompts = encode_prompts(self.tokenizer, rows["prompt"], room, rows["chat"])
+        replies: dict[int, Reply] = {}
+        todo = list(range(len(positions)))
+        for attempt in range(ATTEMPTS):
+            batch = PromptBatch(
+                *(tensor.to(model.device) for tensor in collate_prompts([prompts[i] for i in todo], todo))
+            )
+            draws = Draws([_seed(self.seed, attempt, *texts[i]) for i in todo], self.generation)
+            made = generate(model, batch, self.tokenizer, self.generation.max_new_tokens, [draws])
+            replies |= dict(zip(todo, made, strict=True))
+            todo = [i for i in todo if replies[i].text.strip() == rows["chosen"][i].strip()]
+            if not todo:
+                break
+        lines = []
+        for i, position in enumerate(positions):
+            text, tokens, stopped = replies[i]
+            lines.append({"pair": position, "text": text, "tokens": tokens, "cut": not stopped, "same": i in todo})
+        return lines
+
+
+def said(name: str, note: dict[str, Any], pairs: int) -> Iterator[str]:
+    """What a user is to know of the replies to a data set: what they are, and then what is wrong with them."""
+    how = note["key"]
+    yield (
+        f"{name}: the rejected completions of its {pairs} pairs are replies of {note['model']} (temperature "
+        f"{how['temperature']}, top_p {how['top_p']}); {note['cut']} of them were cut off at "
+        f"{how['max_new_tokens']} tokens"
+    )
+    if note["same"]:
+        yield (
+            f"{name}: {note['same']} of {pairs} pairs teach nothing but are kept: {ATTEMPTS} times the model gave the "
+            "chosen completion itself"
+        )
+
+
+class Draws:
+    """A logits processor that samples: it leaves of each row the one token that the row's own numbers choose.
+
+    transformers samples a whole batch from one stream of random numbers, so that a reply would depend on its batch.
+
+    Args:
+        seeds: of each row.
+    """
+
+    def __init__(self, seeds: Sequence[int], generation: Generation) -> None:
+        self.temperature, self.top_p, self.step = generation.temperature, generation.top_p, 0
+        numbers = [np.random.default_rng(seed).random(generation.max_new_tokens, np.float32) for seed in seeds]
+        self.numbers = torch.from_numpy(1 - np.stack(numbers))  # [rows, max_new_tokens], in (0, 1]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits [rows, V] -> 0 at the drawn token and -inf elsewhere; called once per new token."""
+        numbers = self.numbers[:, self.step].to(scores.device)
+        self.step += 1
+        tokens = draw(scores, numbers, self.temperature, self.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+
+
+def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Samples a token per row by inverting the distribution function, within the nucleus of Holtzman et al. (2020).
+
+    Args:
+        logits: [rows, V] float.
+        numbers: [rows], uniform in (0, 1]; a token of probability 0 is never drawn.
+
+    Returns:
+        Tokens [rows, 1], int64.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    order = None
+    if top_p < 1:
+        probabilities, order = probabilities.sort(dim=-1, descending=True)
+    mass = probabilities.cumsum(dim=-1)
+    total = mass[:, -1:].contiguous()
+    if order is not None:
+        total = mass.gather(1, torch.searchsorted(mass, top_p * total))  # of the nucleus, its last token included
+    places = torch.searchsorted(mass, numbers[:, None] * total)
+    return places if order is None else order.gather(1, places)
+
+
+def _seed(*what: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(what).encode(), digest_size=8).digest(), "little")
+
+
+def stored_weights(name_or_path: str, trust_remote_code: bool = False) -> str:
+    """Tells the weights that a name stands for from all others without loading them.
+
+    Of a folder it is a digest of its files, of a hub model its commit; an adapter's base model is counted in.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    base = base_model_name(name_or_path)
+    if base != name_or_path:
+        return _files_digest(Path(name_or_path).expanduser()) + stored_weights(base, trust_remote_code)
+    if (folder := Path(base).expanduser()).is_dir():
+        return _files_digest(folder)
+    from transformers import AutoConfig
+
+    config = from_hub_or_folder("model", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    return f"{base}@{config._commit_hash}"
+
+
+def _files_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".py") or path.name in ("config.json", ADAPTER_CONFIG):
+            digest.update(f"{path.name} {file_digest(path)} ".encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- the files of an unfinished pass
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"generated completions cannot be kept in {folder}: {error.strerror or error}") from error
+
+
+def _answered(folder: Path) -> dict[int, dict[str, Any]]:
+    """The replies so far by the position of their pair."""
+    known: dict[int, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            known |= {line["pair"]: line for line in whole_lines(path)}
+        except (ValueError, KeyError):
+            continue  # a disk's fault: those pairs are answered again
+    return known
+
+
+def _complete(fingerprint: str, partial: Path, pairs: int, note: dict[str, Any]) -> None:
+    """Makes the data set of all replies, in the order of the pairs."""
+    known = _answered(partial)
+
+    def batches() -> Iterator[Columns]:
+        for start in range(0, pairs, WRITTEN_ROWS):
+            lines = [known[position] for position in range(start, min(start + WRITTEN_ROWS, pairs))]
+            yield {name: [line[name] for line in lines] for name in COLUMNS.names}
+
+    counts = {name: sum(line[name] for line in known.values()) for name in ("cut", "same")}
+    cached_dataset(fingerprint, COLUMNS, batches, lambda: note | counts)
+    shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,144 @@
+"""Source -> the columns of its pairs, a few rows at a time, and an account of every row: a pair, skipped, or an error.
+
+Bad rows (they cannot be trained on) are an error, or with `data.on_bad_row: skip` counted and left out. Doubtful rows
+(they can, but to no use: repeated rows, pairs whose two completions are the same) are counted and kept, or left out
+with the bad ones.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.data.formats import OPTIONAL_COLUMNS, BadRow, PreferencePair, RowFormat, RowOptions, row_to_pair
+from dpo_lightning.data.sources import READ_ROWS, Source
+
+ON_BAD_ROW = ("error", "skip")
+REMEDY = "mend or remove the row, or set data.on_bad_row: skip"
+READ_CHARACTERS = 10_000_000  # held in memory at a time
+LISTED = 3  # rows that are shown of each kind
+PAIR_COLUMNS = pa.schema(
+    [(name, pa.string()) for name in ("prompt", "chosen", "rejected", "context")]
+    + [("weight", pa.float64()), ("margin", pa.float64()), ("chat", pa.bool_()), ("row", pa.int64())]
+)
+REPEATED, IDENTICAL = "repeated row", "chosen same as rejected"
+
+
+class RowAccount(NamedTuple):
+    """What became of the rows of a data set: `rows` = `pairs` + all of `skipped`."""
+
+    source: str
+    rows: int  # read
+    pairs: int  # kept
+    skipped: dict[str, int]  # reason -> rows left out
+    doubtful: dict[str, int]  # reason -> rows kept though they teach nothing
+    first: dict[str, list[str]]  # reason -> a line on each of the first few
+
+    def lines(self) -> list[str]:
+        """What a user is to know, a line each for what was left out and what was kept in doubt."""
+        said = []
+        if self.skipped:
+            said.append(
+                f"{self.source}: {sum(self.skipped.values())} of {self.rows} rows are skipped: "
+                + self._counts_and_first(self.skipped)
+            )
+        if self.doubtful:
+            said.append(
+                f"{self.source}: {sum(self.doubtful.values())} of {self.rows} rows teach nothing but are kept: "
+                + self._counts_and_first(self.doubtful)
+                + "; data.on_bad_row: skip leaves them out"
+            )
+        return said
+
+    def _counts_and_first(self, counts: dict[str, int]) -> str:
+        shown = "; ".join([line for reason in counts for line in self.first[reason]][:LISTED])
+        return ", ".join(f"{count} {reason}" for reason, count in counts.items()) + f" (the first: {shown})"
+
+
+class PairReader:
+    """Reads a source once through `batches`; `account` then tells what became of its rows.
+
+    Args:
+        completions: whether the rows are for training; for prediction a prompt is enough, and may be asked twice.
+        on_bad_row: "error" or "skip".
+    """
+
+    def __init__(
+        self, source: Source, row_format: RowFormat, options: RowOptions, completions: bool, on_bad_row: str
+    ) -> None:
+        self.source, self.row_format, self.options = source, row_format, options
+        self.completions, self.skip = completions, on_bad_row == "skip"
+        self.rows = self.pairs = 0
+        self.chat = False  # whether any of them is a conversation
+        self.skipped: dict[str, int] = {}
+        self.doubtful: dict[str, int] = {}
+        self.first: dict[str, list[str]] = {}
+        self._seen: set[int] = set()  # hashes of the pairs so far; 64 bits are enough to tell millions apart
+
+    @property
+    def account(self) -> RowAccount:
+        """What became of the rows read so far."""
+        return RowAccount(self.source.name, self.rows, self.pairs, self.skipped, self.doubtful, self.first)
+
+    def batches(self) -> Iterator[dict[str, list[Any]]]:
+        """`PAIR_COLUMNS`, those of PreferencePair and `row` (its number in the source), a few rows at a time.
+
+        Raises:
+            BadRow: on_bad_row is "error" and there is one.
+            UserError: no row is left, or the rest of the file cannot be read.
+        """
+        kept: list[tuple] = []
+        size = 0
+        form = self.row_format
+        columns = form.prompt_columns + form.completion_columns
+        for number, row in self.source.rows((*columns, *OPTIONAL_COLUMNS) if columns else ()):
+            self.rows += 1
+            pair = self._pair(number, row)
+            if pair is not None:
+                kept.append((*pair, number))
+                self.chat |= pair.chat
+                size += len(pair.prompt) + len(pair.chosen) + len(pair.rejected) + len(pair.context)
+            if len(kept) == READ_ROWS or size > READ_CHARACTERS:
+                yield self._columns(kept)
+                kept, size = [], 0
+        if kept:
+            yield self._columns(kept)
+        if not self.pairs:
+            first = next(iter(self.first.values()), ["there is none"])[0]
+            raise UserError(f"{self.source.name}: none of its {self.rows} rows can be used; the first: {first}")
+
+    def _columns(self, kept: list[tuple]) -> dict[str, list[Any]]:
+        self.pairs += len(kept)
+        return dict(zip(PAIR_COLUMNS.names, map(list, zip(*kept, strict=True)), strict=True))
+
+    def _pair(self, number: int, row: dict[str, Any] | BadRow) -> PreferencePair | None:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            pair = row_to_pair(row, self.row_format, self.options, self.source.where(number), self.completions)
+        except BadRow as error:
+            if not self.skip:
+                raise BadRow(error.reason, f"{error}; {REMEDY}") from None
+            self._count(self.skipped, error.reason, str(error))
+            return None
+        reason = self._doubt(pair) if self.completions else None
+        if reason is None:
+            return pair
+        self._count(self.skipped if self.skip else self.doubtful, reason, self.source.where(number))
+        return None if self.skip else pair
+
+    def _doubt(self, pair: PreferencePair) -> str | None:
+        if pair.chosen == pair.rejected:
+            return IDENTICAL
+        key = hash(pair)
+        if key in self._seen:
+            return REPEATED
+        self._seen.add(key)
+        return None
+
+    def _count(self, counts: dict[str, int], reason: str, line: str) -> None:
+        counts[reason] = counts.get(reason, 0) + 1
+        lines = self.first.setdefault(reason, [])
+        if len(lines) < LISTED:
+            lines.append(line)

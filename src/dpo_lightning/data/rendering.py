@@ -1,0 +1,180 @@
+"""Chat template + messages -> text, in a process of its own that has little time and little memory.
+
+A chat template is a program, and it comes with data and models of strangers. Jinja's sandbox keeps it from files and
+from Python, but not from loops without end or from filling the memory, and no list of forbidden operations does
+(`10**10**10`, `'x' * 10**10`, doubling a text 40 times). A process that is ended does. One serves all templates.
+"""
+
+import atexit
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dpo_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]
+SECONDS = 5  # for one conversation; usual are milliseconds
+MEGABYTES = 512  # beyond what the process has when it starts
+LONGEST = 20_000_000  # characters of a rendered conversation
+START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dpo_lightning.data.rendering import serve; serve()"
+
+
+def render_chats(
+    tokenizer: "PreTrainedTokenizerBase", template: str | None, chats: Sequence[tuple[Messages, bool]]
+) -> list[str]:
+    """What `tokenizer.apply_chat_template` gives for each, or an error where that would take too long or too much.
+
+    Args:
+        template: Jinja; left out, the tokenizer's own.
+        chats: messages, each with whether the text is to end where a reply begins.
+
+    Raises:
+        ValueError: the template cannot be compiled, or refuses the messages.
+        UserError: it takes more time or memory than any conversation does.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # it does without Jinja
+        render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+        return [render(list(messages), add_generation_prompt=reply_follows) for messages, reply_follows in chats]
+    if not all(messages for messages, _ in chats):
+        raise ValueError("there is no message")
+    shared = {"chat_template": tokenizer.get_chat_template(template), **tokenizer.special_tokens_map}
+    requests = [
+        {"conversations": [list(messages)], "add_generation_prompt": reply_follows, **shared}
+        for messages, reply_follows in chats
+    ]
+    answer = _WORKER.ask(json.dumps(requests, default=str).encode())
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["texts"]
+
+
+class _Worker:
+    """The process, started when it is first needed, and anew where it was ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._owner = 0
+        self._lock = threading.Lock()
+
+    def ask(self, request: bytes) -> dict[str, Any]:
+        with self._lock:
+            for _ in range(2):  # it may have been ended by something else, such as a machine that slept
+                try:
+                    if line := self._exchange(request):
+                        return json.loads(line)
+                except OSError:
+                    pass
+                except BaseException:  # Ctrl-C: what it would answer now would be taken for the next answer
+                    self.end()
+                    raise
+                self.end()
+        raise UserError(
+            f"the chat template takes more than {SECONDS} seconds or {MEGABYTES} MiB of memory for one conversation: "
+            "mend it, or take another one"
+        )
+
+    def _exchange(self, request: bytes) -> bytes:
+        """The line that answers, nothing where the process has ended."""
+        if self._process is None or self._owner != os.getpid():  # a fork must not talk into its parent's pipe
+            self._owner = os.getpid()
+            limits = json.dumps([SECONDS, MEGABYTES])
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", START, json.dumps(sys.path), limits],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+            if not self._process.stdout.readline():
+                self.end()
+                raise UserError("the process that renders chat templates cannot be started: is there memory for it?")
+        self._process.stdin.write(request + b"\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def end(self) -> None:
+        """Ends the process, if there is one of ours."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            with contextlib.suppress(OSError):
+                process.communicate()
+
+
+_WORKER = _Worker()
+atexit.register(_WORKER.end)
+
+
+def serve() -> None:
+    """The process: a line of JSON with what to render -> a line with the texts, or with why there are none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever is printed is no answer
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    seconds, megabytes = json.loads(sys.argv[2])
+    _limit_memory(megabytes)
+    answers.write(b"ready\n")
+    answers.flush()
+    for line in sys.stdin.buffer:
+        _end_in(seconds)
+        try:
+            data = json.dumps(_answer(render_jinja_template, json.loads(line))).encode()
+        except MemoryError:
+            os._exit(1)
+        _end_in(0)
+        answers.write(data + b"\n")
+        answers.flush()
+
+
+def _answer(render: Callable[..., Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
+    from dpo_lightning.models.hub import first_line
+
+    texts = []
+    for request in requests:
+        try:
+            ((text,), _) = render(**request)
+        except MemoryError:
+            raise
+        except Exception as error:  # Jinja's, or whatever the template raises
+            return {"error": first_line(error)}
+        if len(text) > LONGEST:
+            return {"error": f"it makes {len(text):,} characters of one conversation, more than {LONGEST:,}"}
+        texts.append(text)
+    return {"texts": texts}
+
+
+def _end_in(seconds: float) -> None:
+    """Ends this process in so many seconds, whatever Python is in the midst of; 0: not at all."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # nobody handles its signal, so the system ends the process
+    elif seconds:  # Windows
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Limits what this process may take from now on, where the system can."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as sizes:
+            now = int(sizes.read().split()[0]) * resource.getpagesize()
+        limit = now + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (ImportError, OSError, ValueError):  # Windows, macOS: the time is limited still
+        pass

@@ -1,0 +1,95 @@
+"""Per-pair losses and log-probs -> the metrics of preference training, weighted by pairs.
+
+Sums and counts are kept, so a short last batch weighs what it should, and several ranks add up to what one would see.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from dpo_lightning.dpo.half_precision import full
+from dpo_lightning.dpo.logps import PairLogps
+
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",  # beta * log-ratio of the chosen completion; see PreferenceLoss.rewards
+    "rewards/rejected",
+    "rewards/margins",  # chosen - rejected
+    "rewards/accuracies",  # share of pairs with a positive margin
+    "rewards/displaced",  # share of pairs whose chosen log-prob fell below the reference's
+    "logps/chosen",  # summed over the completion, nats
+    "logps/rejected",
+    "kl",
+)
+OF_REFERENCE = {"rewards/displaced", "kl"}  # without a reference they do not exist
+
+
+class PairMetrics(Metric):
+    """Means over pairs of `PAIR_METRICS`, under TRL's names.
+
+    `kl` estimates, per pair, how far the policy is from the reference on the data's completion tokens: the mean of
+    half the squared log-ratio (the k2 estimator of Schulman 2020, "Approximating KL divergence"), in nats per token.
+    The tokens are the data's, not samples, so read it as a distance that starts at 0.
+
+    The states stay float32 where the module is converted to 16 bits.
+
+    Args:
+        reference_free: leave out what compares with a reference.
+        keep_margins: remember each pair's margin, for `all_margins`.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    pairs: Tensor
+    margins: list[Tensor]
+
+    def __init__(self, reference_free: bool = False, keep_margins: bool = False) -> None:
+        super().__init__()
+        self.reference_free, self.keep_margins = reference_free, keep_margins
+        self.add_state("sums", torch.zeros(len(PAIR_METRICS), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("pairs", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+        if keep_margins:
+            self.add_state("margins", [], dist_reduce_fx="cat")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "PairMetrics":
+        # A count in bfloat16 stops growing at 256, or with 16 pairs a batch at 4,096.
+        return super()._apply(full(fn), *args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, losses: Tensor, rewards: Tensor, policy: PairLogps, reference: PairLogps | None) -> None:
+        """Adds a batch: `losses` [B], `rewards` [B, 2] and both models' log-probs of the same B pairs."""
+        logps, lengths = policy.sums, policy.lengths
+        chosen, rejected = rewards.unbind(1)
+        other = policy.token_logps if reference is None else reference.token_logps
+        distance = policy._replace(token_logps=0.5 * (policy.token_logps - other).square())
+        values = (
+            losses,
+            chosen,
+            rejected,
+            chosen - rejected,
+            (chosen > rejected).float(),
+            (chosen < 0).float(),
+            logps[:, 0],
+            logps[:, 1],
+            distance.sums.sum(1) / lengths.sum(1),
+        )
+        self.sums += torch.stack(values).sum(1)
+        self.pairs += len(losses)
+        if self.keep_margins:
+            self.margins.append(chosen - rejected)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Name -> mean over all pairs seen, float32; empty where none was seen."""
+        if self.pairs == 0:
+            return {}
+        means = dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))
+        return {name: means[name] for name in PAIR_METRICS if not (self.reference_free and name in OF_REFERENCE)}
+
+    def all_margins(self) -> Tensor:
+        """The margin of every pair since the last reset, of all ranks (to be called on all), [n]; n may be 0."""
+        with self.sync_context():
+            return dim_zero_cat(self.margins) if len(self.margins) else self.sums.new_zeros(0)

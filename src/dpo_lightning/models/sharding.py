@@ -1,0 +1,93 @@
+"""Model -> the same model with its weights sharded over ranks (FSDP2), and sharded weights -> whole ones."""
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.dpo.logps import compute_pair_logps
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuses a `trainer.strategy` that shards weights in a way that is not supported.
+
+    Args:
+        strategy: a Strategy, the name of a registered one, or what a configuration gives: a namespace with class_path.
+
+    Raises:
+        UserError: it is FSDP1 or DeepSpeed.
+    """
+    named = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
+    names = [named] if named else [kind.__name__ for kind in type(strategy).__mro__]
+    if any(re.search("(^|\\.)(fsdp|deepspeed)", name, re.IGNORECASE) for name in names):
+        raise UserError(
+            f"trainer.strategy {names[0]} is not supported: FSDP2 shards weights here, which is Lightning's "
+            "ModelParallelStrategy; lay configs/fsdp.yaml over your configuration"
+        )
+
+
+def data_parallel_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
+    """The part of Lightning's device mesh over which weights are sharded.
+
+    Raises:
+        UserError: the strategy is to split single layers (tensor parallelism), ModelParallelStrategy's default.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise UserError(
+            "trainer.strategy splits single layers over processes, which is not supported: set its data_parallel_size "
+            "to the number of processes and its tensor_parallel_size to 1 (configs/fsdp.yaml)"
+        )
+    return mesh["data_parallel"]
+
+
+def shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
+    """Shards a causal LM in place with `fully_shard`: each block is a unit, and what is left is one.
+
+    Weights are whole only while their unit computes. `pair_logps` calls the model's parts instead of the model, so
+    that is registered as a forward pass of its own.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    blocks = set(model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    model.sharded_pair_logps = compute_pair_logps.__get__(model)
+    register_fsdp_forward_method(model, "sharded_pair_logps")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any of a model's weights are sharded."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on every rank, any other as it is. To be called on all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor sharded as another is, on its device."""
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A sharded model's weights by name, whole, on the CPU. To be called on all ranks; empty on all but the first."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

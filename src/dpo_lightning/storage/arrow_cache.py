@@ -1,0 +1,137 @@
+"""Batches of columns -> a data set on disk that is written once and memory-mapped afterwards, with a note beside it.
+
+The note has a checksum of both: what a disk has changed is made anew.
+"""
+
+import json
+import mmap
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.hub import first_line
+from dpo_lightning.storage.locks import alone
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Columns = dict[str, list]
+ABANDONED_SECONDS = 86_400
+ROWS, NOTE = "rows.arrow", "note.json"
+CHECK = "crc32"  # in the note's file: of the rows' bytes, and of the rest of the note
+# What the notes had in them that were written before there was a check.
+UNCHECKED = ({"account", "chat"}, {"largest_id"}, {"model", "key", "cut", "same"})
+
+
+def cached_dataset(
+    fingerprint: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]], note: Callable[[], dict[str, Any]]
+) -> tuple["Dataset", dict[str, Any]]:
+    """The data set of this fingerprint from the cache, written first where it is not there or is damaged.
+
+    It is written beside its place and then renamed, so that a killed run leaves nothing half. Of processes that want
+    the same one at the same time, one writes it and the others wait.
+
+    Args:
+        fingerprint: tells the data set from all others.
+        batches: gives its rows, a few at a time: memory does not grow with their number.
+        note: called after the last batch; what it returns, plain JSON, is kept with the data.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    if found := find_dataset(fingerprint):
+        return found
+    folder = dataset_folder(fingerprint)
+    try:
+        with alone(lock_file(folder), f"the data set {fingerprint}"):
+            if found := find_dataset(fingerprint):
+                return found
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            _write(folder, schema, batches, note)
+            return _open(folder, fingerprint)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder '{folder.parent}' cannot be written: {error.strerror or first_line(error)}; set "
+            "HF_DATASETS_CACHE to a folder that can"
+        ) from error
+
+
+def find_dataset(fingerprint: str) -> tuple["Dataset", dict[str, Any]] | None:
+    """The data set of this fingerprint and its note, where the cache has them undamaged."""
+    folder = dataset_folder(fingerprint)
+    if not folder.is_dir():
+        return None
+    try:
+        return _open(folder, fingerprint)
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:  # a disk's fault
+        rank_zero_warn(f"the cached data in '{folder}' are damaged ({first_line(error)}): they are made anew")
+        return None
+
+
+def dataset_folder(fingerprint: str) -> Path:
+    """Where the data set of a fingerprint is, or is to be."""
+    import datasets.config
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_lightning" / fingerprint
+
+
+def lock_file(folder: Path) -> Path:
+    """Whose lock is needed to make a folder of a cache: beside the caches, so that it outlives the folder."""
+    return folder.parent.parent / "dpo_lightning_locks" / f"{folder.name}.lock"
+
+
+def _write(
+    folder: Path, schema: pa.Schema, batches: Callable[[], Iterator[Columns]], note: Callable[[], dict[str, Any]]
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="writing-"))
+    try:
+        with pa.OSFile(str(partial / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for columns in batches():
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
+        content = json.loads(json.dumps(note()))  # as it is read
+        content |= {CHECK: _check(partial / ROWS, content)}
+        (partial / NOTE).write_text(json.dumps(content), encoding="utf-8")
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what killed runs left half written: folders that nobody has written to for a day."""
+    for partial in cache.glob("writing-*"):
+        try:
+            if time.time() - max(path.stat().st_mtime for path in (partial, *partial.iterdir())) > ABANDONED_SECONDS:
+                shutil.rmtree(partial)
+        except OSError:
+            continue  # another process removes it
+
+
+def _open(folder: Path, fingerprint: str) -> tuple["Dataset", dict[str, Any]]:
+    from datasets import Dataset
+    from datasets.table import MemoryMappedTable
+
+    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    check = note.pop(CHECK, None) if isinstance(note, dict) else None
+    if check is None and (not isinstance(note, dict) or set(note) not in UNCHECKED):
+        raise ValueError(f"{NOTE} is not a note on them")
+    if check is not None and check != _check(folder / ROWS, note):
+        raise ValueError("they are not those that were written")
+    return Dataset(MemoryMappedTable.from_file(str(folder / ROWS)), fingerprint=fingerprint), note
+
+
+def _check(rows: Path, note: dict[str, Any]) -> int:
+    """Of the bytes of a file and of a note: about 0.05 s per 100 MB."""
+    with rows.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return zlib.crc32(json.dumps(note, sort_keys=True).encode(), zlib.crc32(content))
