@@ -8,9 +8,9 @@
 import json
 from pathlib import Path
 
-from dpo_lightning.data.batching import LengthGroupedBatchSampler
 from dpo_lightning.data.encoding import encode_batch, load_tokenizer
-from dpo_lightning.data.formats import shuffled_partners
+from dpo_lightning.data.loaders import LengthGroupedBatchSampler
+from dpo_lightning.data.rejected import shuffled_partners
 
 LONG = 400  # tokens
 SEED = 42

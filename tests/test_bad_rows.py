@@ -10,8 +10,8 @@ import pytest
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.data.cells import MAX_CELL
 from dpo_lightning.errors import UserError
-from dpo_lightning.data.formats import MAX_CELL
 
 GOOD = ROWS[0]
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(20)]

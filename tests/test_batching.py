@@ -2,16 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lightning.data.batching import (
-    EncodedPair,
-    LengthGroupedBatchSampler,
-    collate,
-    collate_prompts,
-    to_pairs,
-    to_separate,
-)
-from dpo_lightning.errors import UserError
+from dpo_lightning.data.batching import EncodedPair, collate, collate_prompts, to_pairs, to_separate
+from dpo_lightning.data.loaders import LengthGroupedBatchSampler
 from dpo_lightning.dpo.logps import shared_prefix_mask
+from dpo_lightning.errors import UserError
 
 PAIRS = [EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])]
 

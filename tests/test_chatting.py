@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo_lightning.cli import chat as chatting
-from dpo_lightning.data.batching import collate_prompts
 from dpo_lightning.cli.chat import converse, load_speakers, show, stream
 from dpo_lightning.cli.entry import main
-from dpo_lightning.callbacks.replies import generate
+from dpo_lightning.data.batching import collate_prompts
+from dpo_lightning.models.generate import generate
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_reply_is_streamed_and_is_the_one_that_training_shows(model_folder, to
     pieces = list(stream(model, tokenizer, prompt, 8))
     assert len(pieces) > 1
     ids = tokenizer(prompt)["input_ids"]
-    assert "".join(pieces) == generate(model, collate_prompts([ids], [0]), tokenizer, 8)[0].text
+    assert "".join(pieces) == generate(model, *collate_prompts([ids], [0])[:2], tokenizer, 8)[0].text
 
 
 def test_who_stops_listening_stops_the_generation(model_folder, tokenizer):

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_lightning.callbacks.checkpoints import (
+from dpo_lightning.callbacks.checkpoint_files import (
     AtomicCheckpointIO,
-    LastCheckpoint,
     check_checkpoint,
     checkpoint_folders,
     damage,
     newest_whole,
     read_checkpoint,
 )
-from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.cli.download import inside
-from dpo_lightning.errors import UserError
+from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.errors import UserError
 
 IO = AtomicCheckpointIO()
 

@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from conftest import REPO, ROWS
-from dpo_lightning.models import hardware
 from dpo_lightning.cli.entry import main
-from dpo_lightning.errors import UserError
 from dpo_lightning.dpo.losses import LOSSES
+from dpo_lightning.errors import UserError
+from dpo_lightning.models import hardware
 
 GPT2 = str(REPO / "configs" / "gpt2.yaml")
 LORA = str(REPO / "configs" / "lora.yaml")

@@ -10,8 +10,8 @@ from conftest import REPO, ROWS
 from dpo_lightning import PreferenceDataModule
 from dpo_lightning.data import datamodule
 from dpo_lightning.data.batching import PairBatch, PromptBatch, to_pairs
-from dpo_lightning.errors import UserError
 from dpo_lightning.data.splits import split_by_key
+from dpo_lightning.errors import UserError
 
 
 def make(tokenizer, train, stage="fit", **options):

@@ -4,7 +4,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dpo_lightning.data.encoding import cut_prompt, encode_batch, encode_completions, encode_prompts, tokenizer_fingerprint
+from dpo_lightning.data.encoding import (
+    cut_prompt,
+    encode_batch,
+    encode_completions,
+    encode_prompts,
+    tokenizer_fingerprint,
+)
 
 
 def encode_one(tokenizer, prompt, chosen, rejected, max_length=128):

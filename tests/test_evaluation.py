@@ -5,9 +5,10 @@ import pytest
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.cli.entry import main
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
-from dpo_lightning.callbacks.replies import answer, judge, shares
+from dpo_lightning.callbacks.replies import answer
+from dpo_lightning.cli.entry import main
+from dpo_lightning.judging.judge import judge, shares
 
 NAMES = {"loss", "rewards/margins", "rewards/accuracies", "kl", "sql/valid", "sql/exact", "sql/execution",
          "reply/eos_rate", "reply/length", "reply/repetition"}  # fmt: skip

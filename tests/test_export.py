@@ -9,10 +9,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.export.callback import ExportCallback, export_policy
 from dpo_lightning.callbacks.export.model_card import model_card
 from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.errors import UserError
 
 IDS = torch.arange(5, 25)[None]
 

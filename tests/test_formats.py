@@ -11,8 +11,8 @@ from conftest import REPO, ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.data.batching import to_pairs
 from dpo_lightning.data.chat import ChatTemplate
-from dpo_lightning.errors import UserError
 from dpo_lightning.data.formats import FORMATS, shared_messages, shared_text
+from dpo_lightning.errors import UserError
 
 DOC = (REPO / "docs" / "data.md").read_text()
 EXAMPLES = re.findall(r"```json\n(.*?)```\s+```text\n(.*?)```", DOC, re.S)

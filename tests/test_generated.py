@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from conftest import REPO, ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.cli.entry import main
 from dpo_lightning.data import generated
 from dpo_lightning.data.batching import collate_prompts
-from dpo_lightning.cli.entry import main
-from dpo_lightning.errors import UserError
 from dpo_lightning.data.generated import Draws, Generation, draw, stored_weights
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.generate import generate
 from dpo_lightning.models.policy import load_policy
-from dpo_lightning.callbacks.replies import generate
 from ranks import run_ranks
 
 FEW = ROWS[::2]
@@ -71,7 +71,7 @@ def test_rejected_is_what_the_model_says_to_the_prompt(data, model_folder, token
     model = load_policy(str(model_folder))
     pairs = module.datasets["train"][:8]
     for prompt, ids, text in zip(pairs["prompt_ids"], pairs["rejected_ids"], pairs["rejected"], strict=True):
-        (greedy,) = generate(model, collate_prompts([prompt], [0]), tokenizer, 6)
+        (greedy,) = generate(model, *collate_prompts([prompt], [0])[:2], tokenizer, 6)
         assert (text, ids) == (greedy.text, [*greedy.token_ids, tokenizer.eos_token_id])
     assert "the rejected completions of its 24 pairs are replies of" in caplog.text
 
@@ -186,14 +186,14 @@ def test_an_adapter_answers_as_itself(tmp_path, model_folder, data):
 def test_the_chosen_completion_is_asked_for_again_and_then_said(data, write_rows, monkeypatch, recwarn):
     calls = []
 
-    def parrot(model, prompts, tokenizer, max_new_tokens, processors):
-        from dpo_lightning.callbacks.replies import Reply
+    def parrot(model, input_ids, attention_mask, tokenizer, max_new_tokens, processors):
+        from dpo_lightning.models.generate import Reply
 
-        calls.append(len(prompts.pair_ids))
-        ids = prompts.input_ids[:, -1].tolist()
+        calls.append(len(input_ids))
+        ids = input_ids[:, -1].tolist()
         return [Reply(" good" if calls[-1] < 3 or len(calls) == 1 else " bad", [i], True) for i in ids]
 
-    monkeypatch.setattr("dpo_lightning.callbacks.replies.generate", parrot)
+    monkeypatch.setattr("dpo_lightning.models.generate.generate", parrot)
     rows = [{"prompt": f"question {i}?", "completion": " good" if i < 2 else " other"} for i in range(4)]
     module = data(write_rows(rows), val_size=0, test_size=0)
     assert calls == [4, 2, 2, 2]

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.guards import GuardsCallback, gone_wrong
-from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
+from dpo_lightning.errors import UserError
 
 
 @pytest.fixture

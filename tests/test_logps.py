@@ -19,10 +19,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from dpo_lightning.dpo import logps
 from dpo_lightning.data.batching import EncodedPair, collate
-from dpo_lightning.dpo.logps import Scoring, choose_scoring, head_logps, pair_logps, scoring_from_config, within_window
+from dpo_lightning.dpo import head, logps, shared_prompt
+from dpo_lightning.dpo.head import head_logps
+from dpo_lightning.dpo.logps import Scoring, pair_logps, within_window
 from dpo_lightning.dpo.reference import FrozenCopy
+from dpo_lightning.dpo.shared_prompt import choose_scoring, scoring_from_config
 
 VOCABULARY = 97
 # A large initial spread: with the usual 0.02 a tiny model hardly looks at its context and any mask would pass.
@@ -112,7 +114,7 @@ def test_models_that_cannot_share_fall_back_and_say_so(name):
 @torch.no_grad()
 def test_a_model_that_is_wrongly_listed_is_found_out(monkeypatch):
     # The mask would be ignored or refused: the comparison on real pairs must notice either.
-    monkeypatch.setattr(logps, "SHARED_PREFIX_MODEL_TYPES", {"mamba", "bloom"})
+    monkeypatch.setattr(shared_prompt, "SHARED_PREFIX_MODEL_TYPES", {"mamba", "bloom"})
     for name in ("mamba", "bloom"):
         scoring = choose_scoring(make_model(name), make_batch())
         assert not scoring.shared
@@ -164,7 +166,7 @@ def test_head_in_chunks_equals_head_at_once(monkeypatch):
     targets = torch.randint(0, VOCABULARY, (50,))
     results = []
     for chunk in (50, 7):
-        monkeypatch.setattr(logps, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(head, "HEAD_CHUNK", chunk)
         model.zero_grad()
         hidden.grad = None
         values = head_logps(model, hidden, targets)
@@ -176,7 +178,7 @@ def test_head_in_chunks_equals_head_at_once(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_target_log_probs_and_their_gradient_are_those_of_cross_entropy(dtype, monkeypatch):
-    monkeypatch.setattr(logps, "LOGITS_IN_CACHE", 3 * VOCABULARY)  # blocks of 3 rows, and one of 2
+    monkeypatch.setattr(head, "LOGITS_IN_CACHE", 3 * VOCABULARY)  # blocks of 3 rows, and one of 2
     targets, factors = torch.randint(0, VOCABULARY, (11,)), torch.randn(11)
     hidden, weight = torch.randn(11, 8).to(dtype), (3 * torch.randn(VOCABULARY, 8)).to(dtype).requires_grad_()
     (values := logps._target_logps(hidden @ weight.T, targets)).backward(factors)

@@ -8,9 +8,9 @@ import torch
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.dpo.losses import LOSSES
+from dpo_lightning.errors import UserError
 from test_losses import AT_ZERO
 from test_module import Record
 

@@ -8,10 +8,10 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.errors import UserError
-from dpo_lightning.models.hardware import fastest_attention
 from dpo_lightning.dpo.reference import AdapterOff, FrozenCopy
 from dpo_lightning.dpo.schedules import rate_at
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.hardware import fastest_attention
 
 LORA = {"r": 4, "lora_alpha": 8}
 
@@ -238,7 +238,7 @@ def test_metrics_are_logged_under_trls_names_with_their_stage(data, module, quie
 
 
 def test_a_model_that_reads_pairs_apart_says_so(data, module, quiet_trainer, monkeypatch):
-    monkeypatch.setattr("dpo_lightning.dpo.logps.SHARED_PREFIX_MODEL_TYPES", frozenset())
+    monkeypatch.setattr("dpo_lightning.dpo.shared_prompt.SHARED_PREFIX_MODEL_TYPES", frozenset())
     dpo = module()
     record = Record(dpo)
     with pytest.warns(UserWarning, match="prompts are read twice per pair, which is slower: models of type 'gpt2'"):

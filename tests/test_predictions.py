@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.callbacks.predictions import ReplyWriter, model_digest
 from dpo_lightning.errors import UserError
 from dpo_lightning.storage.jsonl import append_lines, keep_lines, read_lines, whole_lines
-from dpo_lightning.callbacks.predictions import ReplyWriter, model_digest
 
 
 def test_whole_lines_come_back_and_half_a_line_does_not(tmp_path):
@@ -38,15 +38,15 @@ def predict(quiet_trainer, model_folder, tokenizer, rows_file, tmp_path):
         module.configure_model()
         change(module)
         with pytest.MonkeyPatch.context() as patch:
-            from dpo_lightning.callbacks import replies
+            from dpo_lightning.models import generate as generation
 
-            original = replies.generate
+            original = generation.generate
 
-            def counting(model, prompts, *args):
-                answered.extend(prompts.pair_ids.tolist())
-                return original(model, prompts, *args)
+            def counting(model, input_ids, *args):
+                answered.extend(input_ids.tolist())
+                return original(model, input_ids, *args)
 
-            patch.setattr(replies, "generate", counting)
+            patch.setattr(generation, "generate", counting)
             writer = ReplyWriter(str(tmp_path / "out.jsonl"))
             quiet_trainer(callbacks=[writer]).predict(module, data, return_predictions=False)
         return tmp_path / "out.jsonl", len(answered)

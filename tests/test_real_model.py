@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, GPT2Tokenizer
 from conftest import SHARED, needs_shared
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.data.batching import to_pairs
-from dpo_lightning.dpo.logps import Scoring, choose_scoring, pair_logps
+from dpo_lightning.dpo.logps import Scoring, pair_logps
+from dpo_lightning.dpo.shared_prompt import choose_scoring
+from dpo_lightning.models.generate import generate
 from dpo_lightning.models.policy import load_policy
-from dpo_lightning.callbacks.replies import generate
 from test_module import Record
 
 TRAIN, TEST = (str(SHARED / "data" / f"wikisql-{split}.jsonl") for split in ("train", "test"))
@@ -60,7 +61,7 @@ def test_shared_prefix_is_exact_on_a_real_model(smollm2):
     apart = pair_logps(model, batch, Scoring(shared=False, gathered=False)).sums
     assert (shared - apart).abs().max() < 1e-3
     prompts = next(iter(_prompts(data)))
-    assert all(reply.token_ids for reply in generate(model, prompts, AutoTokenizer.from_pretrained(smollm2), 8))
+    assert all(reply.token_ids for reply in generate(model, *prompts[:2], AutoTokenizer.from_pretrained(smollm2), 8))
 
 
 def _prompts(data):

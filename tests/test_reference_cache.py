@@ -10,12 +10,12 @@ from lightning.pytorch import Callback
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.dpo import cached_reference as reference_cache
-from dpo_lightning.storage.digests import weights_digest
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.guards import GuardsCallback
-from dpo_lightning.models.policy import load_policy
+from dpo_lightning.dpo import cached_reference as reference_cache
 from dpo_lightning.dpo.reference import AdapterOff, FrozenCopy
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.policy import load_policy
+from dpo_lightning.storage.digests import weights_digest
 
 
 @pytest.fixture(autouse=True)

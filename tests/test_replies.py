@@ -5,15 +5,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.data.batching import collate_prompts
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
 from dpo_lightning.callbacks.predictions import ReplyWriter
-from dpo_lightning.callbacks.replies import RepliesCallback, Reply, generate, judge, shares
+from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.data.batching import collate_prompts
+from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.errors import UserError
+from dpo_lightning.judging.judge import judge, shares
 from dpo_lightning.judging.reply_metrics import ReplyMetrics
-from dpo_lightning.judging.views import fold, show_replies
-from dpo_lightning.data.formats import PreferencePair
 from dpo_lightning.judging.sql.judge import SQLMetrics
+from dpo_lightning.judging.views import fold, show_replies
+from dpo_lightning.models.generate import Reply, generate
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def greedy(model, ids, eos, limit):
 def test_batched_replies_equal_greedy_decoding_one_by_one(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in ("SELECT", "Which name has age 3?", "CREATE TABLE flight (")]
     model.train()
-    replies = generate(model, collate_prompts(prompts, range(3)), tokenizer, max_new_tokens=12)
+    replies = generate(model, *collate_prompts(prompts, range(3))[:2], tokenizer, max_new_tokens=12)
     assert model.training, "the model is handed back as it was"
     for prompt, reply in zip(prompts, replies, strict=True):
         assert (reply.token_ids, reply.stopped) == greedy(model, prompt, tokenizer.eos_token_id, 12)
@@ -45,13 +47,13 @@ def test_batched_replies_equal_greedy_decoding_one_by_one(model, tokenizer):
 
 def test_a_reply_ends_at_eos(model, tokenizer):
     prompt = tokenizer("SELECT name")["input_ids"]
-    first = generate(model, collate_prompts([prompt], [0]), tokenizer, 1)[0].token_ids[0]
+    first = generate(model, *collate_prompts([prompt], [0])[:2], tokenizer, 1)[0].token_ids[0]
     silent = AutoModelForCausalLM.from_config(model.config)
     silent.load_state_dict(model.state_dict())
     with torch.no_grad():  # EOS now looks the same to the head as the token that was first, and a little larger
         silent.lm_head.weight.data = silent.lm_head.weight.data.clone()
         silent.lm_head.weight[tokenizer.eos_token_id] = 1.5 * silent.lm_head.weight[first]
-    reply = generate(silent, collate_prompts([prompt], [0]), tokenizer, 12)[0]
+    reply = generate(silent, *collate_prompts([prompt], [0])[:2], tokenizer, 12)[0]
     assert reply.stopped and len(reply.token_ids) < 12
     assert tokenizer.eos_token_id not in reply.token_ids
 
@@ -59,8 +61,8 @@ def test_a_reply_ends_at_eos(model, tokenizer):
 def test_a_prompt_that_leaves_no_room_is_cut_from_the_left(model, tokenizer):
     prompt = (tokenizer("SELECT name FROM singer ")["input_ids"] * 40)[:128]
     assert len(prompt) == 128 == model.config.n_positions
-    full = generate(model, collate_prompts([prompt], [0]), tokenizer, 16)
-    assert full == generate(model, collate_prompts([prompt[16:]], [0]), tokenizer, 16)
+    full = generate(model, *collate_prompts([prompt], [0])[:2], tokenizer, 16)
+    assert full == generate(model, *collate_prompts([prompt[16:]], [0])[:2], tokenizer, 16)
 
 
 PAIRS = [

@@ -8,12 +8,12 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text, ticks
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
-from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.callbacks.report.callback import ReportCallback, duration
-from dpo_lightning.data.formats import PreferencePair
+from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text, ticks
+from dpo_lightning.callbacks.report.page import Run, render
+from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.errors import UserError
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://127.0.0.1/x.png" onerror=alert(1)>\x1b[31m\x00\u202e&amp;'
 

@@ -9,13 +9,13 @@ import torch
 from lightning.pytorch import Callback
 
 from conftest import REPO, ROWS
-from dpo_lightning.callbacks import resume
-from dpo_lightning.data.batching import LengthGroupedBatchSampler
-from dpo_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from dpo_lightning.callbacks.checkpoint_files import AtomicCheckpointIO
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data.datamodule import PreferenceDataModule
-from dpo_lightning.errors import UserError
+from dpo_lightning.data.loaders import LengthGroupedBatchSampler
+from dpo_lightning.dpo import resume
 from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.errors import UserError
 
 # 11 batches an epoch, accumulated by 2, so that the last step of an epoch has one; validations in the midst of steps.
 SETTINGS = [

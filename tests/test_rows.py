@@ -4,8 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from dpo_lightning.data.formats import FORMATS, RowOptions, check_templates, find_format, row_to_pair
+from dpo_lightning.data.rejected import shuffled_partners
 from dpo_lightning.errors import UserError
-from dpo_lightning.data.formats import FORMATS, RowOptions, check_templates, find_format, row_to_pair, shuffled_partners
 
 OPTIONS = RowOptions()
 ROW = {"question": "How many?", "context": "CREATE TABLE t (a INT)", "answer": "SELECT count(*) FROM t"}

@@ -4,9 +4,9 @@ import re
 import pytest
 from datasets import Dataset, DatasetDict
 
-from dpo_lightning.errors import UserError
-from dpo_lightning.data.formats import BadRow
+from dpo_lightning.data.pair import BadRow
 from dpo_lightning.data.sources import open_source
+from dpo_lightning.errors import UserError
 
 ROWS = [{"prompt": "p1", "chosen": "12", "rejected": ""}, {"prompt": "p2", "chosen": "NA", "rejected": "r"}]
 

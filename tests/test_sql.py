@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchmetrics.utilities import dim_zero_sum
 
-from dpo_lightning.judging.sql.judge import SQLMetrics, compiles, equivalent_text, same_result
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings
+from dpo_lightning.judging.sql.judge import SQLMetrics, compiles, equivalent_text, same_result
 from dpo_lightning.judging.sql.sandbox import Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
 

@@ -8,8 +8,8 @@ import torch
 
 from conftest import REPO
 from dpo_lightning.cli.entry import main, stopped
-from dpo_lightning.errors import Stopped
 from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.errors import Stopped
 
 SETTINGS = [
     "--data.val_size", "4", "--data.test_size", "0", "--data.batch_size", "4", "--data.max_length", "128",

@@ -10,8 +10,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.judging.views import markdown_table
 from dpo_lightning.callbacks.storyboard import RESULTS, StoryboardCallback
+from dpo_lightning.judging.views import markdown_table
 
 HOSTILE = (
     "<script>alert(1)</script> ![x](http://127.0.0.1/x.png) [y](javascript:z) | cell |\n# head\n\n* a_b_ `c` <b>&amp;"

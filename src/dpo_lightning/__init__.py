@@ -1,22 +1,19 @@
 """Direct Preference Optimization for causal language models, as a PyTorch Lightning module."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_lightning.data.datamodule import PreferenceDataModule
+    from dpo_lightning.data.pair import PreferencePair
     from dpo_lightning.dpo.module import DPOModule
 
-__all__ = ["DPOModule", "PreferenceDataModule"]
+__all__ = ["DPOModule", "PreferenceDataModule", "PreferencePair"]
+WHERE = {"DPOModule": "dpo.module", "PreferenceDataModule": "data.datamodule", "PreferencePair": "data.pair"}
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: `cli.py --help` should not wait for torch.
-    if name == "PreferenceDataModule":
-        from dpo_lightning.data.datamodule import PreferenceDataModule
-
-        return PreferenceDataModule
-    if name == "DPOModule":
-        from dpo_lightning.dpo.module import DPOModule
-
-        return DPOModule
-    raise AttributeError(f"module 'dpo_lightning' has no attribute '{name}'")
+    if name not in WHERE:
+        raise AttributeError(f"module 'dpo_lightning' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"dpo_lightning.{WHERE[name]}"), name)

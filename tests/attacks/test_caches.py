@@ -14,8 +14,8 @@ import torch
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.data import generated
-from dpo_lightning.storage.arrow_cache import cached_dataset
 from dpo_lightning.dpo.reference import FrozenCopy
+from dpo_lightning.storage.arrow_cache import cached_dataset
 from side_by_side import at_once
 
 SCHEMA = pa.schema([("n", pa.int64())])

@@ -312,7 +312,7 @@ def test_a_conversation_on_a_terminal(model_folder):
     leader, follower = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(REPO / "src"), "TERM": "xterm", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_lightning.cli.entry", "chat", "--model", str(model_folder), "--max_new_tokens", "1"],
+        [sys.executable, "-m", "dpo_lightning", "chat", "--model", str(model_folder), "--max_new_tokens", "1"],
         stdin=follower,
         stdout=follower,
         stderr=follower,

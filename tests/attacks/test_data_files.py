@@ -12,8 +12,8 @@ from datasets import Dataset
 from conftest import REPO, ROWS
 from dpo_lightning import PreferenceDataModule
 from dpo_lightning.cli.entry import main
-from dpo_lightning.errors import UserError
 from dpo_lightning.data.sources import open_source
+from dpo_lightning.errors import UserError
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.cli import trainer as commands
-from dpo_lightning.models import hardware
-from dpo_lightning.dpo import logps
-from dpo_lightning.data.batching import EncodedPair, collate
-from dpo_lightning.cli.entry import main
-from dpo_lightning.errors import UserError
-from dpo_lightning.dpo.logps import choose_scoring
 from dpo_lightning.callbacks.report.callback import ReportCallback
+from dpo_lightning.cli import trainer as commands
+from dpo_lightning.cli.entry import main
+from dpo_lightning.data.batching import EncodedPair, collate
+from dpo_lightning.dpo import logps, shared_prompt
+from dpo_lightning.dpo.shared_prompt import choose_scoring
+from dpo_lightning.errors import UserError
+from dpo_lightning.models import hardware
 
 # ---------------------------------------------------------------------- Windows
 
@@ -153,9 +153,11 @@ def test_the_comparison_is_made_in_float32_and_what_was_set_comes_back(api, matm
         else:
             backends[0].fp32_precision = "tf32"
         before = [backend.fp32_precision for backend in backends]
-        score = logps.pair_logps
+        score = shared_prompt.pair_logps
         monkeypatch.setattr(
-            logps, "pair_logps", lambda *args: (seen.extend(b.fp32_precision for b in backends), score(*args))[1]
+            shared_prompt,
+            "pair_logps",
+            lambda *args: (seen.extend(b.fp32_precision for b in backends), score(*args))[1],
         )
         choose_scoring(make_model("gpt2"), make_batch())
         assert set(seen) == {"ieee"} and [backend.fp32_precision for backend in backends] == before

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from conftest import REPO, ROWS
 from dpo_lightning.callbacks import learning_checks as checks
 from dpo_lightning.cli.entry import main
-from dpo_lightning.data.formats import PreferencePair
+from dpo_lightning.data.pair import PreferencePair
 
 GPT2, DEMO = (str(REPO / "configs" / name) for name in ("gpt2.yaml", "demo.yaml"))
 

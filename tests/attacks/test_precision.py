@@ -11,13 +11,13 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.dpo import cached_reference as reference_cache
-from dpo_lightning.cli.entry import main
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.guards import GuardsCallback
+from dpo_lightning.callbacks.report.callback import ReportCallback
+from dpo_lightning.cli.entry import main
+from dpo_lightning.dpo import cached_reference as reference_cache
 from dpo_lightning.dpo.metrics import PairMetrics
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
-from dpo_lightning.callbacks.report.callback import ReportCallback
+from dpo_lightning.errors import UserError
 from ranks import run_ranks
 from test_losses import logps
 

@@ -10,9 +10,9 @@ from tokenizers import AddedToken
 
 from conftest import REPO, ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.callbacks import replies
-from dpo_lightning.errors import UserError
 from dpo_lightning.callbacks.predictions import ReplyWriter
+from dpo_lightning.errors import UserError
+from dpo_lightning.models import generate as generation
 from side_by_side import at_once, command
 
 
@@ -99,8 +99,8 @@ def test_replies_that_were_made_in_another_way_are_not_mixed_in(predict, tokeniz
 def test_two_at_once_one_is_refused_in_one_line(predict, rows_file, model_folder, tmp_path, monkeypatch):
     alone = predict()
     (tmp_path / "out.jsonl").unlink()
-    generate = replies.generate
-    monkeypatch.setattr(replies, "generate", lambda *args: time.sleep(0.2) or generate(*args))
+    generate = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *args: time.sleep(0.2) or generate(*args))
 
     def run():
         try:
@@ -119,14 +119,14 @@ def test_two_at_once_one_is_refused_in_one_line(predict, rows_file, model_folder
 def test_a_file_whose_writer_was_killed_is_gone_on_with(predict, tmp_path, monkeypatch):
     alone = predict()
     (tmp_path / "out.jsonl").unlink()
-    generate, calls = replies.generate, []
+    generate, calls = generation.generate, []
 
     def until_killed(*args):
         calls.append(1)
         return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 4 else generate(*args)
 
     def dying():
-        monkeypatch.setattr(replies, "generate", until_killed)
+        monkeypatch.setattr(generation, "generate", until_killed)
         predict()
 
     assert at_once(dying) == [-9]

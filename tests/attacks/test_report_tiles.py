@@ -6,9 +6,9 @@ import pytest
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import ExportCallback
-from dpo_lightning.callbacks.report.outcome import closing_line, percent
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
 from dpo_lightning.callbacks.report.callback import ReportCallback
+from dpo_lightning.callbacks.report.outcome import closing_line, percent
 
 
 @pytest.fixture

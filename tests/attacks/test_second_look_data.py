@@ -5,11 +5,11 @@ import json
 import pytest
 
 from conftest import REPO, ROWS
+from dpo_lightning.cli.entry import main
 from dpo_lightning.data import rendering
 from dpo_lightning.data.chat import ChatTemplate
-from dpo_lightning.cli.entry import main
-from dpo_lightning.errors import UserError
 from dpo_lightning.data.sources import open_source
+from dpo_lightning.errors import UserError
 
 CHAT = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}] for i in range(20)]
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if not loop.last %}|{% endif %}{% endfor %}"
@@ -157,8 +157,8 @@ def test_charts_of_any_numbers_are_drawn_or_left_out():
 @pytest.mark.parametrize("counts", [None, {}, {"sql/valid": 3}])
 @pytest.mark.parametrize("shares", [{}, {"reply/eos_rate": float("nan")}, {"sql/valid": 0.5}])
 def test_the_closing_line_is_said_whatever_a_checkpoint_kept_of_replies(counts, shares):
-    from dpo_lightning.callbacks.report.outcome import closing_line
     from dpo_lightning.callbacks.replies import Showing
+    from dpo_lightning.callbacks.report.outcome import closing_line
 
     showings = [Showing(step, [], [], shares, counts, 0) for step in (0, 3)]
     line = closing_line(showings, 3, {"report": "r.html"})

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.cli.entry import main
 from dpo_lightning.callbacks.guards import GuardsCallback
+from dpo_lightning.cli.entry import main
 
 GPT2 = str(REPO / "configs" / "gpt2.yaml")
 

@@ -22,7 +22,7 @@ import torch
 from harness import Moment, Run, Zygote, alive, differences, random_moment, same
 
 from conftest import REPO, ROWS
-from dpo_lightning.callbacks.checkpoints import newest_whole
+from dpo_lightning.callbacks.checkpoint_files import newest_whole
 
 LONG = os.environ.get("DPO_FAULTS") == "long"
 GPT2, LORA = str(REPO / "configs" / "gpt2.yaml"), str(REPO / "configs" / "lora.yaml")

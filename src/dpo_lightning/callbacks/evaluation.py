@@ -7,10 +7,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from dpo_lightning.data.batching import PairBatch, collate_prompts, to_pairs
-from dpo_lightning.callbacks.replies import answer
-from dpo_lightning.judging.reply_metrics import ReplyMetrics
 from dpo_lightning.callbacks.context import preference_data, run_folder
+from dpo_lightning.callbacks.replies import answer
+from dpo_lightning.data.batching import PairBatch, collate_prompts, to_pairs
+from dpo_lightning.judging.reply_metrics import ReplyMetrics
 from dpo_lightning.judging.sql.judge import SQLMetrics
 
 PREFIX = {"validate": "val", "test": "test"}  # of names, and the split's name in the datamodule

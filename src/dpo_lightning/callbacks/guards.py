@@ -12,14 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dpo_lightning.callbacks import learning_checks
-from dpo_lightning.data.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
-from dpo_lightning.errors import UserError
+from dpo_lightning.callbacks.context import find_callback, preference_data
+from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.callbacks.validations import settle_validation
+from dpo_lightning.data.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.dpo.gradient_scaler import MAX_SKIPS_IN_A_ROW
 from dpo_lightning.dpo.logps import pair_logps
-from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.callbacks.context import find_callback, preference_data
-from dpo_lightning.cli.run_settings import settle_validation
+from dpo_lightning.errors import UserError
 
 PROBED = 4  # pairs of the first batch that the preflight scores
 TOLERANCE = 0.02  # nats per token; bfloat16 kernels of different batch shapes differ by about 0.006

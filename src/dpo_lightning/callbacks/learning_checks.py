@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lightning.pytorch import Trainer
 
-from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.data.formats import PreferencePair
 from dpo_lightning.callbacks.context import find_callback
+from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.data.pair import PreferencePair
 
 LOOKED_AT = 1000  # training pairs
 FEW = 0.05  # share of rows that is an accident rather than a habit

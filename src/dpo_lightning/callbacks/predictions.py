@@ -8,14 +8,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from dpo_lightning.callbacks.context import preference_data
 from dpo_lightning.data.batching import PromptBatch
-from dpo_lightning.storage.digests import key_digest, weights_digest
 from dpo_lightning.data.encoding import tokenizer_fingerprint
 from dpo_lightning.errors import UserError
+from dpo_lightning.models.generate import Reply
+from dpo_lightning.storage.digests import key_digest, weights_digest
 from dpo_lightning.storage.jsonl import Lines, append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.locks import hold, let_go
-from dpo_lightning.callbacks.replies import Reply
-from dpo_lightning.callbacks.context import preference_data
 
 
 class ReplyWriter(BasePredictionWriter):

@@ -1,120 +1,38 @@
 """Prompts -> greedy replies, their judgment, and the callback that shows and keeps them before, during and after."""
 
 import time
-from collections import Counter
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_prompts
-from dpo_lightning.errors import UserError
-from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
-from dpo_lightning.dpo.logps import evaluating
-from dpo_lightning.judging.reply_metrics import repetition
-from dpo_lightning.judging.views import markdown_table, show_replies
-from dpo_lightning.data.formats import PreferencePair
 from dpo_lightning.callbacks.context import preference_data, run_folder, tensorboard_writer
-from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result
+from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_prompts
+from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.errors import UserError
+from dpo_lightning.judging.judge import counts, judge, shares
+from dpo_lightning.judging.views import markdown_table, show_replies
+from dpo_lightning.models.generate import Reply, generate
+from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.states import check_state
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 REMEMBERED = 6  # prompts whose replies are kept in memory and in checkpoints, for the report
-
-
-class Reply(NamedTuple):
-    """What a model answered to one prompt."""
-
-    text: str
-    token_ids: list[int]  # EOS not counted
-    stopped: bool  # ended by EOS, not by the length limit
-
-
-@torch.no_grad()
-def generate(
-    model: "PreTrainedModel",
-    prompts: PromptBatch,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_new_tokens: int,
-    processors: "Sequence[LogitsProcessor]" = (),
-) -> list[Reply]:
-    """Greedy replies to a batch of prompts on the model's device, with a KV cache.
-
-    The model's own generation settings (sampling, penalties) are not used: replies are to show the model. Processors
-    change each new token's logits first.
-    """
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    eos = tokenizer.eos_token_id
-    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = max(1, limit - max_new_tokens)
-    config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, limit - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
-    )
-    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
-        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
-        try:
-            output = model.generate(
-                input_ids=prompts.input_ids[:, -room:],
-                attention_mask=prompts.attention_mask[:, -room:],
-                generation_config=config,
-                logits_processor=LogitsProcessorList(processors),
-            )
-        finally:
-            model.generation_config = own
-    replies = []
-    for ids in output[:, prompts.input_ids[:, -room:].shape[1] :].tolist():
-        stopped = eos in ids
-        ids = ids[: ids.index(eos)] if stopped else ids
-        replies.append(Reply(tokenizer.decode(ids, skip_special_tokens=False), ids, stopped))
-    return replies
 
 
 def answer(trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> list[Reply]:
     """The policy's replies, on the run's device and in its precision."""
     prompts = PromptBatch(*(tensor.to(module.device) for tensor in prompts))
     with trainer.precision_plugin.forward_context():
-        return generate(module.causal_lm, prompts, trainer.datamodule.tokenizer, module.hparams.max_new_tokens)
-
-
-def judge(reply: Reply, pair: PreferencePair) -> dict[str, float | None]:
-    """One reply's part in the shares of `ReplyMetrics` and, where its pair has a context, of `SQLMetrics`.
-
-    The wanted reply is the chosen completion. None: this cannot be judged (see `dpo_lightning.judging.sql.judge`).
-    """
-    judged: dict[str, float | None] = {
-        "reply/eos_rate": float(reply.stopped),
-        "reply/length": float(len(reply.token_ids)),
-        "reply/repetition": repetition(reply.token_ids),
-    }
-    if pair.context:
-        wanted = pair.chosen.strip()
-        answers = {
-            "sql/valid": compiles(reply.text, pair.context),
-            "sql/exact": equivalent_text(reply.text, wanted),
-            "sql/execution": same_result(reply.text, wanted, pair.context),
-        }
-        judged |= {name: None if answer is None else float(answer) for name, answer in answers.items()}
-    return judged
-
-
-def shares(judged: Sequence[dict[str, float | None]]) -> dict[str, float]:
-    """Means over the replies that could be judged: [{"a": 1.0}, {"a": 0.0, "b": None}] -> {"a": 0.5}."""
-    values: dict[str, list[float]] = {}
-    for reply in judged:
-        for name, value in reply.items():
-            if value is not None:
-                values.setdefault(name, []).append(value)
-    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
-
-
-def counts(judged: Sequence[dict[str, float | None]]) -> dict[str, int]:
-    """How many replies each of `shares` is of: [{"a": 1.0}, {"a": 0.0, "b": None}] -> {"a": 2}."""
-    return dict(Counter(name for reply in judged for name, value in reply.items() if value is not None))
+        return generate(
+            module.causal_lm,
+            prompts.input_ids,
+            prompts.attention_mask,
+            trainer.datamodule.tokenizer,
+            module.hparams.max_new_tokens,
+        )
 
 
 class Showing(NamedTuple):

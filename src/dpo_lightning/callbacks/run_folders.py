@@ -11,7 +11,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from dpo_lightning.callbacks.checkpoints import version
+from dpo_lightning.callbacks.checkpoint_files import version
 from dpo_lightning.errors import UserError
 from dpo_lightning.storage.locks import hold, let_go
 

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
-from dpo_lightning.errors import Stopped
 from dpo_lightning.callbacks.context import find_callback
+from dpo_lightning.errors import Stopped
 
 ENDING = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

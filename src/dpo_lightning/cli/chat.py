@@ -1,7 +1,7 @@
 """`chat`: questions from the keyboard or a pipe -> replies of reference and policy, side by side, as they come.
 
-A question becomes the prompt that the model was trained with (`dpo_lightning.data.asking`). Replies go to stdout, whatever
-else there is to say to stderr, so that what is piped out is replies alone.
+A question becomes the prompt that the model was trained with (`dpo_lightning.data.asking`). Replies go to stdout,
+whatever else there is to say to stderr, so that what is piped out is replies alone.
 """
 
 import sys
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dpo_lightning.data.asking import FILE, Asking, places, read_asking, shown
+from dpo_lightning.data.cells import MAX_CELL
 from dpo_lightning.data.encoding import encode_prompts, load_tokenizer
+from dpo_lightning.data.formats import RowOptions
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.policy import ADAPTER_CONFIG, load_policy, tokenizer_name
 from dpo_lightning.judging.views import visible
-from dpo_lightning.data.formats import MAX_CELL, RowOptions
+from dpo_lightning.models.policy import ADAPTER_CONFIG, load_policy, tokenizer_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

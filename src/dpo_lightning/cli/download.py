@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_lightning.data.encoding import load_tokenizer
+from dpo_lightning.data.sources import dataset_weights, load_dataset_named
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import from_hub_or_folder
-from dpo_lightning.data.sources import dataset_weights, load_dataset_named
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace

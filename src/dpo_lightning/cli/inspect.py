@@ -12,13 +12,13 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
+from dpo_lightning.callbacks.report.callback import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
+from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
+from dpo_lightning.data.columns import context_keys, id_counts, numbers
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.data.reading import RowAccount
-from dpo_lightning.callbacks.report.callback import duration
-from dpo_lightning.data.columns import context_keys, id_counts, numbers
 from dpo_lightning.visible import one_line, visible
 
 BINS, BAR = 10, 40  # of a histogram: its rows, and characters of its longest bar

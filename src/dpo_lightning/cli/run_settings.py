@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
-from dpo_lightning.dpo.module import DPOModule
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
 SECTIONS = ("model", "data", "trainer", "replies", "checkpoint", "last", "predictions", "export")
@@ -100,24 +98,3 @@ def refused_folder(error: OSError, args: Sequence[str]) -> UserError | None:
     if touched != wanted and touched not in wanted.parents and wanted not in touched.parents:
         return None
     return UserError(f"trainer.default_root_dir '{folder}' cannot be written: {error.strerror}")
-
-
-def settle_validation(trainer: Trainer) -> None:
-    """Validates where Lightning would refuse to.
-
-    At the end of each epoch where `val_check_interval` is more batches than an epoch has; on one batch at least where
-    `overfit_batches` is a share.
-    """
-    interval, data = trainer.val_check_interval, trainer.datamodule
-    if 0 < trainer.overfit_batches < 1 and "val" in data.datasets:
-        trainer.limit_val_batches = max(1, int(len(data.val_dataloader().sampler) * trainer.overfit_batches))
-    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or trainer.fast_dev_run:
-        return
-    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    if 0 < batches < interval:
-        trainer.val_check_interval = 1.0
-        rank_zero_info(
-            f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: validating at the end of "
-            "each epoch instead (trainer.check_val_every_n_epoch: null counts batches across epochs)"
-        )

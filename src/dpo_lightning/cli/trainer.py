@@ -17,12 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from dpo_lightning.data.asking import Asking, checkpoint_asking, read_asking, settled_template
-from dpo_lightning.callbacks.checkpoints import (
+from dpo_lightning.callbacks.checkpoint_files import (
     DATA_SETTINGS,
     SETTINGS,
     AtomicCheckpointIO,
-    LastCheckpoint,
     can_go_on,
     check_checkpoint,
     check_resumable,
@@ -34,27 +32,29 @@ from dpo_lightning.callbacks.checkpoints import (
     restoring,
     version,
 )
-from dpo_lightning.data.datamodule import PreferenceDataModule
-from dpo_lightning.cli.download import download
-from dpo_lightning.errors import UserError
+from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
 from dpo_lightning.callbacks.export.callback import ExportCallback, check_options, export_policy, export_target
-from dpo_lightning.data.generated import MODEL_SETTINGS
 from dpo_lightning.callbacks.guards import GuardsCallback
-from dpo_lightning.models.hardware import fastest_precision
-from dpo_lightning.models.hub import first_line
-from dpo_lightning.dpo.module import DPOModule
-from dpo_lightning.cli.parsing import OneLineErrorParser, check_config_files, with_place
-from dpo_lightning.models.policy import load_config, tokenizer_name
 from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.progress import RunBar
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.run_folders import with_own_folder
-from dpo_lightning.cli.run_settings import check_settings, refused_folder
-from dpo_lightning.models.sharding import check_strategy
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
+from dpo_lightning.cli.download import download
+from dpo_lightning.cli.run_settings import check_settings, refused_folder
+from dpo_lightning.data.asking import Asking, checkpoint_asking, read_asking, settled_template
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.generated import MODEL_SETTINGS
+from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.errors import UserError
+from dpo_lightning.models.hardware import fastest_precision
+from dpo_lightning.models.hub import first_line
+from dpo_lightning.models.policy import load_config, tokenizer_name
+from dpo_lightning.models.sharding import check_strategy
+from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_place
 from dpo_lightning.storage.trust import TRUST, plain_settings
 from dpo_lightning.visible import one_line
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from dpo_lightning.data.formats import FORMATS, RowOptions
+from dpo_lightning.data.rendering import render_chats
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import first_line
-from dpo_lightning.data.rendering import render_chats
-from dpo_lightning.data.formats import FORMATS, RowOptions
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -8,16 +8,14 @@ The last token of a completion predicts nothing and is left out; the last prompt
 both completions. With an empty rejected completion (EOS alone) the rejected side adds no token at all.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler, SequentialSampler
 
 from dpo_lightning.data.encoding import EncodedPair
-from dpo_lightning.errors import UserError
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
 
@@ -157,72 +155,3 @@ def collate_prompts(prompts: Sequence[list[int]], pair_ids: Sequence[int]) -> Pr
         input_ids[b, width - len(ids) :] = torch.tensor(ids)
         attention_mask[b, width - len(ids) :] = 1
     return PromptBatch(input_ids, attention_mask, torch.as_tensor(pair_ids))
-
-
-class LengthGroupedBatchSampler(DistributedSampler):
-    """Batches of pair positions: a pure function of (lengths, seed, epoch), sharded by rank.
-
-    Shuffled, the pairs are cut into windows of `window` global batches, each window is sorted by length so that a
-    batch's rows are about equally long (little padding), and the batches are put in random order. Not shuffled, the
-    data keeps its order. Every pair is handed out exactly once an epoch: where the last global batch would leave a
-    rank without pairs, its pairs join the batch before it.
-
-    It is used as a DataLoader's `sampler` with `batch_size=None` (an item is a whole batch), and it is a
-    DistributedSampler so that Lightning takes it as it is instead of wrapping it.
-
-    Args:
-        lengths: tokens of each pair's row, [n].
-        batch_size: pairs per batch and rank.
-
-    Raises:
-        UserError: fewer pairs than ranks.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        shuffle: bool,
-        seed: int = 0,
-        rank: int = 0,
-        num_replicas: int = 1,
-        window: int = 50,
-    ) -> None:
-        if len(lengths) < num_replicas:
-            raise UserError(f"{len(lengths)} pairs cannot be shared out among {num_replicas} processes")
-        self.lengths = np.asarray(lengths)
-        self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
-        self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
-        self.start = 0  # batches of the epoch that are left out, because a resumed run has trained on them
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
-        return full + (rest > 0 if full == 0 else rest >= self.num_replicas)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches()[self.start :]:
-            yield batch[self.rank :: self.num_replicas].tolist()
-
-    def global_batches(self) -> list[np.ndarray]:
-        """This epoch's batches over all ranks, in order; each holds int64 pair positions."""
-        size = self.batch_size * self.num_replicas
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
-        batches = []
-        step = size * self.window
-        for start in range(0, len(order), step):
-            part = order[start : start + step]
-            if self.shuffle:
-                part = part[np.argsort(self.lengths[part], kind="stable")]
-            batches += [part[i : i + size] for i in range(0, len(part), size)]
-        if len(batches) > 1 and len(batches[-1]) < self.num_replicas:
-            short = batches.pop()
-            batches[-1] = np.concatenate([batches[-1], short])
-        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
-
-
-class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):
-    """The same batches in the same order every epoch, for `trainer.overfit_batches`.
-
-    Lightning replaces every other sampler by a SequentialSampler there, which knows nothing of batches and ranks.
-    """

@@ -7,10 +7,10 @@ the end and what replies stop at (`end_token`), so that a model never has to gue
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dpo_lightning.data.pair import BadCell, PreferencePair
+from dpo_lightning.data.rendering import render_chats
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import first_line
-from dpo_lightning.data.rendering import render_chats
-from dpo_lightning.data.formats import BadCell, PreferencePair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

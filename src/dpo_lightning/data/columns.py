@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from dpo_lightning.storage.arrow_cache import Columns
 from dpo_lightning.data.reading import PAIR_COLUMNS
+from dpo_lightning.storage.arrow_cache import Columns
 
 if TYPE_CHECKING:
     from datasets import Dataset

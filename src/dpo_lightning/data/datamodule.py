@@ -8,27 +8,18 @@ import functools
 import json
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from dpo_lightning.storage.arrow_cache import Columns, cached_dataset
 from dpo_lightning.data.asking import Asking, trained_asking
-from dpo_lightning.data.batching import (
-    FixedBatchSampler,
-    LengthGroupedBatchSampler,
-    PairBatch,
-    PromptBatch,
-    collate_columns,
-    collate_prompts,
-)
-from dpo_lightning.storage.digests import content_digest, key_digest
+from dpo_lightning.data.batching import PairBatch, PromptBatch
+from dpo_lightning.data.columns import batches_of, context_keys, numbers, text_keys
 from dpo_lightning.data.encoding import (
     EncodedPair,
     check_tokenizer,
@@ -37,24 +28,27 @@ from dpo_lightning.data.encoding import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
-from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.data.formats import RowOptions, check_templates, find_format, get_format, no_chat_template
 from dpo_lightning.data.generated import RejectedGenerator, generation_from, said
-from dpo_lightning.models.hub import local_path
-from dpo_lightning.data.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
-from dpo_lightning.dpo.cached_reference import ReferenceCache
-from dpo_lightning.callbacks.resume import ResumableLoader
-from dpo_lightning.data.formats import (
-    PreferencePair,
-    RowOptions,
-    check_templates,
-    find_format,
-    get_format,
-    no_chat_template,
-    shuffled_partners,
+from dpo_lightning.data.loaders import (
+    FixedBatchSampler,
+    IndexedRows,
+    LengthGroupedBatchSampler,
+    ResumableLoader,
+    _leave_signals_to_the_run,
+    collate_pair_rows,
+    collate_prompt_rows,
 )
+from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.data.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
+from dpo_lightning.data.rejected import shuffled_partners
 from dpo_lightning.data.sources import Source, dataset_weights, open_source
 from dpo_lightning.data.splits import mixed, split_by_key
-from dpo_lightning.data.columns import batches_of, context_keys, numbers, text_keys
+from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.models.hub import local_path
+from dpo_lightning.storage.arrow_cache import Columns, cached_dataset
+from dpo_lightning.storage.digests import content_digest, key_digest
+from dpo_lightning.storage.progress import progress
 from dpo_lightning.storage.trust import TRUST
 from dpo_lightning.visible import one_line
 
@@ -63,6 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dpo_lightning.data.chat import ChatTemplate
+    from dpo_lightning.dpo.cached_reference import ReferenceCache
 
 MAX_LENGTH, SHORTEST = 1024, 8  # tokens of a pair: where none are given, and the fewest
 LARGEST = 2**31 - 1
@@ -583,46 +578,6 @@ class Rejected(NamedTuple):
 
     made: tuple  # what tells them from others
     columns: Callable[[int, int], Columns]  # of pairs [start, stop): `rejected`, and its ids where there are any
-
-
-class IndexedRows:
-    """A map-style data set whose item is a whole batch: a list of positions gives those rows and their positions."""
-
-    def __init__(self, data: "Dataset") -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, positions: list[int]) -> tuple[dict[str, list], list[int]]:
-        return self.data[positions], positions
-
-
-def collate_pair_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch:
-    """A batch's encoded columns and their positions -> PairBatch."""
-    return collate_columns(*item)
-
-
-def collate_prompt_rows(item: tuple[dict[str, list], list[int]]) -> PromptBatch:
-    """A batch's prompt column and its positions -> PromptBatch."""
-    columns, positions = item
-    return collate_prompts(columns["prompt_ids"], positions)
-
-
-def progress(batches: Iterator[Columns], what: str, total: int | None = None) -> Iterator[Columns]:
-    """Hands batches on and shows how many rows have come, where that takes longer than a moment."""
-    from tqdm.auto import tqdm
-
-    with tqdm(desc=one_line(what), total=total, unit=" rows", delay=2, disable=rank_zero_only.rank != 0) as bar:
-        for columns in batches:
-            yield columns
-            bar.update(len(columns["prompt"]))
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _digest(*parts: Any) -> str:

@@ -5,7 +5,6 @@ function and a line in `FORMATS`; a user's own is a function named in YAML (`my_
 """
 
 import importlib
-import math
 import os
 import string
 import sys
@@ -14,50 +13,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from dpo_lightning.storage.digests import file_digest
+from dpo_lightning.data.cells import _cut, messages, number, text
+from dpo_lightning.data.pair import BadCell, BadRow, PreferencePair
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.visible import one_line
 
 if TYPE_CHECKING:
     from dpo_lightning.data.chat import ChatTemplate
 
-MAX_CELL = 1_000_000  # characters; far more than any model reads, and still tokenized within a second or two
 LISTED = 20  # names of columns in a message
 ASSISTANT_TURN = "\n\nAssistant:"  # ends the prompt in transcripts such as Anthropic's HH
-
-
-class BadRow(UserError):
-    """A row that cannot be trained on; `reason` names its kind, under which it is counted when it is skipped."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-class BadCell(Exception):
-    """What is wrong with a cell (or, without a column, with the pair); `row_to_pair` adds the row."""
-
-    def __init__(self, reason: str, column: str, message: str) -> None:
-        super().__init__(message)
-        self.reason, self.column = reason, column
-
-
-class PreferencePair(NamedTuple):
-    """One prompt with the completion that is wanted and the one that is not, all as text.
-
-    A conversation is held as its chat template renders it (`chat`): the prompt up to where the assistant's reply
-    begins, the completions without the token that ends the turn.
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-    context: str = ""  # what a reply is judged against (for SQL its CREATE TABLE statements)
-    weight: float = 1.0  # of the pair's loss
-    margin: float = 0.0  # by how much chosen is to be better
-    chat: bool = False
 
 
 def no_chat_template() -> "ChatTemplate":
@@ -90,89 +56,6 @@ class RowFormat(NamedTuple):
 OPTIONAL_COLUMNS = ("context", "weight", "margin")  # read in every format
 
 # ---------------------------------------------------------------------- cells
-
-
-def text(row: Mapping[str, Any], column: str) -> str:
-    """The text of a cell.
-
-    Raises:
-        BadCell: it is absent, null, not text, longer than `MAX_CELL`, or not whole Unicode characters.
-    """
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise _not_a(row, column, "text")
-    return _whole_characters(value, column)
-
-
-def messages(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
-    """The messages of a cell: [{"role": "user", "content": "Hi"}, ...]. Whatever else a message holds is left out.
-
-    Raises:
-        BadCell: it is no such list, is empty, or the text of a message is not as `text` wants it.
-    """
-    value = row.get(column)
-    if not isinstance(value, list | tuple):
-        raise _not_a(row, column, "a list of messages")
-    if not value:
-        raise BadCell("no messages", column, "found an empty list where messages belong")
-    read = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            found = _cut(f"{type(message).__name__} {message!r}")
-            raise BadCell(
-                "not a message", column, f"found {found} where message {number}, a role and a content, belongs"
-            )
-        if not isinstance(content := message.get("content"), str):
-            found = _cut("null" if content is None else f"{type(content).__name__} {content!r}")
-            raise BadCell(
-                "not a message", column, f"found {found} where the content of message {number}, text, belongs"
-            )
-        read.append({"role": message["role"], "content": _whole_characters(content, column)})
-    return read
-
-
-def number(row: Mapping[str, Any], column: str, otherwise: float) -> float:
-    """The number of a cell, `otherwise` where it is absent, null or, as in a CSV file, empty.
-
-    Raises:
-        BadCell: it is no finite number.
-    """
-    value = row.get(column)
-    if value is None or value == "":
-        return otherwise
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise BadCell(f"bad {column}", column, f"found {_cut(repr(value))} where a finite number belongs")
-    return found
-
-
-def _not_a(row: Mapping[str, Any], column: str, wanted: str) -> BadCell:
-    if column not in row:
-        return BadCell("missing column", column, f"found nothing where {wanted} belongs")
-    value = row[column]
-    if value is None:
-        return BadCell("null", column, f"found null where {wanted} belongs")
-    return BadCell(f"not {wanted}", column, f"found {_cut(f'{type(value).__name__} {value!r}')} where {wanted} belongs")
-
-
-def _whole_characters(value: str, column: str) -> str:
-    if len(value) > MAX_CELL:
-        raise BadCell("too long", column, f"found {len(value):,} characters where at most {MAX_CELL:,} belong")
-    if value.isascii():
-        return value
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
-            found = f"found the byte 0x{code - 0xDC00:X} where UTF-8 belongs"
-            raise BadCell("not UTF-8", column, found) from None
-        found = f"found half a character (\\u{code:x}) where Unicode text belongs"
-        raise BadCell("not Unicode", column, found) from None
-    return value
 
 
 # ---------------------------------------------------------------------- formats
@@ -430,35 +313,6 @@ def with_optional_columns(pair: PreferencePair, row: Mapping[str, Any]) -> Prefe
     return pair._replace(weight=weight, margin=margin)
 
 
-def shuffled_partners(texts: Sequence[Any], seed: int, source: str) -> np.ndarray:
-    """For `rejected: shuffled`: a permutation, int64 [n], that pairs each text with a different text of the data.
-
-    Equal texts are laid side by side in a seeded order and the order is then turned by the size of the largest
-    group, so no text can meet its equal, and every text is used exactly once.
-
-    Args:
-        texts: the texts, or numbers that stand for them (their hashes), [n].
-
-    Raises:
-        UserError: one text makes up more than half of the data, so there is no such permutation.
-    """
-    groups, inverse, counts = np.unique(np.asarray(texts), return_inverse=True, return_counts=True)
-    turn = int(counts.max())
-    if 2 * turn > len(texts):
-        raise UserError(
-            f"{source}: rejected: shuffled needs other rows' answers, but {turn} of {len(texts)} have the same one"
-        )
-    rng = np.random.default_rng(seed)
-    order = np.lexsort((rng.random(len(texts)), rng.permutation(len(groups))[inverse]))
-    partners = np.empty(len(texts), dtype=np.int64)
-    partners[order] = np.roll(order, turn)
-    return partners
-
-
 def _quoted(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
     return ", ".join(f"'{one_line(_cut(str(name)))}'" for name in names[:LISTED]) + more
-
-
-def _cut(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[:length] + "…"

@@ -26,17 +26,17 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
 from dpo_lightning.data.batching import PromptBatch, collate_prompts
-from dpo_lightning.storage.digests import file_digest, key_digest
+from dpo_lightning.data.columns import text_keys
 from dpo_lightning.data.encoding import encode_prompts, tokenizer_fingerprint
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.models.hub import from_hub_or_folder
+from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy
+from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
+from dpo_lightning.storage.digests import file_digest, key_digest
 from dpo_lightning.storage.jsonl import append_lines, whole_lines
 from dpo_lightning.storage.locks import alone
-from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy
-from dpo_lightning.dpo.cached_reference import with_progress
-from dpo_lightning.data.columns import text_keys
+from dpo_lightning.storage.progress import with_progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -213,7 +213,7 @@ class RejectedGenerator:
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _lines(self, model: "PreTrainedModel", pairs: "Dataset", positions: list[int]) -> list[dict[str, Any]]:
-        from dpo_lightning.callbacks.replies import Reply, generate
+        from dpo_lightning.models.generate import Reply, generate
 
         rows = pairs.select_columns(["prompt", "chosen", "chat"])[positions]
         texts = list(zip(rows["prompt"], rows["chosen"], strict=True))
@@ -226,7 +226,8 @@ class RejectedGenerator:
                 *(tensor.to(model.device) for tensor in collate_prompts([prompts[i] for i in todo], todo))
             )
             draws = Draws([_seed(self.seed, attempt, *texts[i]) for i in todo], self.generation)
-            made = generate(model, batch, self.tokenizer, self.generation.max_new_tokens, [draws])
+            limit = self.generation.max_new_tokens
+            made = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, [draws])
             replies |= dict(zip(todo, made, strict=True))
             todo = [i for i in todo if replies[i].text.strip() == rows["chosen"][i].strip()]
             if not todo:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from dpo_lightning.errors import UserError
-from dpo_lightning.data.formats import OPTIONAL_COLUMNS, BadRow, PreferencePair, RowFormat, RowOptions, row_to_pair
+from dpo_lightning.data.formats import OPTIONAL_COLUMNS, RowFormat, RowOptions, row_to_pair
+from dpo_lightning.data.pair import BadRow, PreferencePair
 from dpo_lightning.data.sources import READ_ROWS, Source
+from dpo_lightning.errors import UserError
 
 ON_BAD_ROW = ("error", "skip")
 REMEDY = "mend or remove the row, or set data.on_bad_row: skip"

@@ -27,7 +27,9 @@ Messages = Sequence[Mapping[str, str]]
 SECONDS = 5  # for one conversation; usual are milliseconds
 MEGABYTES = 512  # beyond what the process has when it starts
 LONGEST = 20_000_000  # characters of a rendered conversation
-START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dpo_lightning.data.rendering import serve; serve()"
+START = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dpo_lightning.data.rendering import serve; serve()"
+)
 
 
 def render_chats(

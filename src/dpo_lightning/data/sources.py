@@ -11,10 +11,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_lightning.storage.digests import file_digest
+from dpo_lightning.data.formats import FORMATS
+from dpo_lightning.data.pair import BadRow
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import first_line, from_hub_or_folder, local_path, looks_local
-from dpo_lightning.data.formats import FORMATS, BadRow
+from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.visible import one_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")

@@ -1,0 +1,1 @@
+"""The method: loss, log-probs, references, and the LightningModule that trains with them."""

@@ -7,7 +7,7 @@ called `.partial` and holds NaN where nothing is known yet, so an interrupted pa
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,15 +16,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from dpo_lightning.storage.arrow_cache import lock_file
 from dpo_lightning.data.batching import PairBatch, collate_columns
-from dpo_lightning.storage.digests import content_digest, file_digest, key_digest
+from dpo_lightning.data.columns import id_counts
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.errors import UserError
+from dpo_lightning.models.generate import evaluating
+from dpo_lightning.storage.arrow_cache import lock_file
+from dpo_lightning.storage.digests import content_digest, file_digest, key_digest
 from dpo_lightning.storage.locks import alone
-from dpo_lightning.dpo.logps import evaluating
-from dpo_lightning.data.columns import id_counts
-from dpo_lightning.visible import one_line
+from dpo_lightning.storage.progress import with_progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -254,16 +254,6 @@ def _complete(partial: Path, folder: Path, key: dict[str, Any]) -> None:
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # one that could not be used
     partial.rename(folder)
-
-
-def with_progress(positions: np.ndarray, size: int, description: str, shown: bool) -> Iterator[list[int]]:
-    """Hands out positions, `size` at a time, and shows how many pairs are done."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(positions), desc=one_line(description), unit="pair", disable=not shown) as bar:
-        for start in range(0, len(positions), size):
-            yield positions[start : start + size].tolist()
-            bar.update(len(positions[start : start + size]))
 
 
 def batch_of(data: "Dataset", positions: Sequence[int]) -> PairBatch:

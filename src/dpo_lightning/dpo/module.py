@@ -15,34 +15,35 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from dpo_lightning.callbacks import resume
 from dpo_lightning.data.asking import KEY as ASKING
 from dpo_lightning.data.asking import asking_of
 from dpo_lightning.data.batching import PairBatch, PromptBatch
-from dpo_lightning.storage.digests import weights_digest
-from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.data.columns import numbers
+from dpo_lightning.dpo import resume
+from dpo_lightning.dpo.cached_reference import is_cached, open_caches
 from dpo_lightning.dpo.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.dpo.half_precision import check_trained_dtype, full, keep_inputs
-from dpo_lightning.models.hardware import fastest_attention
-from dpo_lightning.models.hub import first_line
-from dpo_lightning.dpo.logps import PairLogps, Scoring, choose_scoring, pair_logps
+from dpo_lightning.dpo.logps import PairLogps, Scoring, compute_pair_logps, pair_logps
 from dpo_lightning.dpo.metrics import PairMetrics
-from dpo_lightning.models.policy import assert_no_dropout, base_model_name, load_config, load_policy, position_count
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.dpo.reference import AdapterOff, FrozenCopy, Reference
 from dpo_lightning.dpo.reference_adapter import AdapterCopy, MovingCopy, load_weights, move, weights_to_save
-from dpo_lightning.dpo.cached_reference import is_cached, open_caches
 from dpo_lightning.dpo.schedules import SCHEDULES, rate_at
+from dpo_lightning.dpo.shared_prompt import choose_scoring
+from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.models.hardware import fastest_attention
+from dpo_lightning.models.hub import first_line
+from dpo_lightning.models.policy import assert_no_dropout, base_model_name, load_config, load_policy, position_count
 from dpo_lightning.models.sharding import check_strategy, data_parallel_mesh, shard, whole
+from dpo_lightning.storage.digests import weights_digest
 from dpo_lightning.storage.states import check_amount
-from dpo_lightning.data.columns import numbers
 from dpo_lightning.storage.trust import TRUST
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from dpo_lightning.callbacks.replies import Reply
+    from dpo_lightning.models.generate import Reply
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of products, by the Trainer's precision
 CONVERTED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # of weights, by the same
@@ -245,9 +246,9 @@ class DPOModule(LightningModule):
 
     def _shard(self) -> None:
         mesh = data_parallel_mesh(self.device_mesh)
-        shard(self.causal_lm, mesh)
+        shard(self.causal_lm, mesh, compute_pair_logps)
         if isinstance(self.reference, FrozenCopy):
-            shard(self.reference.model, mesh)
+            shard(self.reference.model, mesh, compute_pair_logps)
         elif self.reference is not None:
             self.reference = self.make_reference()  # of the sharded adapter
 
@@ -333,9 +334,15 @@ class DPOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> "list[Reply]":
         """Greedy replies to a batch of prompts."""
-        from dpo_lightning.callbacks.replies import generate
+        from dpo_lightning.models.generate import generate
 
-        return generate(self.causal_lm, batch, self.trainer.datamodule.tokenizer, self.hparams.max_new_tokens)
+        return generate(
+            self.causal_lm,
+            batch.input_ids,
+            batch.attention_mask,
+            self.trainer.datamodule.tokenizer,
+            self.hparams.max_new_tokens,
+        )
 
     def settle_scoring(self, batch: PairBatch) -> None:
         """Finds out, once, how this model's log-probs are computed (see `choose_scoring`); on all ranks."""
@@ -481,7 +488,7 @@ class DPOModule(LightningModule):
     # ------------------------------------------------------------------ checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what resuming needs (`dpo_lightning.callbacks.resume`), how to ask, and the reference where it moves."""
+        """Adds what resuming needs (`dpo_lightning.dpo.resume`), how to ask, and the reference where it moves."""
         if self.hparams.sync_ref_model:
             checkpoint["reference"] = weights_to_save(self.reference)
         checkpoint["skipped_steps"] = self.skipped.total

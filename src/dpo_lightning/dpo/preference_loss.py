@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.dpo.logps import PairLogps
 from dpo_lightning.dpo.losses import LOSSES, Finite, Loss, NotNegative, Pairs, Positive, Share
+from dpo_lightning.errors import UserError, did_you_mean
 
 
 def alpha_score(ratios: Tensor, alpha: float) -> Tensor:

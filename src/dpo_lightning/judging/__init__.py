@@ -1,0 +1,1 @@
+"""Is a reply any good? Judges, their shares, and how replies are shown."""

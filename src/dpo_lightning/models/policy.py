@@ -256,7 +256,7 @@ def check_lora(options: dict[str, Any]) -> None:
     """
     from peft import LoraConfig
 
-    from dpo_lightning.cli.parsing import OneLineErrorParser
+    from dpo_lightning.parsing import OneLineErrorParser
 
     parser = OneLineErrorParser()
     parser.add_class_arguments(LoraConfig, "model.lora", fail_untyped=False)

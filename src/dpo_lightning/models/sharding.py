@@ -1,6 +1,7 @@
 """Model -> the same model with its weights sharded over ranks (FSDP2), and sharded weights -> whole ones."""
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.dpo.logps import compute_pair_logps
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -47,11 +47,14 @@ def data_parallel_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
     return mesh["data_parallel"]
 
 
-def shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
+def shard(model: "PreTrainedModel", mesh: "DeviceMesh", forward: Callable) -> None:
     """Shards a causal LM in place with `fully_shard`: each block is a unit, and what is left is one.
 
-    Weights are whole only while their unit computes. `pair_logps` calls the model's parts instead of the model, so
-    that is registered as a forward pass of its own.
+    Weights are whole only while their unit computes.
+
+    Args:
+        forward: a function of the model that calls its parts instead of the model. It becomes the model's method
+            `sharded_pair_logps`, registered as a forward pass of its own.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -60,7 +63,7 @@ def shard(model: "PreTrainedModel", mesh: "DeviceMesh") -> None:
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    model.sharded_pair_logps = compute_pair_logps.__get__(model)
+    model.sharded_pair_logps = forward.__get__(model)
     register_fsdp_forward_method(model, "sharded_pair_logps")
 
 

@@ -1,0 +1,1 @@
+"""Files that survive kills and neighbours: caches, locks, JSON lines, digests."""

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import first_line
+from dpo_lightning.storage.digests import file_digest
 
 MANIFEST = "dpo_lightning_export.json"
 

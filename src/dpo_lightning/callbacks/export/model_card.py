@@ -10,12 +10,12 @@ import lightning
 import transformers
 from lightning.pytorch import Trainer
 
-from dpo_lightning.data.asking import Asking
-from dpo_lightning.models.hub import looks_local
-from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.judging.views import markdown_table, markdown_text, visible
 from dpo_lightning.callbacks.context import find_callback
+from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.data.asking import Asking
 from dpo_lightning.data.sources import dataset_weights
+from dpo_lightning.judging.views import markdown_table, markdown_text, visible
+from dpo_lightning.models.hub import looks_local
 
 if TYPE_CHECKING:
     from dpo_lightning.dpo.module import DPOModule

@@ -1,0 +1,1 @@
+"""What a run was and did, on one page."""

@@ -13,18 +13,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
-from dpo_lightning.errors import Stopped
+from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
 from dpo_lightning.callbacks.export.callback import ExportCallback
-from dpo_lightning.models.hardware import device_name, peak_memory
+from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.callbacks.report.history import Curve, History
 from dpo_lightning.callbacks.report.outcome import closing_line
-from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.callbacks.report.page import Run, render
-from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
-from dpo_lightning.data.sources import dataset_weights
-from dpo_lightning.storage.states import check_amount, check_state
 from dpo_lightning.callbacks.storyboard import settings
 from dpo_lightning.data.columns import numbers
+from dpo_lightning.data.sources import dataset_weights
+from dpo_lightning.errors import Stopped
+from dpo_lightning.models.hardware import device_name, peak_memory
+from dpo_lightning.storage.states import check_amount, check_state
 
 MAX_MARGINS = 2000  # remembered of one validation
 STATE = {"curves": {str: [(int, int | float)]}, "margins": {int: [float]}, "warnings": [str]}

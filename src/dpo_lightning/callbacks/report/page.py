@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
 from dpo_lightning.callbacks.report.history import Curve
 from dpo_lightning.callbacks.report.outcome import WORDS, change, percent
-from dpo_lightning.callbacks.replies import Showing
+from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.views import visible
-from dpo_lightning.data.formats import PreferencePair
 
 SHOWN_REPLIES = 5  # of a prompt: before, after, and some between
 

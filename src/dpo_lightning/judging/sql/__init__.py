@@ -1,0 +1,1 @@
+"""SQL replies, judged in a sandbox."""

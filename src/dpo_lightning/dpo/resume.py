@@ -9,7 +9,6 @@ restoring them depends on the hook that saved, and loses count where several res
 import math
 import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.storage.states import check_amount, check_state, check_type
@@ -27,30 +25,6 @@ KEY = "dpo_lightning"  # in a checkpoint
 STATE = {"run": dict, "batches": int | float, "metrics": {str: torch.Tensor}}
 LENGTH = {"trainer.max_epochs", "trainer.max_steps"}
 MAY_CHANGE = LENGTH | {"trainer.precision", "trainer.gradient_clip_val"}
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader that begins an epoch where the trainer stands in it: batches that are trained on are left out.
-
-    The sampler is told (`start`) and leaves them out, so nothing of them is read. It is told when the first batch is
-    asked for: Lightning makes the iterator long before, when neither epoch nor position are known. Whoever else
-    iterates over it gets the whole epoch.
-    """
-
-    trainer: Trainer | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        trainer = self.trainer
-        training = trainer is not None and trainer.training and trainer.train_dataloader is self
-        self.sampler.start = trainer.fit_loop.batch_idx + 1 if training else 0
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing, the position is the trainer's; that there is a state tells Lightning that it can resume."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
 
 
 def seed_batch(trainer: Trainer) -> None:

@@ -1,0 +1,138 @@
+"""Encoded pairs -> the order in which they are batched, and loaders that a resumed run can begin in the middle."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+
+from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class LengthGroupedBatchSampler(DistributedSampler):
+    """Batches of pair positions: a pure function of (lengths, seed, epoch), sharded by rank.
+
+    Shuffled, the pairs are cut into windows of `window` global batches, each window is sorted by length so that a
+    batch's rows are about equally long (little padding), and the batches are put in random order. Not shuffled, the
+    data keeps its order. Every pair is handed out exactly once an epoch: where the last global batch would leave a
+    rank without pairs, its pairs join the batch before it.
+
+    It is used as a DataLoader's `sampler` with `batch_size=None` (an item is a whole batch), and it is a
+    DistributedSampler so that Lightning takes it as it is instead of wrapping it.
+
+    Args:
+        lengths: tokens of each pair's row, [n].
+        batch_size: pairs per batch and rank.
+
+    Raises:
+        UserError: fewer pairs than ranks.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        num_replicas: int = 1,
+        window: int = 50,
+    ) -> None:
+        if len(lengths) < num_replicas:
+            raise UserError(f"{len(lengths)} pairs cannot be shared out among {num_replicas} processes")
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
+        self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
+        self.start = 0  # batches of the epoch that are left out, because a resumed run has trained on them
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
+        return full + (rest > 0 if full == 0 else rest >= self.num_replicas)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.global_batches()[self.start :]:
+            yield batch[self.rank :: self.num_replicas].tolist()
+
+    def global_batches(self) -> list[np.ndarray]:
+        """This epoch's batches over all ranks, in order; each holds int64 pair positions."""
+        size = self.batch_size * self.num_replicas
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
+        batches = []
+        step = size * self.window
+        for start in range(0, len(order), step):
+            part = order[start : start + step]
+            if self.shuffle:
+                part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches += [part[i : i + size] for i in range(0, len(part), size)]
+        if len(batches) > 1 and len(batches[-1]) < self.num_replicas:
+            short = batches.pop()
+            batches[-1] = np.concatenate([batches[-1], short])
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+
+class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):
+    """The same batches in the same order every epoch, for `trainer.overfit_batches`.
+
+    Lightning replaces every other sampler by a SequentialSampler there, which knows nothing of batches and ranks.
+    """
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader that begins an epoch where the trainer stands in it: batches that are trained on are left out.
+
+    The sampler is told (`start`) and leaves them out, so nothing of them is read. It is told when the first batch is
+    asked for: Lightning makes the iterator long before, when neither epoch nor position are known. Whoever else
+    iterates over it gets the whole epoch.
+    """
+
+    trainer: Trainer | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        trainer = self.trainer
+        training = trainer is not None and trainer.training and trainer.train_dataloader is self
+        self.sampler.start = trainer.fit_loop.batch_idx + 1 if training else 0
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, the position is the trainer's; that there is a state tells Lightning that it can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class IndexedRows:
+    """A map-style data set whose item is a whole batch: a list of positions gives those rows and their positions."""
+
+    def __init__(self, data: "Dataset") -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, positions: list[int]) -> tuple[dict[str, list], list[int]]:
+        return self.data[positions], positions
+
+
+def collate_pair_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch:
+    """A batch's encoded columns and their positions -> PairBatch."""
+    return collate_columns(*item)
+
+
+def collate_prompt_rows(item: tuple[dict[str, list], list[int]]) -> PromptBatch:
+    """A batch's prompt column and its positions -> PromptBatch."""
+    columns, positions = item
+    return collate_prompts(columns["prompt_ids"], positions)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

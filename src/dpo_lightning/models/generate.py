@@ -1,0 +1,78 @@
+"""Model + prompts -> greedy replies, and a model in eval mode for a while."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Reply(NamedTuple):
+    """What a model answered to one prompt."""
+
+    text: str
+    token_ids: list[int]  # EOS not counted
+    stopped: bool  # ended by EOS, not by the length limit
+
+
+@torch.no_grad()
+def generate(
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_new_tokens: int,
+    processors: "Sequence[LogitsProcessor]" = (),
+) -> list[Reply]:
+    """Greedy replies to a batch of prompts, with a KV cache.
+
+    The model's own generation settings (sampling, penalties) are not used: replies are to show the model.
+
+    Args:
+        input_ids: prompts padded on the left, [B, T] int64, on the model's device.
+        attention_mask: [B, T] int64, 0 at padding.
+        processors: they change each new token's logits first.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    eos = tokenizer.eos_token_id
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    room = max(1, limit - max_new_tokens)
+    config = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, limit - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
+    )
+    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
+        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
+        try:
+            output = model.generate(
+                input_ids=input_ids[:, -room:],
+                attention_mask=attention_mask[:, -room:],
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+            )
+        finally:
+            model.generation_config = own
+    replies = []
+    for ids in output[:, input_ids[:, -room:].shape[1] :].tolist():
+        stopped = eos in ids
+        ids = ids[: ids.index(eos)] if stopped else ids
+        replies.append(Reply(tokenizer.decode(ids, skip_special_tokens=False), ids, stopped))
+    return replies
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
