@@ -1,5 +1,6 @@
 """What Lightning users try on the command line and in YAML: it works, or one line says where and what may be there."""
 
+import os
 import subprocess
 import sys
 
@@ -195,3 +196,12 @@ def test_misspelt_files_get_a_suggestion(run, capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("model:\n  beta: 0.1\n")
     assert run("--config", "mein.yaml") == 2
     assert "did you mean 'mine.yaml'?" in error_line(capsys)
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(REPO / "cli.py"), "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

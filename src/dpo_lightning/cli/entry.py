@@ -21,6 +21,11 @@ from dpo_lightning.visible import one_line, show_only_visible, visible
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
+BROKEN_PIPE_EXIT = 141  # as shells report SIGPIPE
+CANNOT_BE_WRITTEN = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room
+    *(errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM),  # no place
+}
 
 
 class Command(NamedTuple):
@@ -85,12 +90,15 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    if not args or args[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if args else USER_ERROR_EXIT
-    keep_quiet()
+    asks = not args or args[0] in ("-h", "--help")
+    if not asks:
+        keep_quiet()
     try:
-        run(args)
+        if asks:
+            print(usage())
+        else:
+            run(args)
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             raise
@@ -109,13 +117,16 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
+    except BrokenPipeError:  # who reads the output, such as `head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so when it ends
+        return BROKEN_PIPE_EXIT
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if debug or error.errno not in CANNOT_BE_WRITTEN:
             raise
         name = one_line(str(error.filename or "a file of the run"))
         print(f"error: {name} cannot be written: {error.strerror}", file=sys.stderr)
         return USER_ERROR_EXIT
-    return 0
+    return 0 if args else USER_ERROR_EXIT
 
 
 def stopped(args: Sequence[str], stop: Stopped) -> str:
