@@ -21,6 +21,7 @@ from dpo_lightning.visible import one_line, show_only_visible, visible
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
+TERMINATED_EXIT = 143  # as shells report SIGTERM
 BROKEN_PIPE_EXIT = 141  # as shells report SIGPIPE
 CANNOT_BE_WRITTEN = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room
@@ -113,6 +114,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
     except SystemExit as end:
+        if type(end).__name__ == "SIGTERMException":  # Lightning's, outside of the steps; it would exit with 0
+            print("ended by SIGTERM", file=sys.stderr)
+            return TERMINATED_EXIT
         if not isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way to end before the first step
             raise
         print("interrupted", file=sys.stderr)
