@@ -1,7 +1,7 @@
 """Prompts -> greedy replies, their judgment, and the callback that shows and keeps them before, during and after."""
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,9 +15,6 @@ from dpo_lightning.judging.views import markdown_table, show_replies
 from dpo_lightning.models.generate import Reply, generate
 from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.states import check_state
-
-if TYPE_CHECKING:
-    pass
 
 REMEMBERED = 6  # prompts whose replies are kept in memory and in checkpoints, for the report
 

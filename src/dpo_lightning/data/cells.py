@@ -2,13 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_lightning.data.pair import BadCell
-
-if TYPE_CHECKING:
-    pass
-
 
 MAX_CELL = 1_000_000  # characters; far more than any model reads, and still tokenized within a second or two
 

@@ -1,11 +1,8 @@
 """What a row becomes: a pair of completions to one prompt, or the reason why it cannot."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from dpo_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 class BadRow(UserError):

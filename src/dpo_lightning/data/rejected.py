@@ -1,14 +1,11 @@
 """Rejected completions for data without them: another row's answer."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dpo_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def shuffled_partners(texts: Sequence[Any], seed: int, source: str) -> np.ndarray:

@@ -2,15 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.reply_metrics import repetition
 from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result
 from dpo_lightning.models.generate import Reply
-
-if TYPE_CHECKING:
-    pass
 
 
 def judge(reply: Reply, pair: PreferencePair) -> dict[str, float | None]:

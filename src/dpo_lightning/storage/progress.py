@@ -1,19 +1,12 @@
 """Work that takes longer than a moment -> the same work with a bar that shows how far it is."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
 from dpo_lightning.storage.arrow_cache import Columns
 from dpo_lightning.visible import one_line
-
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
 
 
 def progress(batches: Iterator[Columns], what: str, total: int | None = None) -> Iterator[Columns]:
