@@ -121,10 +121,8 @@ def test_the_command_to_go_on_has_one_ckpt_path(monkeypatch):
     assert text.endswith("    dpo-lightning fit --data.prompt_template 'a b' --ckpt_path last")
 
 
-def test_sigterm_while_a_run_ends_is_not_success(fit, capsys, monkeypatch):
-    """Between the steps and the process's end the signals are Lightning's, which would exit with 0."""
-    from dpo_lightning.callbacks.replies import RepliesCallback
-
-    monkeypatch.setattr(RepliesCallback, "on_fit_end", lambda *_: os.kill(os.getpid(), signal.SIGTERM), raising=False)
-    assert fit("--trainer.max_steps", "1") == 143
-    assert "ended by SIGTERM" in capsys.readouterr().err
+def test_sigterm_before_the_first_step_is_not_success(fit, capsys, monkeypatch):
+    """Until the first step the signals are Lightning's, which would exit with 0."""
+    monkeypatch.setattr(DPOModule, "on_validation_start", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    assert fit("--trainer.num_sanity_val_steps", "2") == 143
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "ended by SIGTERM"
