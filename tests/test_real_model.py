@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from test_module import Record
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from conftest import SHARED, needs_shared
@@ -15,7 +16,6 @@ from dpo_lightning.dpo.logps import Scoring, pair_logps
 from dpo_lightning.dpo.shared_prompt import choose_scoring
 from dpo_lightning.models.generate import generate
 from dpo_lightning.models.policy import load_policy
-from test_module import Record
 
 TRAIN, TEST = (str(SHARED / "data" / f"wikisql-{split}.jsonl") for split in ("train", "test"))
 

@@ -5,9 +5,9 @@ import re
 from itertools import takewhile
 
 import pytest
-from terminal import in_terminal
 
 from conftest import REPO
+from terminal import in_terminal
 
 DEMO = REPO / "src" / "dpo_lightning" / "demo"
 FIT = (
@@ -73,7 +73,10 @@ def test_the_results_of_a_fit_stay_on_the_screen(folder, columns):
     assert not any("batch " in line for line in seen.lines), "validations leave nothing behind"
     end = squeezed("".join(seen.lines[-12:]))
     assert "modelwrittentolightning_logs/version_0/huggingface" in end
-    assert re.search(r"on3questions.*;model:lightning_logs/version_0/huggingface;report:.*/report\.html$", end), end
+    # Whether six steps change a reply hangs on the rounding of the machine.
+    assert re.search(
+        r"(on3questions|all3repliesarestill).*;model:lightning_logs/version_0/huggingface;report:.*/report\.html$", end
+    ), end
 
 
 def test_warnings_and_log_lines_land_above_the_bar_and_ctrl_c_gives_the_terminal_back(folder):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attacked import LAST, command, edited, error_line, trained
 
+from attacked import LAST, command, edited, error_line, trained
 from dpo_lightning.cli.entry import main
 
 

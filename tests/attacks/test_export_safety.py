@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from attacked import LAST, command, edited, error_line, trained
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+from attacked import LAST, command, edited, error_line, trained
 from dpo_lightning.callbacks.export.folder import MANIFEST
 from dpo_lightning.cli.entry import main
 from ranks import run_ranks

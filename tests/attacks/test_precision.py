@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from test_losses import logps
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
@@ -19,7 +20,6 @@ from dpo_lightning.dpo.metrics import PairMetrics
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.errors import UserError
 from ranks import run_ranks
-from test_losses import logps
 
 
 class Log(Callback):

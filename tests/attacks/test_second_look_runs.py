@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attacked import LAST, command, edited, error_line, trained
 
+from attacked import LAST, command, edited, error_line, trained
 from dpo_lightning.cli.entry import main
 from dpo_lightning.storage.locks import hold
 

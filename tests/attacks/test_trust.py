@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from attacked import LAST, command, edited, error_line, trained
 from transformers import AutoModelForCausalLM
 
+from attacked import LAST, command, edited, error_line, trained
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.entry import main
 from dpo_lightning.errors import UserError

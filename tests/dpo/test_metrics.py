@@ -1,8 +1,8 @@
 import torch
+from test_losses import POLICY, REFERENCE, logps
 
 from dpo_lightning.dpo.metrics import PAIR_METRICS, PairMetrics
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
-from test_losses import POLICY, REFERENCE, logps
 
 rewards = PreferenceLoss(beta=0.1).rewards
 

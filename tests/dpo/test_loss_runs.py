@@ -5,14 +5,14 @@ import warnings
 
 import pytest
 import torch
+from test_losses import AT_ZERO
+from test_module import Record
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.dpo.losses import LOSSES
 from dpo_lightning.errors import UserError
-from test_losses import AT_ZERO
-from test_module import Record
 
 
 @pytest.fixture

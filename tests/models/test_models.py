@@ -1,6 +1,6 @@
 """Tiny random models of many families train three steps and export; the table in docs/models.md is what was found.
 
-`DPO_WRITE_DOCS=1 pytest tests/test_models.py` writes the table.
+`DPO_WRITE_DOCS=1 pytest tests/models/test_models.py` writes the table.
 """
 
 import functools
@@ -26,7 +26,7 @@ from dpo_lightning.models import policy
 from dpo_lightning.models.policy import load_policy
 
 DOC = REPO / "docs" / "models.md"
-TABLE = re.compile(r"(<!-- made by tests/test_models.py -->\n).*?(<!-- end -->)", re.S)
+TABLE = re.compile(r"(<!-- made by tests/models/test_models.py -->\n).*?(<!-- end -->)", re.S)
 WINDOW = 16  # tokens, fewer than a row has
 
 # A large initial spread: with the usual 0.02 a tiny model hardly looks at its context and any mask would pass.

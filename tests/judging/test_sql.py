@@ -12,7 +12,7 @@ from dpo_lightning.judging.sql.judge import SQLMetrics, compiles, equivalent_tex
 from dpo_lightning.judging.sql.sandbox import Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
 
-WIKISQL = Path(__file__).parents[1] / ".." / "shared" / "data" / "wikisql-test.jsonl"
+WIKISQL = Path(__file__).parents[2] / ".." / "shared" / "data" / "wikisql-test.jsonl"
 
 PLAYERS = "CREATE TABLE players (name VARCHAR, team VARCHAR, goals INTEGER, year INTEGER, country VARCHAR)"
 SCHOOL = (

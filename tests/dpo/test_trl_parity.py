@@ -2,13 +2,13 @@
 
 import pytest
 from datasets import Dataset
+from test_module import Record
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.dpo.logps import Scoring
-from test_module import Record
 
 STEPS, BATCH, RATE = 20, 2, 1e-3
 
