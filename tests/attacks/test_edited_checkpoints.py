@@ -134,7 +134,7 @@ def test_a_checkpoint_of_weights_alone_is_tested_and_exported_but_not_gone_on_wi
     line = error_line(capsys)
     assert "holds the weights alone (checkpoint.save_weights_only)" in line and "--ckpt_path last" in line
     best.touch()  # the newest one: `last` is what a run can go on from
-    with pytest.warns(UserWarning, match="no run can go on from it"):
+    with pytest.warns(UserWarning, match="no run can be resumed from it"):
         assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "3", *args) == 0
     assert not Path("lightning_logs", "version_1").exists()
     assert torch.load(LAST, weights_only=True)["global_step"] == 3

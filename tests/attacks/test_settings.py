@@ -57,6 +57,7 @@ def error_line(capsys):
         ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1"),
         ("--trainer.precision transformer-engine", "trainer: Requirement 'transformer_engine"),
         ("--trainer.precision bf16mixed", "did you mean 'bf16-mixed'?"),
+        ("--trainer.default_root_dir /proc/nowhere --trainer.logger false", "/proc/nowhere cannot be used: No such"),
         ("--trainer.default_root_dir /proc/nowhere", "'/proc/nowhere/lightning_logs/version_0' cannot be written"),
         ("--trainer.devices 0", "trainer.devices is 0: on the CPU it is a number of processes"),
         ("--trainer.devices 9999", "trainer.devices is 9999: on the CPU it is a number of processes"),
@@ -109,6 +110,8 @@ def test_a_setting_that_cannot_be_is_one_line(run, capsys, args, words):
         (b"just text\n", "line 1: here begins a text"),
         (b"", "is empty"),
         (b"trainer: 5\n", "line 1: trainer is '5': it must be a section"),
+        (b"model:\n  beta: null\n", "line 2: model.beta is null: it must have a value (left out, it is 0.1)"),
+        (b"last:\n  every_n_steps: null\n", "line 2: last.every_n_steps is null: it must have a value"),
     ],
 )
 def test_a_mistake_in_a_file_names_file_and_line(run, capsys, tmp_path, content, words):

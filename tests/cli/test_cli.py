@@ -229,7 +229,7 @@ def test_ctrl_c_ends_without_a_traceback_or_half_an_export(tmp_path, model_folde
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "Traceback" not in stderr and "which is saved; to go on:" in stderr
+    assert "Traceback" not in stderr and "which is saved; to resume:" in stderr
     assert list(Path(tmp_path).glob("lightning_logs/*/checkpoints/last.ckpt"))
     assert not list(Path(tmp_path).glob("lightning_logs/*/huggingface*"))
 

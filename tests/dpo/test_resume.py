@@ -106,7 +106,7 @@ def test_another_run_is_refused(whole, fit, tmp_path, capsys, args, rows, words)
     path = next(path for path in whole[1] if path.name.startswith("step3"))
     assert fit(tmp_path, "--ckpt_path", str(path), *args, rows=rows) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: the checkpoint cannot be gone on with") and words in line
+    assert line.startswith("error: cannot resume") and words in line
 
 
 def test_a_longer_run_is_said_and_goes_on(whole, fit, tmp_path):

@@ -131,7 +131,7 @@ def test_ctrl_c_ends_both_ranks_of_lightnings_own_launcher_and_they_go_on(make_r
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in printed, printed[-3000:]
-    assert printed.count("which is saved; to go on:") == 1
+    assert printed.count("which is saved; to resume:") == 1
     subprocess.run([*command, "--ckpt_path", "last"], cwd=run.folder, check=True, timeout=300, capture_output=True)
     assert differences(run.run_folder(), twin.run_folder()) == []
 

@@ -70,7 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             stands = " (the one before it stands)" if path.exists() else ""
             raise UserError(
                 f"the checkpoint '{path}' cannot be written{stands}: {reason.strerror}; make room, or choose another "
-                "folder with trainer.default_root_dir, and go on with --ckpt_path last"
+                "folder with trainer.default_root_dir, and resume with --ckpt_path last"
             ) from error
         finally:
             _remove(partial)
@@ -188,7 +188,7 @@ def _malformed(checkpoint: dict[str, Any], weights: bool) -> str | None:
 
 
 def can_go_on(path: Path) -> bool:
-    """Whether a run can go on from a whole file: it is a checkpoint, and not of the weights alone."""
+    """Whether a run can be resumed from an undamaged file: it is a checkpoint, and not of the weights alone."""
     try:
         return "lr_schedulers" in read_checkpoint(path, mmap=True)
     except UserError:
@@ -196,15 +196,15 @@ def can_go_on(path: Path) -> bool:
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Checks what a run is to go on from.
+    """Checks what a run is to resume from.
 
     Raises:
         UserError: it holds the weights alone, or names files for ModelCheckpoint to delete that are none of its own.
     """
     if "lr_schedulers" not in checkpoint or "loops" not in checkpoint:
         raise UserError(
-            f"--ckpt_path '{path}' holds the weights alone (checkpoint.save_weights_only), so no run can go on from "
-            "it: it can be tested and exported; go on with --ckpt_path last"
+            f"--ckpt_path '{path}' holds the weights alone (checkpoint.save_weights_only), so no run can be "
+            "resumed from it: it can be tested and exported; resume with --ckpt_path last"
         )
     for name, state in (checkpoint.get("callbacks") or {}).items():
         if name.startswith(ModelCheckpoint.__name__):
@@ -220,7 +220,7 @@ def _check(state: Any, kind: Any, name: str, path: str | Path) -> None:
     try:
         check_state(state, kind, name)
     except ValueError as error:
-        raise UserError(f"--ckpt_path '{path}' was edited: {error}; go on from another one") from error
+        raise UserError(f"--ckpt_path '{path}' was edited: {error}; resume from another one") from error
 
 
 def _stray(state: dict[str, Any]) -> str | None:
@@ -258,7 +258,7 @@ def restoring() -> Iterator[None]:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"the run cannot be restored from its checkpoint, whose states do not fit it ({what}): was it written by "
-            "another version, or edited? Go on from another one, or start anew without --ckpt_path"
+            "another version, or edited? Resume from another one, or start anew without --ckpt_path"
         ) from error
 
 
@@ -282,13 +282,13 @@ def newest_whole(folders: Iterable[Path], to_go_on: bool = False) -> Path | None
             if reason := damage(path):
                 rank_zero_warn(f"passing over the checkpoint '{path}', which is damaged: {reason}")
             elif to_go_on and not can_go_on(path):
-                rank_zero_warn(f"passing over the checkpoint '{path}': no run can go on from it (weights alone?)")
+                rank_zero_warn(f"passing over the checkpoint '{path}': no run can be resumed from it (weights alone?)")
             else:
                 return path
         if found:
             raise UserError(
                 f"--ckpt_path last: all {len(found)} checkpoints in '{folder}' are damaged"
-                f"{' or none to go on from' if to_go_on else ''}: start anew without --ckpt_path, or give the file "
+                f"{' or none to resume from' if to_go_on else ''}: start anew without --ckpt_path, or give the file "
                 "of an older run"
             )
     return None

@@ -1,4 +1,4 @@
-"""When `last.ckpt` is written, so that a run can go on from it, and `previous.ckpt` beside it."""
+"""When `last.ckpt` is written, so that a run can be resumed, and `previous.ckpt` beside it."""
 
 import os
 import shutil
@@ -28,15 +28,6 @@ from dpo_lightning.storage.states import check_amount, check_state
 LOCK = ".dpo-lightning.lock"  # in a folder of checkpoints that is not the run's own
 
 
-# ---------------------------------------------------------------------- whole or not
-
-
-# ---------------------------------------------------------------------- to go on from
-
-
-# ---------------------------------------------------------------------- when
-
-
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, to resume from, and the one before it as `previous.ckpt`.
 
@@ -61,7 +52,7 @@ class LastCheckpoint(Checkpoint):
 
         Raises:
             UserError: the folder holds another run's checkpoints, which this run could replace, or the optimizer's
-                state in the checkpoint that the run goes on from does not fit the weights.
+                state in the checkpoint that is resumed from does not fit the weights.
         """
         best, run = find_callback(trainer, ModelCheckpoint), run_folder(trainer)
         if trainer.ckpt_path:
@@ -75,7 +66,7 @@ class LastCheckpoint(Checkpoint):
         found = newest_first(self.path.parent)
         if found and trainer.ckpt_path is None:
             raise UserError(
-                f"'{self.path if self.path in found else found[0]}' is another run's: go on with that run with "
+                f"'{self.path if self.path in found else found[0]}' is another run's: resume that run with "
                 "--ckpt_path last, or choose another checkpoint.dirpath"
             )
         if trainer.is_global_zero:
@@ -107,7 +98,7 @@ class LastCheckpoint(Checkpoint):
         self.teardown(trainer, pl_module, "fit")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Looks at what the run is to go on from.
+        """Looks at what the run is to resume from.
 
         Raises:
             UserError: it cannot (`check_resumable`).
@@ -160,7 +151,7 @@ def _check_optimizers(trainer: Trainer) -> None:
                     found = f"the shape {list(value.shape)}" if torch.is_tensor(value) else f"the type {type(value)}"
                     raise UserError(
                         f"{where} {name} has {found}, which is not that of its weight ({shape and list(shape)}): the "
-                        "checkpoint was edited; go on from another one"
+                        "checkpoint was edited; resume from another one"
                     )
         try:
             for state in optimizer.state.values():
@@ -168,7 +159,7 @@ def _check_optimizers(trainer: Trainer) -> None:
             for group in optimizer.param_groups:
                 _check_options(group, optimizer.defaults)
         except ValueError as error:
-            raise UserError(f"{where} {error}: the checkpoint was edited; go on from another one") from error
+            raise UserError(f"{where} {error}: the checkpoint was edited; resume from another one") from error
 
 
 def _check_moments(state: dict[str, Any]) -> None:

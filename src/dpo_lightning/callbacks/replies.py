@@ -90,7 +90,7 @@ class RepliesCallback(Callback):
         if self.showings and self.showings[-1].step > trainer.global_step:
             raise UserError(
                 f"--ckpt_path '{trainer.ckpt_path}' is of step {trainer.global_step}, but has replies of step "
-                f"{self.showings[-1].step}: it was edited; go on from another one"
+                f"{self.showings[-1].step}: it was edited; resume from another one"
             )
         if self._file is not None:
             self._open_file()
@@ -130,7 +130,7 @@ class RepliesCallback(Callback):
         if self.pairs and state_dict["reference"] and len(state_dict["reference"]) != len(self.pairs):
             raise UserError(
                 f"replies.num_prompts gives {len(self.pairs)}, but {len(state_dict['reference'])} were answered "
-                "in the run that is gone on with, and the same prompts are answered every time: set it back"
+                "in the run that is resumed, and the same prompts are answered every time: set it back"
             )
         self._reference = [Reply(*fields) for fields in state_dict["reference"]]
         self.showings = [Showing(*fields) for fields in state_dict["showings"]]

@@ -19,7 +19,7 @@ CHARTS = {
         "replies: ended by themselves, repetition": ["replies/reply/(eos_rate|repetition)$"],
         "replies: length": ["replies/reply/length$"],
     },
-    "is it well?": {
+    "diagnostics": {
         "KL": ["(train|val)/kl$"],
         "displaced": ["(train|val)/rewards/displaced$"],
         "gradient norm": ["train/grad_norm$"],

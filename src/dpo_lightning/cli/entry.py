@@ -23,9 +23,9 @@ USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
 TERMINATED_EXIT = 143  # as shells report SIGTERM
 BROKEN_PIPE_EXIT = 141  # as shells report SIGPIPE
-CANNOT_BE_WRITTEN = {
+CANNOT_BE_USED = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room
-    *(errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM),  # no place
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EPERM),  # no place
 }
 
 
@@ -125,21 +125,21 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so when it ends
         return BROKEN_PIPE_EXIT
     except OSError as error:
-        if debug or error.errno not in CANNOT_BE_WRITTEN:
+        if debug or error.errno not in CANNOT_BE_USED:
             raise
         name = one_line(str(error.filename or "a file of the run"))
-        print(f"error: {name} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {name} cannot be used: {error.strerror}", file=sys.stderr)
         return USER_ERROR_EXIT
     return 0 if args else USER_ERROR_EXIT
 
 
 def stopped(args: Sequence[str], stop: Stopped) -> str:
-    """How a run that was stopped is gone on with."""
+    """How to resume a run that was stopped."""
     kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (before, arg)]
     kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
     program = "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
     done = "stopped at once" if stop.step is None else f"stopped after step {stop.step}, which is saved"
-    return f"{done}; to go on:\n    {program} {shlex.join(kept)} --ckpt_path last"
+    return f"{done}; to resume:\n    {program} {shlex.join(kept)} --ckpt_path last"
 
 
 def keep_quiet() -> None:

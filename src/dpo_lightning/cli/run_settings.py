@@ -2,20 +2,31 @@
 
 import inspect
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
+from dpo_lightning.callbacks.checkpoints import LastCheckpoint
+from dpo_lightning.callbacks.export.callback import ExportCallback
+from dpo_lightning.callbacks.predictions import ReplyWriter
+from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
 
 LARGEST_SEED = 2**32 - 1  # that numpy takes
-SECTIONS = ("model", "data", "trainer", "replies", "checkpoint", "last", "predictions", "export")
+SECTIONS = {  # of settings -> what is made from them, where that is ours
+    "model": DPOModule,
+    "data": PreferenceDataModule,
+    "trainer": None,
+    "replies": RepliesCallback,
+    "checkpoint": None,
+    "last": LastCheckpoint,
+    "predictions": ReplyWriter,
+    "export": ExportCallback,
+}
 PROCESSES = 8  # that any machine may be asked for, to try out distributed runs
 
 
@@ -25,19 +36,19 @@ def check_settings(settings: Namespace) -> None:
     Raises:
         UserError: the setting, what it is, and what it may be.
     """
-    for section in SECTIONS:
-        if section in settings and not isinstance(settings[section], Namespace):
-            raise UserError(
-                f"{section} is '{settings[section]}': it must be a section, with settings of its own below it"
-            )
-    check_given("model", settings.model, DPOModule)
-    check_given("data", settings.data, PreferenceDataModule)
-    named = (settings.get("checkpoint") or {}).get("filename") or ""
+    for section, made in SECTIONS.items():
+        given = settings.get(section, Namespace())
+        if not isinstance(given, Namespace):
+            raise UserError(f"{section} is '{given}': it must be a section, with settings of its own below it")
+        if made:
+            check_given(section, given, made)
+    checkpoint = settings.get("checkpoint") or {}
+    named = checkpoint.get("filename") or ""
     if named.startswith("/") or ".." in named.split("/"):
         raise UserError(f"checkpoint.filename is '{named}': it must lie in the run's folder of checkpoints")
-    for place in (settings.trainer.get("default_root_dir"), (settings.get("checkpoint") or {}).get("dirpath")):
-        if "://" not in str(place or ""):
-            local_path(str(place or "."))  # that can be looked up
+    for folder in (settings.trainer.get("default_root_dir"), checkpoint.get("dirpath")):
+        if "://" not in str(folder or ""):
+            local_path(str(folder or "."))  # that can be looked up
     seed = settings.get("seed_everything")
     if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed_everything is {seed}: it must be from 0 to {LARGEST_SEED}")
@@ -55,7 +66,7 @@ def check_settings(settings: Namespace) -> None:
 
 
 def check_given(section: str, settings: Namespace, made: type) -> None:
-    """Refuses `null` for a setting that must have a value, which the parser lets pass for all.
+    """Refuses `null` for a setting that must have a value: the parser lets it pass where it stands in a file.
 
     Raises:
         UserError: the setting, and its default.
@@ -85,16 +96,3 @@ def check_processes(accelerator: Any, devices: Any) -> None:
             f"trainer.devices is {devices}: on the CPU it is a number of processes, each with its own copy of the "
             f"model: 1 to {most} here"
         )
-
-
-def refused_folder(error: OSError, args: Sequence[str]) -> UserError | None:
-    """The error of a run that cannot make its folder, None where it is about something else."""
-    folder = next((b for a, b in zip(args, args[1:], strict=False) if a == "--trainer.default_root_dir"), None) or next(
-        (a.partition("=")[2] for a in args if a.startswith("--trainer.default_root_dir=")), None
-    )
-    if not folder or not isinstance(error.filename, str):
-        return None
-    touched, wanted = Path(error.filename).absolute(), Path(folder).absolute()
-    if touched != wanted and touched not in wanted.parents and wanted not in touched.parents:
-        return None
-    return UserError(f"trainer.default_root_dir '{folder}' cannot be written: {error.strerror}")

@@ -44,7 +44,7 @@ from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.cli.download import download
-from dpo_lightning.cli.run_settings import check_settings, refused_folder
+from dpo_lightning.cli.run_settings import check_settings
 from dpo_lightning.data.asking import Asking, checkpoint_asking, read_asking, settled_template
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.generated import MODEL_SETTINGS
@@ -270,8 +270,6 @@ def run_trainer(args: Sequence[str]) -> None:
         if "(ckpt_path=" not in str(error) or isinstance(error, UserError):
             raise
         raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no best, or no hpc
-    except OSError as error:
-        raise refused_folder(error, args) or error from error
 
 
 def run_download(args: Sequence[str]) -> None:

@@ -35,9 +35,9 @@ from dpo_lightning.data.loaders import (
     IndexedRows,
     LengthGroupedBatchSampler,
     ResumableLoader,
-    _leave_signals_to_the_run,
     collate_pair_rows,
     collate_prompt_rows,
+    leave_signals_to_the_run,
 )
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.data.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
@@ -530,7 +530,7 @@ class PreferenceDataModule(LightningDataModule):
             batch_size=None,
             collate_fn=collate_fn,
             num_workers=self.hparams.num_workers,
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=leave_signals_to_the_run,
             persistent_workers=self.hparams.num_workers > 0,
         )
         loader.trainer = self.trainer

@@ -132,7 +132,7 @@ def collate_prompt_rows(item: tuple[dict[str, list], list[int]]) -> PromptBatch:
     return collate_prompts(columns["prompt_ids"], positions)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

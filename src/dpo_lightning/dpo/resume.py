@@ -83,7 +83,7 @@ def load(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) 
     if KEY not in checkpoint:
         raise ValueError(f"it has no {KEY}")
     saved, step = checkpoint[KEY], checkpoint["global_step"]
-    check_state(saved, STATE, "what the run goes on from")
+    check_state(saved, STATE, "the state to resume from")
     check_type(saved.get("start"), str | None, "the digest of its start")  # of earlier versions there is none
     if saved["batches"] < 1:
         raise ValueError(f"its batches are {saved['batches']}")
@@ -123,7 +123,7 @@ def check_restored(trainer: Trainer, module: LightningModule) -> None:
     if module.batches_before not in (None, trainer.num_training_batches):
         wrong = f"has {module.batches_before} batches in an epoch, these data have {trainer.num_training_batches}"
     if wrong:
-        raise UserError(f"--ckpt_path '{trainer.ckpt_path}' {wrong}: it was edited; go on from another one")
+        raise UserError(f"--ckpt_path '{trainer.ckpt_path}' {wrong}: it was edited; resume from another one")
 
 
 def check_counts(progress: Any, name: str) -> None:
@@ -203,9 +203,8 @@ def check_same_start(saved: str | None, now: str | None, name: str) -> None:
     """
     if None not in (saved, now) and saved != now:
         raise UserError(
-            f"the checkpoint cannot be gone on with: the weights of the model '{name}' have changed since its run "
-            "began, so its reference would be another one; put the former weights back, or start anew without "
-            "--ckpt_path"
+            f"cannot resume: the weights of the model '{name}' have changed since the checkpoint's run began, so its "
+            "reference would be another one; put the former weights back, or start anew without --ckpt_path"
         )
 
 
@@ -230,11 +229,11 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], scheduled: bool) 
     texts = {name: f"{name} was {was}, now it is {value}" for name, (was, value) in changed.items()}
     if matters := [text for name, text in texts.items() if name not in MAY_CHANGE]:
         raise UserError(
-            f"the checkpoint cannot be gone on with, because its run is another one: {'; '.join(matters)}; set it "
-            "back, or start anew without --ckpt_path"
+            f"cannot resume: this run's settings differ from the checkpoint's: {'; '.join(matters)}; set them back, or "
+            "start anew without --ckpt_path"
         )
     if texts:
         relaid = (
             "; the learning rate's schedule is laid over the new length" if scheduled and LENGTH & set(texts) else ""
         )
-        rank_zero_warn(f"going on with other settings than before: {'; '.join(texts.values())}{relaid}")
+        rank_zero_warn(f"resuming with settings that differ from the checkpoint's: {'; '.join(texts.values())}{relaid}")

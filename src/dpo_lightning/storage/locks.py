@@ -1,7 +1,7 @@
 """A file -> one process at a time: others wait for it (`alone`), or are told that it is taken (`hold`).
 
 The locks are the system's own, by filelock: it gives them back when a process ends, also by SIGKILL. So what a killed
-run left is gone on with at once, and a lock file without a process means nothing.
+run left is resumed at once, and a lock file without a process means nothing.
 """
 
 import os

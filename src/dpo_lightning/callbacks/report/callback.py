@@ -43,7 +43,7 @@ class ReportCallback(Callback):
         self._margins: dict[int, list[float]] = {}  # step -> of the first and of the last validation
         self._val_pairs = 0  # of a validation
         self._warnings: list[str] = []
-        self._earlier_seconds = 0.0  # of the runs that this one goes on from
+        self._earlier_seconds = 0.0  # of the runs that this one resumes
         self._began: float | None = None
         self._show_warning: Any = None
 
