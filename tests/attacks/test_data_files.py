@@ -201,7 +201,7 @@ def test_a_failed_download_leaves_nothing(download, tmp_path, monkeypatch):
     from transformers import PreTrainedTokenizerBase
 
     def full(self, folder, *args, **kwargs):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "half").write_text("half")
         raise OSError(28, "No space left on device")
 

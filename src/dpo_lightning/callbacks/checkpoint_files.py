@@ -1,9 +1,5 @@
-"""Checkpoints that are whole or not there: written beside and renamed, checked before they are loaded, found again.
+"""Checkpoints that are complete or not there: written atomically, checked before they are loaded, found again."""
 
-A crash, a full disk or a kill while one is written leaves the one before it as it was.
-"""
-
-import os
 import pickle
 import traceback
 import zipfile
@@ -21,11 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import first_line, local_path
+from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.states import check_state
 
-LAST, PREVIOUS, PARTIAL = "last.ckpt", "previous.ckpt", ".partial"
-
-
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 SETTINGS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 DATA_SETTINGS = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
 RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}  # Lightning's functions
@@ -46,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written atomically, checked before loading, and never unpickled."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes beside, flushes to the disk, renames.
+        """Writes a checkpoint as an `atomic_file`.
 
         Raises:
             UserError: the file cannot be written; one that was there before stands.
@@ -54,15 +49,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # an object store has its own way to be atomic
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
-        partial = path.with_name(path.name + PARTIAL)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with atomic_file(path) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _flush_folder(path.parent)
         except (OSError, RuntimeError) as error:
             reason = _system_error(error)
             if reason is None:
@@ -72,8 +62,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint '{path}' cannot be written{stands}: {reason.strerror}; make room, or choose another "
                 "folder with trainer.default_root_dir, and resume with --ckpt_path last"
             ) from error
-        finally:
-            _remove(partial)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Loads tensors and plain values, to the CPU unless told otherwise.
@@ -90,28 +78,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location or "cpu")
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename in a folder survive a power cut, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _system_error(error: BaseException | None) -> OSError | None:
     """The system's own error in a chain of them: torch.save wraps it while it closes its archive."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # a folder that cannot be written: then it was not written either
-        pass
 
 
 def damage(path: Path) -> str | None:

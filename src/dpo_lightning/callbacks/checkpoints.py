@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dpo_lightning.callbacks.checkpoint_files import (
-    LAST,
-    PARTIAL,
-    PREVIOUS,
-    _remove,
-    check_resumable,
-    damage,
-    newest_first,
-)
+from dpo_lightning.callbacks.checkpoint_files import LAST, PREVIOUS, check_resumable, damage, newest_first
 from dpo_lightning.callbacks.context import find_callback, run_folder
 from dpo_lightning.errors import UserError
+from dpo_lightning.storage.atomic import PARTIAL, atomic_file
 from dpo_lightning.storage.locks import hold, let_go
 from dpo_lightning.storage.states import check_amount, check_state
 
@@ -70,8 +64,9 @@ class LastCheckpoint(Checkpoint):
                 "--ckpt_path last, or choose another checkpoint.dirpath"
             )
         if trainer.is_global_zero:
-            for partial in self.path.parent.glob(f"*{ModelCheckpoint.FILE_EXTENSION}{PARTIAL}"):
-                _remove(partial)
+            for partial in self.path.parent.glob(f"*{ModelCheckpoint.FILE_EXTENSION}.????????{PARTIAL}"):
+                with suppress(OSError):
+                    partial.unlink()
             if self.path.exists() and damage(self.path):  # else it would become the previous one
                 self.path.replace(self.path.with_suffix(".damaged"))
 
@@ -131,9 +126,9 @@ class LastCheckpoint(Checkpoint):
         same = best and best._last_global_step_saved == trainer.global_step and not best.save_weights_only
         same = trainer.strategy.broadcast(same and Path(best._last_checkpoint_saved).is_file())
         if trainer.is_global_zero and self.path.exists():
-            _name_too(self.path, self.path.with_name(PREVIOUS))
+            _also_name(self.path, self.path.with_name(PREVIOUS))
         if same and trainer.is_global_zero:  # the best is of this step: no need to write it twice
-            _name_too(Path(best._last_checkpoint_saved), self.path)
+            _also_name(Path(best._last_checkpoint_saved), self.path)
         trainer.strategy.barrier("LastCheckpoint")
         if not same:
             trainer.save_checkpoint(self.path)
@@ -184,7 +179,7 @@ def _check_options(group: dict[str, Any], defaults: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {group[name]!r} instead of {own!r}")
 
 
-def _name_too(path: Path, name: Path) -> None:
+def _also_name(path: Path, name: Path) -> None:
     """Gives a checkpoint a second name, in place of what had it; a folder, which has but one, loses its own.
 
     Where the file system has no hard links a file is copied.
@@ -193,11 +188,8 @@ def _name_too(path: Path, name: Path) -> None:
         shutil.rmtree(name, ignore_errors=True)
         path.rename(name)
         return
-    partial = name.with_name(name.name + PARTIAL)
-    _remove(partial)
-    try:
-        os.link(path, partial)
-    except OSError:
-        shutil.copyfile(path, partial)
-    partial.replace(name)
-    _remove(partial)  # a rename does nothing where both are one file already
+    with atomic_file(name) as partial:
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)

@@ -1,26 +1,25 @@
 """Names in a configuration -> folders that the same run can use without a network (configs/local.yaml).
 
-A folder is written beside its place and then renamed. A list of its files goes into it, which tells a later download
-that all of it is ours: whatever else stands in the way is the user's and is left alone.
+A later download replaces a folder only where an earlier one wrote all that is in it (`atomic_folder`).
 """
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from dpo_lightning.data.encoding import load_tokenizer
 from dpo_lightning.data.sources import dataset_weights, load_dataset_named
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.hub import from_hub_or_folder
+from dpo_lightning.models.hub import first_line, from_hub_or_folder
+from dpo_lightning.storage.atomic import atomic_folder, foreign
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-LISTING = ".dpo-lightning-download.json"  # file of the folder -> [bytes, time of its last change]
+LISTING = ".dpo-lightning-download.json"  # the manifest of each folder
 
 
 def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[str, Path]]:
@@ -57,74 +56,25 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
 
 
 def _check_ours(folder: Path) -> None:
-    """Raises UserError where a folder holds what no download of ours wrote, or wrote otherwise."""
-    if not os.path.lexists(folder):
-        return
-    if foreign := _foreign(folder):
+    """Raises UserError where a folder holds what no download wrote, or what was changed since."""
+    if os.path.lexists(folder) and (found := foreign(folder, LISTING)):
         raise UserError(
-            f"'{folder}' is there already, and '{foreign}' in it is not as a download wrote it: move it away, or give "
+            f"'{folder}' is there already, and '{found}' in it is not as a download wrote it: move it away, or give "
             "another --output_dir"
         )
 
 
-def _foreign(folder: Path) -> str | None:
-    """The first thing in a folder that is not in its listing; the folder's own name where it is no folder of ours."""
-    if folder.is_symlink() or not folder.is_dir():
-        return folder.name
-    listed = {}
-    try:
-        if (folder / LISTING).is_file():
-            listed = dict(json.loads((folder / LISTING).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return LISTING
-    found = _listing(folder)
-    return next((name for name, state in found.items() if state != listed.get(name)), None)
-
-
-def _listing(folder: Path) -> dict[str, list[int]]:
-    """Every file under a folder (a link counts as one; an empty folder too) with its size and time of change."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() and not path.is_symlink() and any(path.iterdir()):
-            continue
-        state = path.lstat()
-        found[path.relative_to(folder).as_posix()] = [state.st_size, state.st_mtime_ns]
-    found.pop(LISTING, None)
-    return found
-
-
 def _write(kind: str, folder: Path, save: Callable[[str], Any]) -> None:
-    """Puts what `save` writes at `folder`, wholly or not at all."""
-    made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}-"))
-        try:
-            save(str(partial / "new"))
-            (partial / "new" / LISTING).write_text(json.dumps(_listing(partial / "new")), encoding="utf-8")
-            _check_ours(folder)  # again: loading took its time
-            if folder.exists():
-                os.rename(folder, partial / "old")
-            os.rename(partial / "new", folder)
-        except BaseException:
-            if (partial / "old").exists() and not folder.exists():
-                os.rename(partial / "old", folder)
-            raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except BaseException as error:
-        for parent in made:  # innermost first
-            try:
-                parent.rmdir()
-            except OSError:
-                break
-        if isinstance(error, OSError):
-            raise UserError(f"{kind} cannot be written to '{folder}': {error.strerror or error}") from error
-        raise
+        with atomic_folder(folder, LISTING) as partial:
+            save(str(partial))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{kind} cannot be written to '{folder}': {reason}") from error
 
 
 def inside(name: str) -> Path:
-    """A name as a path that stays inside the folder it is joined to: a hub id keeps its owner, a path its last part."""
+    """A name as a path that stays in the folder it is joined to: a hub id keeps its owner, a path its last part."""
     path = Path(name)
     outside = path.is_absolute() or not path.parts or ".." in path.parts or name.count("/") > 1
     return Path(os.path.basename(os.path.abspath(name)) or "root") if outside else path

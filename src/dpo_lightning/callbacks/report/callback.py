@@ -24,6 +24,7 @@ from dpo_lightning.data.columns import numbers
 from dpo_lightning.data.sources import dataset_weights
 from dpo_lightning.errors import Stopped
 from dpo_lightning.models.hardware import device_name, peak_memory
+from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.states import check_amount, check_state
 
 MAX_MARGINS = 2000  # remembered of one validation
@@ -136,7 +137,8 @@ class ReportCallback(Callback):
             path = self._folder / "report.html"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                path.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
+                with atomic_file(path) as partial:
+                    partial.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
                 places["report"] = path
             except OSError as error:  # the training is what counts, or the error that ended it
                 rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
