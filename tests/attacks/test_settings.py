@@ -57,7 +57,6 @@ def error_line(capsys):
         ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1"),
         ("--trainer.precision transformer-engine", "trainer: Requirement 'transformer_engine"),
         ("--trainer.precision bf16mixed", "did you mean 'bf16-mixed'?"),
-        ("--trainer.default_root_dir /proc/nowhere --trainer.logger false", "/proc/nowhere cannot be used: No such"),
         ("--trainer.default_root_dir /proc/nowhere", "'/proc/nowhere/lightning_logs/version_0' cannot be written"),
         ("--trainer.devices 0", "trainer.devices is 0: on the CPU it is a number of processes"),
         ("--trainer.devices 9999", "trainer.devices is 9999: on the CPU it is a number of processes"),
@@ -119,6 +118,11 @@ def test_a_mistake_in_a_file_names_file_and_line(run, capsys, tmp_path, content,
     assert run("--config", "mine.yaml", batch_size=False) == 2
     line = error_line(capsys)
     assert "mine.yaml" in line and words in line, line
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_without_a_logger_too(run, capsys):
+    assert run("--trainer.default_root_dir", "/proc/nowhere", "--trainer.logger", "false") == 2
+    assert "/proc/nowhere cannot be used: No such file or directory" in error_line(capsys)
 
 
 def test_the_command_line_is_not_blamed_on_a_file(run, capsys, tmp_path):

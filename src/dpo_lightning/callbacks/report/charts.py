@@ -1,16 +1,18 @@
-"""Numbers -> small SVG charts as text, for a page that must work alone: no scripts, no fonts, no libraries.
+"""Numbers -> small SVG charts, for a page that must work alone: no scripts, no fonts, no libraries.
 
-Colours are the page's: series n is drawn in the CSS variable `--series-n`, lines and text in `currentColor`.
+What a chart looks like is `chart.html.jinja`. Colours are the page's: series n is drawn in the CSS variable
+`--series-n`, lines and text in `currentColor`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from typing import Any
 
-from dpo_lightning.visible import visible
+from dpo_lightning.callbacks.report.templates import filled
 
 WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot, the left one at least
+CHARACTER = 9  # width of a tick label's character, at most
 SERIES_COLOURS = 4
 MAX_POINTS = 300  # of a line; more would only make the page heavy
 LARGEST = 1e100  # that is drawn; no NaN, no infinity, nothing whose difference to another overflows
@@ -30,21 +32,14 @@ def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, fl
         return ""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    x_ticks = ticks(min(xs), max(xs))
-    y_ticks = ticks(*(limits or (min(ys), max(ys))))
-    plot = _Plot(x_ticks, y_ticks)
-    shapes = [plot.axes()]
+    plot = Plot(ticks(min(xs), max(xs)), ticks(*(limits or (min(ys), max(ys)))))
     for number, (name, points) in enumerate(series.items()):
-        colour = f"var(--series-{number % SERIES_COLOURS})"
-        path = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
         width = max(1.5, 4 - number)  # so that a line shows under another with the same values
-        shapes.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
-        shapes += [
-            f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="{width / 2 + 1}" fill="{colour}">'
-            f"<title>{_safe(name)}, step {number_text(x)}: {number_text(y)}</title></circle>"
-            for x, y in points
+        marks = [
+            {"x": plot.x(x), "y": plot.y(y), "label": f"step {number_text(x)}: {number_text(y)}"} for x, y in points
         ]
-    return _figure(title, list(series), shapes)
+        plot.add(name, width=width, points=marks)
+    return filled("chart.html.jinja", title=title, plot=plot)
 
 
 def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30) -> str:
@@ -59,19 +54,11 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30)
     for name, values in series.items():
         for value in values:
             counts[name][min(bins - 1, int((value - low) / width))] += 1
-    plot = _Plot(x_ticks, ticks(0, max(map(max, counts.values()))))
-    shapes = [plot.axes()]
-    for number, (name, heights) in enumerate(counts.items()):
-        colour = f"var(--series-{number % SERIES_COLOURS})"
-        for i, count in enumerate(heights):
-            left, right = low + i * width, low + (i + 1) * width
-            if count:
-                shapes.append(
-                    f'<rect x="{plot.x(left):.1f}" y="{plot.y(count):.1f}" width="{plot.x(right) - plot.x(left):.1f}" '
-                    f'height="{plot.y(0) - plot.y(count):.1f}" fill="{colour}" fill-opacity="0.6">'
-                    f"<title>{_safe(name)}, {number_text(left)} to {number_text(right)}: {count}</title></rect>"
-                )
-    return _figure(title, list(series), shapes)
+    plot = Plot(x_ticks, ticks(0, max(map(max, counts.values()))))
+    for name, heights in counts.items():
+        edges = [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(heights) if count]
+        plot.add(name, bars=[plot.bar(*edge) for edge in edges])
+    return filled("chart.html.jinja", title=title, plot=plot)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -93,50 +80,46 @@ def number_text(value: float) -> str:
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-class _Plot:
-    """Data coordinates -> SVG coordinates, from the ticks of both axes."""
+class Plot:
+    """What a chart's template draws: axes, from the ticks of both, and series in SVG coordinates."""
+
+    width, height, right = WIDTH, HEIGHT, WIDTH - RIGHT
 
     def __init__(self, x_ticks: list[float], y_ticks: list[float]) -> None:
-        self.x_ticks, self.y_ticks = x_ticks, y_ticks
+        self._x_ticks, self._y_ticks = x_ticks, y_ticks
+        labels = [number_text(value) for value in y_ticks]
+        self.left = max(LEFT, 12 + CHARACTER * max(map(len, labels)))
+        self.x_labels = [(self.x(value), number_text(value)) for value in x_ticks]
+        self.y_labels = [(self.y(value), label) for value, label in zip(y_ticks, labels, strict=True)]
+        self.series: list[dict[str, Any]] = []
+
+    def add(self, name: str, width: float = 0, points: Sequence[Any] = (), bars: Sequence[Any] = ()) -> None:
+        """A line through points of a width, or bars, in the next colour."""
+        colour = f"var(--series-{len(self.series) % SERIES_COLOURS})"
+        self.series.append({"name": name, "colour": colour, "width": width, "points": points, "bars": bars})
 
     def x(self, value: float) -> float:
-        share = (value - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0])
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        """How far to the right a value is."""
+        share = (value - self._x_ticks[0]) / (self._x_ticks[-1] - self._x_ticks[0])
+        return round(self.left + share * (self.right - self.left), 1)
 
     def y(self, value: float) -> float:
-        share = (value - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        """How far down a value is."""
+        share = (value - self._y_ticks[0]) / (self._y_ticks[-1] - self._y_ticks[0])
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
-    def axes(self) -> str:
-        """Grid lines and the numbers at them."""
-        lines = [
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(value):.1f}" y2="{self.y(value):.1f}" class="grid"/>'
-            f'<text x="{LEFT - 6}" y="{self.y(value) + 4:.1f}" text-anchor="end">{number_text(value)}</text>'
-            for value in self.y_ticks
-        ]
-        lines += [
-            f'<text x="{self.x(value):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number_text(value)}</text>'
-            for value in self.x_ticks
-        ]
-        return "".join(lines)
+    def bar(self, left: float, right: float, count: int) -> dict[str, Any]:
+        """A bar between two values of x."""
+        return {
+            "x": self.x(left),
+            "y": self.y(count),
+            "width": round(self.x(right) - self.x(left), 1),
+            "height": round(self.y(0) - self.y(count), 1),
+            "label": f"{number_text(left)} to {number_text(right)}: {count}",
+        }
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Every n-th point, and the last one."""
     every = math.ceil(len(points) / MAX_POINTS)
     return points[::every] + ([points[-1]] if every > 1 and (len(points) - 1) % every else []) if points else []
-
-
-def _figure(title: str, names: list[str], shapes: list[str]) -> str:
-    legend = "".join(
-        f'<span><i style="background:var(--series-{number % SERIES_COLOURS})"></i>{_safe(name)}</span>'
-        for number, name in enumerate(names)
-    )
-    return (
-        f"<figure><figcaption><b>{_safe(title)}</b>{legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_safe(title)}">{"".join(shapes)}</svg></figure>'
-    )
-
-
-def _safe(text: str) -> str:
-    return escape(visible(text))
