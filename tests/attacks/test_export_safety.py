@@ -193,9 +193,9 @@ def test_the_written_folder_is_as_readable_as_any_other(here):
 @pytest.mark.parametrize("size", ["", "much", "5", "0GB", "5 stone"])
 def test_a_size_that_is_none_is_said_before_anything_is_trained(size, model_folder, capsys):
     assert export("out", "--max_shard_size", size) == 2
-    assert "is not a size such as" in error_line(capsys)
+    assert "must be a size such as" in error_line(capsys)
     assert command("fit", model_folder, "--export.max_shard_size", size) == 2
-    assert "is not a size such as" in error_line(capsys) and not Path("lightning_logs/version_1").exists()
+    assert "must be a size such as" in error_line(capsys) and not Path("lightning_logs/version_1").exists()
 
 
 # ---------------------------------------------------------------------- fit

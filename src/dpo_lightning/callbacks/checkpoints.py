@@ -5,7 +5,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,10 +15,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dpo_lightning.callbacks.checkpoint_files import LAST, PREVIOUS, check_resumable, damage, newest_first
 from dpo_lightning.callbacks.context import find_callback, run_folder
 from dpo_lightning.errors import UserError
+from dpo_lightning.parsing import Range, check_settings
 from dpo_lightning.storage.atomic import PARTIAL, atomic_file
 from dpo_lightning.storage.locks import hold, let_go
 from dpo_lightning.storage.states import check_amount, check_state
 
+NOT_NEGATIVE = Range("at least 0", lambda value: value >= 0)
 LOCK = ".dpo-lightning.lock"  # in a folder of checkpoints that is not the run's own
 
 
@@ -33,9 +35,10 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: optimizer steps between two of them; 0 leaves it to `every_n_minutes`.
     """
 
-    def __init__(self, every_n_minutes: float = 5.0, every_n_steps: int = 0) -> None:
-        if every_n_minutes < 0 or every_n_steps < 0:
-            raise UserError("last.every_n_minutes and last.every_n_steps must be 0 or more")
+    def __init__(
+        self, every_n_minutes: Annotated[float, NOT_NEGATIVE] = 5.0, every_n_steps: Annotated[int, NOT_NEGATIVE] = 0
+    ) -> None:
+        check_settings(LastCheckpoint.__init__, locals(), "last.")
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
         self.path = Path(LAST)  # the run's, once it trains
         self._lock: Path | None = None

@@ -34,7 +34,14 @@ from dpo_lightning.callbacks.checkpoint_files import (
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
-from dpo_lightning.callbacks.export.callback import ExportCallback, check_options, export_policy, export_target
+from dpo_lightning.callbacks.export.callback import (
+    Dtype,
+    ExportCallback,
+    ShardSize,
+    check_options,
+    export_policy,
+    export_target,
+)
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.progress import RunBar
@@ -290,8 +297,8 @@ def export(
     ckpt_path: str,
     output_dir: str,
     merge: bool = False,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    dtype: Dtype | None = None,
+    max_shard_size: ShardSize = "5GB",
     trust_remote_code: bool = False,
 ) -> None:
     """Writes the model of a checkpoint as a Hugging Face folder.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,6 +24,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
 from dpo_lightning.models.policy import base_model_name
 from dpo_lightning.models.sharding import is_sharded, whole_state
+from dpo_lightning.parsing import Range, check_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
     from dpo_lightning.dpo.module import DPOModule
 
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["float32", "bfloat16", "float16"]
+SIZE = re.compile(r"\s*[1-9]\d*\s*[KMGT]B\s*", re.IGNORECASE)
+ShardSize = Annotated[str, Range("a size such as 500MB or 5GB", SIZE.fullmatch)]
 
 
 def export_policy(
@@ -39,8 +42,8 @@ def export_policy(
     tokenizer: "PreTrainedTokenizerBase",
     folder: str | Path | Target,
     merge: bool = False,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    dtype: Dtype | None = None,
+    max_shard_size: ShardSize = "5GB",
     data: Mapping[str, Any] | None = None,
     asking: Asking | None = None,
 ) -> None:
@@ -53,7 +56,7 @@ def export_policy(
 
     Args:
         folder: where to; as an `export_target`, with more folders that it must keep away from.
-        dtype: of the written weights, one of `DTYPES`; left out, as they are trained.
+        dtype: of the written weights; left out, as they are trained.
         max_shard_size: largest size of a weights file, such as "5GB"; more is split into several.
         data: settings of the datamodule, for the model card.
         asking: how the model is to be asked; left out, as in the module's run.
@@ -84,10 +87,7 @@ def export_policy(
 
 def check_options(dtype: str | None, max_shard_size: str) -> None:
     """Raises UserError for a dtype or a size that there is not."""
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
-    if not re.fullmatch(r"\s*[1-9]\d*\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
-        raise UserError(f"export.max_shard_size '{max_shard_size}' is not a size such as 500MB or 5GB")
+    check_settings(ExportCallback.__init__, locals(), "export.")
 
 
 def export_target(
@@ -159,8 +159,8 @@ class ExportCallback(Callback):
         self,
         folder: str | None = None,
         merge: bool = False,
-        dtype: str | None = None,
-        max_shard_size: str = "5GB",
+        dtype: Dtype | None = None,
+        max_shard_size: ShardSize = "5GB",
         enabled: bool = True,
     ) -> None:
         check_options(dtype, max_shard_size)
