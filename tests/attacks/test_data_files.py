@@ -219,11 +219,11 @@ def test_a_failed_download_leaves_nothing(download, tmp_path, monkeypatch):
 
 
 def test_settings_of_a_folder_like_dot_stay_inside(tmp_path, monkeypatch, model_folder):
-    from dpo_lightning.cli.download import inside
+    from dpo_lightning.cli.download import path_below
 
     monkeypatch.chdir(tmp_path)
     for name in (".", "", "./", "/", "..", "../..", "a/../..", "/etc/x", "../x"):
-        assert len(inside(name).parts) == 1 and ".." not in inside(name).parts
+        assert len(path_below(name).parts) == 1 and ".." not in path_below(name).parts
 
 
 def test_user_errors_of_sources_are_one_line_for_the_library_too(tmp_path):

@@ -18,7 +18,7 @@ from dpo_lightning.callbacks.checkpoint_files import (
     read_checkpoint,
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
-from dpo_lightning.cli.download import inside
+from dpo_lightning.cli.download import path_below
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import UserError
@@ -97,7 +97,7 @@ def test_python_objects_in_a_checkpoint_are_refused_and_not_run(tmp_path, monkey
 
 @pytest.mark.parametrize("name", ["..", "a/..", "../../etc/cron", "/etc/passwd", "owner/../../x", "owner/name", "gpt2"])
 def test_a_name_cannot_lead_download_out_of_its_folder(name, tmp_path):
-    folder = (tmp_path / inside(name)).resolve()
+    folder = (tmp_path / path_below(name)).resolve()
     assert tmp_path in folder.parents
 
 

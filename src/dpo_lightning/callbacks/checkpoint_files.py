@@ -179,19 +179,15 @@ def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
         )
     for name, state in (checkpoint.get("callbacks") or {}).items():
         if name.startswith(ModelCheckpoint.__name__):
-            _check(state, BEST, "ModelCheckpoint's state", path)
+            try:
+                check_state(state, BEST, "ModelCheckpoint's state")
+            except ValueError as error:
+                raise UserError(f"--ckpt_path '{path}' was edited: {error}; resume from another one") from error
         if isinstance(state, dict) and (stray := _stray(state)):
             raise UserError(
                 f"--ckpt_path '{path}' names {stray!r} as one of its run's checkpoints, but that lies elsewhere or "
                 "is none, and what ModelCheckpoint no longer wants it deletes: it was edited; do not use it"
             )
-
-
-def _check(state: Any, kind: Any, name: str, path: str | Path) -> None:
-    try:
-        check_state(state, kind, name)
-    except ValueError as error:
-        raise UserError(f"--ckpt_path '{path}' was edited: {error}; resume from another one") from error
 
 
 def _stray(state: dict[str, Any]) -> str | None:
@@ -200,13 +196,11 @@ def _stray(state: dict[str, Any]) -> str | None:
     paths = [*(best if isinstance(best, dict) else ()), state.get("kth_best_model_path"), state.get("last_model_path")]
     folder = str(state.get("dirpath"))
     for path in map(str, filter(None, paths)):
-        remote = "://" in path or "::" in path
-        there = (
-            path.rpartition("/")[0] == folder.rstrip("/")
-            if remote
-            else Path(path).resolve().parent == Path(folder).resolve()
-        )
-        if not there or not path.endswith(ModelCheckpoint.FILE_EXTENSION):
+        if "://" in path or "::" in path:  # in an object store
+            own = path.rpartition("/")[0] == folder.rstrip("/")
+        else:
+            own = Path(path).resolve().parent == Path(folder).resolve()
+        if not own or not path.endswith(ModelCheckpoint.FILE_EXTENSION):
             return path
     return None
 

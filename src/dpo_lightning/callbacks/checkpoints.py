@@ -18,7 +18,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.parsing import Range, check_settings
 from dpo_lightning.storage.atomic import PARTIAL, atomic_file
 from dpo_lightning.storage.locks import hold, let_go
-from dpo_lightning.storage.states import check_amount, check_state
+from dpo_lightning.storage.states import check_amount
 
 NOT_NEGATIVE = Range("at least 0", lambda value: value >= 0)
 LOCK = ".dpo-lightning.lock"  # in a folder of checkpoints that is not the run's own
@@ -138,36 +138,42 @@ class LastCheckpoint(Checkpoint):
         self._step, self._saved = trainer.global_step, time.monotonic()
 
 
+def newest_checkpoint(trainer: Trainer) -> Path | None:
+    """The checkpoint that a run has written last, `last.ckpt` or one of ModelCheckpoint's; None where there is none."""
+    last, other = find_callback(trainer, LastCheckpoint), trainer.checkpoint_callback
+    if last and last.path.exists():
+        return last.path
+    path = getattr(other, "last_model_path", "") or getattr(other, "best_model_path", "")
+    return Path(path) if path else None
+
+
 def _check_optimizers(trainer: Trainer) -> None:
     """PyTorch itself finds what does not fit in the first step, reads past a state's end, or trains otherwise."""
     for optimizer in (o for o in trainer.optimizers if isinstance(o, torch.optim.AdamW)):
-        where = f"--ckpt_path '{trainer.ckpt_path}': the optimizer's"
-        for weight, state in optimizer.state.items():
-            shape = weight.shape if torch.is_tensor(weight) else None
-            for name, value in state.items():
-                if not torch.is_tensor(value) or value.shape != (() if name == "step" else shape):
-                    found = f"the shape {list(value.shape)}" if torch.is_tensor(value) else f"the type {type(value)}"
-                    raise UserError(
-                        f"{where} {name} has {found}, which is not that of its weight ({shape and list(shape)}): the "
-                        "checkpoint was edited; resume from another one"
-                    )
         try:
-            for state in optimizer.state.values():
-                _check_moments(state)
+            for weight, state in optimizer.state.items():
+                _check_moments(state, list(weight.shape) if torch.is_tensor(weight) else None)
             for group in optimizer.param_groups:
                 _check_options(group, optimizer.defaults)
         except ValueError as error:
-            raise UserError(f"{where} {error}: the checkpoint was edited; resume from another one") from error
+            raise UserError(
+                f"--ckpt_path '{trainer.ckpt_path}': the optimizer's {error}: the checkpoint was edited; resume from "
+                "another one"
+            ) from error
 
 
-def _check_moments(state: dict[str, Any]) -> None:
-    check_state(state, {"step": torch.Tensor, "exp_avg": torch.Tensor, "exp_avg_sq": torch.Tensor}, "state")
+def _check_moments(state: dict[str, Any], shape: list[int] | None) -> None:
     for name, value in state.items():
+        if not torch.is_tensor(value) or list(value.shape) != ([] if name == "step" else shape):
+            found = f"shape {list(value.shape)}" if torch.is_tensor(value) else f"type {type(value).__name__}"
+            raise ValueError(f"{name} has the {found}, which is not that of its weight ({shape})")
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{name} is no plain tensor of floating-point numbers")
         local = value.to_local() if hasattr(value, "to_local") else value
         if not local.isfinite().all() or name != "exp_avg" and (local < 0).any():
             raise ValueError(f"{name} has a value that it cannot have")
+    if missing := {"step", "exp_avg", "exp_avg_sq"} - set(state):
+        raise ValueError(f"state has no {min(missing)}")
 
 
 def _check_options(group: dict[str, Any], defaults: dict[str, Any]) -> None:

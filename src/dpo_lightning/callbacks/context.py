@@ -37,6 +37,12 @@ def run_folder(trainer: Trainer) -> Path | None:
     return None if trainer.fast_dev_run else Path(folder or trainer.default_root_dir)
 
 
+def batches_per_epoch(trainer: Trainer, data: PreferenceDataModule) -> int:
+    """Training batches of an epoch on each device, known before the first one as Lightning's own number is not."""
+    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
 def tensorboard_writer(trainer: Trainer) -> "SummaryWriter | None":
     """The writer of the run's TensorBoard logger, None without one and on ranks that do not write."""
     for logger in trainer.loggers:

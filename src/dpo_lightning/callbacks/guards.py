@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dpo_lightning.callbacks import learning_checks
-from dpo_lightning.callbacks.checkpoints import LastCheckpoint
+from dpo_lightning.callbacks.checkpoints import newest_checkpoint
 from dpo_lightning.callbacks.context import find_callback, preference_data
 from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.callbacks.validations import settle_validation
+from dpo_lightning.callbacks.validations import fit_validation_to_epochs
 from dpo_lightning.data.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.dpo.gradient_scaler import MAX_SKIPS_IN_A_ROW
 from dpo_lightning.dpo.logps import pair_logps
@@ -50,13 +50,13 @@ class GuardsCallback(Callback):
         self._first_batch: PairBatch | None = None
         self._step = 0  # that the batch under way belongs to
         self._unseen: list[Seen] = []
-        self._said: set[str] = set()
+        self._warned_of: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that rows can be named, and mends settings that Lightning would refuse."""
         if stage == "fit":
             preference_data(trainer, self)
-            settle_validation(trainer)
+            fit_validation_to_epochs(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what will keep this run from teaching anything."""
@@ -118,18 +118,21 @@ class GuardsCallback(Callback):
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step > warmup_steps(trainer, module):
             share = trainer.callback_metrics.get("train/rewards/displaced")
-            if "displaced" not in self._said and share is not None and share > DISPLACED:
-                self._said.add("displaced")
-                rank_zero_warn(
+            if share is not None and share > DISPLACED:
+                self._warn_once(
+                    "displaced",
                     f"step {trainer.global_step}: the chosen completion of {share:.0%} of the pairs has become less "
                     "likely than it was under the reference (likelihood displacement): lower model.learning_rate, "
-                    "raise model.beta, or set model.loss_type: dpop or [sigmoid, sft]"
+                    "raise model.beta, or set model.loss_type: dpop or [sigmoid, sft]",
                 )
         if replies := find_callback(trainer, RepliesCallback):
             for what, warning in gone_wrong([(showing.step, showing.shares) for showing in replies.showings]).items():
-                if what not in self._said:
-                    self._said.add(what)
-                    rank_zero_warn(warning)
+                self._warn_once(what, warning)
+
+    def _warn_once(self, what: str, warning: str) -> None:
+        if what not in self._warned_of:
+            self._warned_of.add(what)
+            rank_zero_warn(warning)
 
     def _stop_at_nan(self, trainer: Trainer) -> None:
         seen, self._unseen = self._unseen, []
@@ -157,10 +160,7 @@ class GuardsCallback(Callback):
 
 def last_good(trainer: Trainer) -> str:
     """Which checkpoint a run that went wrong can go back to, as half a sentence."""
-    written, last = trainer.checkpoint_callback, find_callback(trainer, LastCheckpoint)
-    path = getattr(written, "last_model_path", "") or getattr(written, "best_model_path", "")
-    if last is not None and last.path.exists():
-        path = last.path
+    path = newest_checkpoint(trainer)
     return f"the last good checkpoint is {path}" if path else "no checkpoint was written before"
 
 
@@ -221,13 +221,13 @@ def untrained_eos(pairs: Sequence[EncodedPair], eos: int) -> int:
     return sum(pair.chosen_ids[-1] != eos or pair.rejected_ids[-1] != eos for pair in pairs)
 
 
-def gone_wrong(shown: Sequence[tuple[int, dict[str, float]]]) -> dict[str, str]:
+def gone_wrong(history: Sequence[tuple[int, dict[str, float]]]) -> dict[str, str]:
     """Warnings by kind from the shares of all replies so far, (step, shares) each: no longer ending, repeating."""
     found: dict[str, str] = {}
-    if len(shown) < 2:
+    if len(history) < 2:
         return found
     remedy = "lower model.learning_rate, raise model.beta, or stop the run earlier"
-    (step, now), before = shown[-1], [shares for _, shares in shown[:-1]]
+    (step, now), before = history[-1], [shares for _, shares in history[:-1]]
     best = max(shares["reply/eos_rate"] for shares in before)
     if now["reply/eos_rate"] < best - EOS_DROP:
         found["eos"] = (

@@ -1,4 +1,4 @@
-"""Where a run is -> one live line at the bottom of the terminal; whatever is printed meanwhile stands whole above it.
+"""Where a run is -> one live line at the bottom of the terminal; whatever is printed meanwhile stays above it.
 
     step 120/198 ━━━━━━━━━━━━━━━━━━━━━━━ loss 0.412 accuracy 97% margin 1.23 31.2 pairs/s 0:12 left
 
@@ -19,8 +19,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-# Metric -> how it is shown, the first ones first: the last are left out where the terminal is narrow.
-SHOWN = {
+# Metric -> its text, the most important first: the last are left out where the terminal is narrow.
+METRICS = {
     "train/loss": "loss {:.3f}",
     "train/rewards/accuracies": "accuracy {:.0%}",
     "train/rewards/margins": "margin {:.2f}",
@@ -54,10 +54,10 @@ class RunBar(ProgressBar):
         """Draws nothing."""
         self._enabled = False
 
-    # ------------------------------------------------------------------ what is shown
+    # ------------------------------------------------------------------ hooks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts optimizer steps of the whole run; a resumed one begins where it was."""
+        """Counts optimizer steps of the run; a resumed one begins where it was."""
         self._open("step", trainer.estimated_stepping_batches, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -65,7 +65,7 @@ class RunBar(ProgressBar):
         self._advance(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts batches of a validation, inside of a fit in place of its steps."""
+        """Counts batches of a validation, within a fit in place of its steps."""
         if not trainer.sanity_checking:
             self._open("validation, batch", trainer.num_val_batches)
 
@@ -93,7 +93,7 @@ class RunBar(ProgressBar):
     on_predict_batch_end = on_test_batch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the last line where it is; a validation inside of a fit gives its place back."""
+        """Leaves the last line where it is; a validation within a fit gives way to its steps again."""
         if not trainer.sanity_checking:
             self._close()
 
@@ -107,7 +107,7 @@ class RunBar(ProgressBar):
         """Gives the terminal back."""
         self._stop()
 
-    # ------------------------------------------------------------------ how
+    # ------------------------------------------------------------------ drawing
 
     def _open(self, what: str, total: float | list[float], done: int = 0) -> None:
         if not self._enabled:
@@ -116,8 +116,8 @@ class RunBar(ProgressBar):
             self._start()
         total = sum(total) if isinstance(total, list) else total
         known = 0 < total < math.inf  # the length of a run can be unknown
-        for shown in self._tasks[-1:]:
-            self._progress.update(shown, visible=False)
+        for before in self._tasks[-1:]:
+            self._progress.update(before, visible=False)
         words = f"{what} {{}}/{total:.0f}" if known else f"{what} {{}}"
         self._tasks.append(
             self._progress.add_task(
@@ -142,7 +142,7 @@ class RunBar(ProgressBar):
     def _values(self) -> str:
         """Such as "loss 0.412 accuracy 97%", as many as there is room for."""
         metrics = self.trainer.progress_bar_metrics if self.trainer.state.fn == "fit" else {}
-        values = [form.format(float(metrics[name])) for name, form in SHOWN.items() if name in metrics]
+        values = [text.format(float(metrics[name])) for name, text in METRICS.items() if name in metrics]
         room = self._progress.console.width - len(self._progress.tasks[0].fields["head"]) - BESIDE_VALUES
         while values and len(" ".join(values)) > room:
             values.pop()
@@ -161,13 +161,13 @@ class RunBar(ProgressBar):
 
     def _start(self) -> None:
         console = get_console()
-        whole = Column(no_wrap=True)
+        fixed = Column(no_wrap=True)
         live = console.is_terminal and not console.is_dumb_terminal
         self._progress = Progress(
-            TextColumn("{task.fields[head]}", table_column=whole),
+            TextColumn("{task.fields[head]}", table_column=fixed),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TextColumn("{task.fields[values]}", table_column=whole.copy()),
-            _TimeColumn(table_column=whole.copy()),
+            TextColumn("{task.fields[values]}", table_column=fixed.copy()),
+            _TimeColumn(table_column=fixed.copy()),
             console=console,
             auto_refresh=False,
             redirect_stdout=live,

@@ -20,11 +20,11 @@ class StoppingCallback(Callback):
     """While it trains, a signal only takes a note; it is acted on between two steps, by all processes at the same one.
 
     SIGTERM and the first Ctrl-C save `last.ckpt` and end the run (`Stopped`). A second Ctrl-C ends it at once. SLURM's
-    requeue signal, if Lightning handles it, saves and requeues in Lightning's way, but no longer inside of a step.
+    requeue signal, if Lightning handles it, saves and requeues in Lightning's way, but no longer within a step.
     """
 
     def __init__(self) -> None:
-        self._noted = self._said = 0  # the number of a signal
+        self._noted = self._announced = 0  # the number of a signal
         self._before: dict[int, Any] = {}  # handlers that were replaced
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -42,31 +42,31 @@ class StoppingCallback(Callback):
             raise Stopped(number)
         self._noted = number
 
-    def _say(self) -> None:
-        """Says once what was noted. Not in the handler: printing in the midst of a print would spoil both."""
+    def _announce(self) -> None:
+        """Announces once what was noted. Not in the handler: printing in the midst of a print would spoil both."""
         number = self._noted
-        if number in ENDING and number != self._said:
-            self._said = number
+        if number in ENDING and number != self._announced:
+            self._announced = number
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             rank_zero_info(f"\n{ENDING[number]}: finishing this step{again}")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what was noted."""
-        self._say()
+        """Announces what was noted."""
+        self._announce()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Says what was noted, before others show replies or validate."""
-        self._say()
+        """Announces what was noted, before others show replies or validate."""
+        self._announce()
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """Says what was noted: a validation is finished first."""
-        self._say()
+        """Announces what was noted: a validation is finished first."""
+        self._announce()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Says what was noted and, where an optimizer step is complete, acts on it."""
-        self._say()
+        """Announces what was noted and, where an optimizer step is complete, acts on it."""
+        self._announce()
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._act(trainer)
 

@@ -3,8 +3,10 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from dpo_lightning.callbacks.context import batches_per_epoch
 
-def settle_validation(trainer: Trainer) -> None:
+
+def fit_validation_to_epochs(trainer: Trainer) -> None:
     """Validates where Lightning would refuse to.
 
     At the end of each epoch where `val_check_interval` is more batches than an epoch has; on one batch at least where
@@ -15,8 +17,7 @@ def settle_validation(trainer: Trainer) -> None:
         trainer.limit_val_batches = max(1, int(len(data.val_dataloader().sampler) * trainer.overfit_batches))
     if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or trainer.fast_dev_run:
         return
-    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = batches_per_epoch(trainer, data)
     if 0 < batches < interval:
         trainer.val_check_interval = 1.0
         rank_zero_info(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from dpo_lightning.data.encoding import load_tokenizer
 from dpo_lightning.data.sources import dataset_weights, load_dataset_named
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.hub import first_line, from_hub_or_folder
+from dpo_lightning.models.hub import from_hub_or_folder, reason_of
 from dpo_lightning.storage.atomic import atomic_folder, foreign
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
     wanted += [("dataset", name, load_dataset_named) for name in sorted({n.partition(":")[0] for n in datasets})]
     wanted += [("model", model, lambda name: from_hub_or_folder("model", name, AutoModelForCausalLM.from_pretrained))]
     wanted = [(kind, name, load) for kind, name, load in wanted if not Path(name).is_file()]  # these are here already
-    folders = [Path(output_dir) / kind / inside(name) for kind, name, _ in wanted]
+    folders = [Path(output_dir) / kind / path_below(name) for kind, name, _ in wanted]
     for folder in folders:
         _check_ours(folder)
     for (kind, name, load), folder in zip(wanted, folders, strict=True):
@@ -69,11 +69,10 @@ def _write(kind: str, folder: Path, save: Callable[[str], Any]) -> None:
         with atomic_folder(folder, LISTING) as partial:
             save(str(partial))
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{kind} cannot be written to '{folder}': {reason}") from error
+        raise UserError(f"{kind} cannot be written to '{folder}': {reason_of(error)}") from error
 
 
-def inside(name: str) -> Path:
+def path_below(name: str) -> Path:
     """A name as a path that stays in the folder it is joined to: a hub id keeps its owner, a path its last part."""
     path = Path(name)
     outside = path.is_absolute() or not path.parts or ".." in path.parts or name.count("/") > 1

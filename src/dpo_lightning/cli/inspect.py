@@ -12,6 +12,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from dpo_lightning.callbacks.context import batches_per_epoch
 from dpo_lightning.callbacks.report.callback import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
@@ -22,9 +23,9 @@ from dpo_lightning.data.reading import RowAccount
 from dpo_lightning.visible import one_line, visible
 
 BINS, BAR = 10, 40  # of a histogram: its rows, and characters of its longest bar
-INDENT = "\n" + 12 * " "  # under the text of a shown pair, so that no line of it looks like one of ours
+INDENT = "\n" + 12 * " "  # under the text of a decoded pair, so that no line of it looks like one of ours
 TIMED_STEPS, WARMUP_STEPS = 4, 2
-SHOWN = 300  # characters of a prompt
+LONGEST_PROMPT = 300  # characters of it that are shown
 
 
 class InspectCLI(DPOCLI):
@@ -96,8 +97,7 @@ def run_line(data: PreferenceDataModule, trainer: Trainer) -> str:
 
 def length_of_run(data: PreferenceDataModule, trainer: Trainer) -> tuple[int, float]:
     """Batches of an epoch on each device, and optimizer steps of the run (infinite where nothing ends it)."""
-    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = batches_per_epoch(trainer, data)
     epochs = trainer.max_epochs if (trainer.max_epochs or -1) >= 0 else math.inf
     most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     return batches, min(most, epochs * math.ceil(batches / trainer.accumulate_grad_batches))
@@ -139,7 +139,7 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
     if rows:
         yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"
     for position in range(min(rows, len(train))):
-        yield from shown(data, position)
+        yield from decoded_pair(data, position)
 
 
 def account_lines(account: RowAccount) -> Iterator[str]:
@@ -154,7 +154,7 @@ def account_lines(account: RowAccount) -> Iterator[str]:
 
 
 def histogram(title: str, values: np.ndarray) -> Iterator[str]:
-    """A histogram of whole numbers in text: a line on all of them, then one for each of at most `BINS` ranges."""
+    """A histogram of integers in text: a line on all of them, then one for each of at most `BINS` ranges."""
     low, high = int(values.min()), int(values.max())
     yield f"{title}: {low} to {high}, median {np.median(values):g}, mean {values.mean():.1f}, {values.sum():,} in all"
     width = max(1, math.ceil((high - low + 1) / BINS))
@@ -174,14 +174,14 @@ def padding(data: PreferenceDataModule) -> float:
     return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches)
 
 
-def shown(data: PreferenceDataModule, position: int) -> Iterator[str]:
+def decoded_pair(data: PreferenceDataModule, position: int) -> Iterator[str]:
     """A training pair as its batch holds it."""
     columns = data.datasets["train"].select_columns(list(EncodedPair._fields))[[position]]
     (pair,) = to_pairs(collate_columns(columns, [position]))
     prompt = data.tokenizer.decode(pair.prompt_ids)
     yield data.where("train", [position])[0]
     for line in (
-        f"prompt    {'…' + prompt[-SHOWN:] if len(prompt) > SHOWN else prompt}",
+        f"prompt    {'…' + prompt[-LONGEST_PROMPT:] if len(prompt) > LONGEST_PROMPT else prompt}",
         f"chosen    ⟦{data.tokenizer.decode(pair.chosen_ids)}⟧",
         f"rejected  ⟦{data.tokenizer.decode(pair.rejected_ids)}⟧",
     ):

@@ -66,11 +66,12 @@ def local_path(name: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:  # too long, a nul in it, a folder that may not be entered, links in a circle
-        raise UserError(f"'{one_line(name[:200])}' cannot be looked up: {_why(error)}") from error
+        raise UserError(f"'{one_line(name[:200])}' cannot be looked up: {reason_of(error)}") from error
     return path
 
 
-def _why(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why something failed: the system's words for an error of its own, else the first line of the error's text."""
     return getattr(error, "strerror", None) or first_line(error)
 
 

@@ -51,8 +51,8 @@ def export_policy(
 
     With LoRA the folder holds the adapter (loading it needs the base model too); `merge=True` folds the adapter into
     a copy of the base model's weights and writes a complete model. The folder is written beside and then renamed, so
-    that what stands there is always whole. What it held is replaced only where a previous export wrote all of it
-    (`export_folder`). In a run, to be called on all ranks; the first one writes.
+    that it is never half written. What it held is replaced only where a previous export wrote all of it
+    (`atomic_folder`). In a run, to be called on all ranks; the first one writes.
 
     Args:
         folder: where to; as an `export_target`, with more folders that it must keep away from.
@@ -166,6 +166,7 @@ class ExportCallback(Callback):
         check_options(dtype, max_shard_size)
         self.folder, self.merge, self.dtype, self.max_shard_size = folder, merge, dtype, max_shard_size
         self.enabled = enabled
+        self.written: Path | None = None  # the folder, once it is
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Looks at the folder before anything is trained, which would be for nothing if it could not be written.
@@ -198,6 +199,7 @@ class ExportCallback(Callback):
             return
         data = trainer.datamodule
         export_policy(pl_module, data.tokenizer, target, self.merge, self.dtype, self.max_shard_size, data.hparams)
+        self.written = target.folder
         rank_zero_info(f"model written to {target.folder}")
 
     def _target(self, trainer: Trainer, module: "DPOModule") -> Target | None:

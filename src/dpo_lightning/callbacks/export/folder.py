@@ -12,7 +12,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.hub import first_line
+from dpo_lightning.models.hub import reason_of
 from dpo_lightning.storage.atomic import atomic_folder, foreign
 
 MANIFEST = "dpo_lightning_export.json"
@@ -38,7 +38,7 @@ class Target(NamedTuple):
         try:
             reason = self._refusal()
         except OSError as error:
-            reason = error.strerror or first_line(error)
+            reason = reason_of(error)
         if reason:
             raise UserError(f"the model cannot be written to '{self.folder}': {reason}; choose another folder")
 
@@ -74,8 +74,7 @@ class Target(NamedTuple):
             with atomic_folder(self.folder.resolve(), MANIFEST) as partial:
                 yield partial
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"the model cannot be written to '{self.folder}': {reason}") from error
+            raise UserError(f"the model cannot be written to '{self.folder}': {reason_of(error)}") from error
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -20,7 +20,7 @@ from dpo_lightning.models.hub import looks_local
 if TYPE_CHECKING:
     from dpo_lightning.dpo.module import DPOModule
 
-SHOWN = 3  # replies
+REPLIES = 3  # in the card
 SETTINGS = (
     "loss_type loss_weights loss_options beta label_smoothing learning_rate lr_scheduler_type warmup_steps "
     "weight_decay lora quantization sync_ref_model"
@@ -51,7 +51,7 @@ def model_card(
 
     Args:
         data: the datamodule's settings.
-        adapter: the folder holds an adapter, not a whole model.
+        adapter: the folder holds an adapter, not a complete model.
         trainer: of the run, for metrics and replies.
         asking: how the model was trained to be asked, if that is known.
         has_chat_template: whether the tokenizer beside it has one.
@@ -59,10 +59,10 @@ def model_card(
     h = module.hparams
     base = public_name(h.name_or_path)
     replies = trainer and find_callback(trainer, RepliesCallback)
-    shown = replies.pairs[0].prompt if replies and replies.pairs else None
+    example = replies.pairs[0].prompt if replies and replies.pairs else None
     if asking and asking.prompt_template is not None:
-        shown = shown or asking.prompt_template.format_map(EXAMPLE)
-    given = [{"role": "user", "content": EXAMPLE["question"]}] if asking and asking.chat else shown or "your prompt"
+        example = example or asking.prompt_template.format_map(EXAMPLE)
+    given = [{"role": "user", "content": EXAMPLE["question"]}] if asking and asking.chat else example or "your prompt"
     kind = "An adapter for" if adapter else "A model trained from"
     parts = [
         _metadata(base, dataset_weights(data.get("train_dataset")), adapter),
@@ -70,7 +70,7 @@ def model_card(
         f"{kind} {markdown_text(base)} with Direct Preference Optimization "
         "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) by dpo-lightning.",
         f"```python\n{USAGE.format(prompt=_literal(given))}\n```",
-        *([how_to_ask(asking, has_chat_template, shown)] if asking else []),
+        *([how_to_ask(asking, has_chat_template, example)] if asking else []),
         "## Data\n\n" + _settings({name: data.get(name) for name in DATA}),
         "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer)),
     ]
@@ -103,9 +103,9 @@ def how_to_ask(asking: Asking, has_chat_template: bool, example: str | None) -> 
         parts += ["A prompt that is filled in:", _fenced(example)]
     if has_chat_template and not asking.chat:
         parts.append("The tokenizer has a chat template, with which the model was **not** trained: do not use it.")
-    ends = {"begins with": asking.completion_start, "ends with the token": asking.end_token}
-    if said := " and ".join(f"{verb} `{_literal(text)}`" for verb, text in ends.items() if text):
-        parts.append(f"A reply {said}.")
+    parts_of_reply = {"begins with": asking.completion_start, "ends with the token": asking.end_token}
+    if words := " and ".join(f"{verb} `{_literal(text)}`" for verb, text in parts_of_reply.items() if text):
+        parts.append(f"A reply {words}.")
     return "\n\n".join(parts)
 
 
@@ -172,4 +172,4 @@ def _replies(replies: RepliesCallback) -> str:
         (pair.prompt, before, after, pair.chosen)
         for pair, before, after in zip(replies.pairs, first.texts, last.texts, strict=False)
     ]
-    return markdown_table(("prompt", "before training", "after training", "wanted"), rows[:SHOWN])
+    return markdown_table(("prompt", "before training", "after training", "wanted"), rows[:REPLIES])

@@ -12,7 +12,7 @@ import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dpo_lightning.callbacks.checkpoints import LastCheckpoint
+from dpo_lightning.callbacks.checkpoints import newest_checkpoint
 from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
@@ -113,24 +113,24 @@ class ReportCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the report of a run that ended well, and says in one line how it ended and where things are."""
         steps, replies = trainer.global_step, find_callback(trainer, RepliesCallback)
-        places = _model_place(trainer) | self._end(trainer, pl_module, "Finished")
-        if places:
-            rank_zero_info(closing_line(replies.showings if replies else [], steps, places))
+        paths = _model_path(trainer) | self._end(trainer, pl_module, "Finished")
+        if paths:
+            rank_zero_info(closing_line(replies.showings if replies else [], steps, paths))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the report of a run that did not."""
         by_hand = isinstance(exception, KeyboardInterrupt | Stopped)
         outcome = "Stopped by hand" if by_hand else f"Stopped by an error ({exception})"
-        for name, place in self._end(trainer, pl_module, outcome).items():
-            rank_zero_info(f"{name}: {place}")
+        for name, path in self._end(trainer, pl_module, outcome).items():
+            rank_zero_info(f"{name}: {path}")
 
     def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> dict[str, Path]:
         """Writes the report; {"report": where it is}, or nothing where none was written."""
-        places: dict[str, Path] = {}
+        paths: dict[str, Path] = {}
         if self._show_warning is not None:
             warnings.showwarning, self._show_warning = self._show_warning, None
         if self._began is None:
-            return places  # it ended before anything was trained
+            return paths  # it ended before anything was trained
         if self._history in trainer.loggers:  # no more, where writing the report is what failed
             trainer.loggers.remove(self._history)
         if self._folder is not None and trainer.is_global_zero:
@@ -139,11 +139,11 @@ class ReportCallback(Callback):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with atomic_file(path) as partial:
                     partial.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
-                places["report"] = path
+                paths["report"] = path
             except OSError as error:  # the training is what counts, or the error that ended it
                 rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
         self._began = None
-        return places
+        return paths
 
     def _run(self, trainer: Trainer, module: LightningModule, outcome: str) -> Run:
         data, h = trainer.datamodule, module.hparams
@@ -208,17 +208,14 @@ class ReportCallback(Callback):
         return costs
 
 
-def _model_place(trainer: Trainer) -> dict[str, Path]:
+def _model_path(trainer: Trainer) -> dict[str, Path]:
     """{"model": its exported folder}, or {"checkpoint": where it can be taken from}, of a run that keeps anything."""
-    export, last = find_callback(trainer, ExportCallback), find_callback(trainer, LastCheckpoint)
-    run = run_folder(trainer)
-    if run is None:
+    export = find_callback(trainer, ExportCallback)
+    if trainer.fast_dev_run:
         return {}
-    folder = Path(export.folder or run / "huggingface") if export and export.enabled else None
-    if folder and folder.is_dir() and trainer.global_step:
-        return {"model": folder}
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    path = last.path if last and last.path.exists() else Path(best) if best else None
+    if export and export.written:
+        return {"model": export.written}
+    path = newest_checkpoint(trainer)
     return {"checkpoint": path} if path else {}
 
 

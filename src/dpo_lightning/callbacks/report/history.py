@@ -32,7 +32,7 @@ class History(Logger):
         for name, value in metrics.items():
             curve = self.curves.setdefault(name, [])
             if curve and curve[-1][0] == (step or 0):
-                curve.pop()  # a validation inside of a step comes again when the run is resumed
+                curve.pop()  # a validation within a step comes again when the run is resumed
             curve.append((step or 0, float(value)))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

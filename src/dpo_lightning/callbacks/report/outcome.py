@@ -46,18 +46,17 @@ def change(showings: Sequence[Showing], name: str) -> Change | None:
     return Change(" → ".join(values), ", ".join(where))
 
 
-def closing_line(showings: Sequence[Showing], steps: int, places: Mapping[str, object]) -> str:
+def closing_line(showings: Sequence[Showing], steps: int, paths: Mapping[str, object]) -> str:
     """How a run ended, in one line: before → after, on how many questions, and where things are.
 
     Args:
         steps: optimizer steps that were done.
-        places: such as {"model": a folder, "report": a file}.
+        paths: such as {"model": a folder, "report": a file}.
     """
-    said = [_in_a_word(showings, steps), *(f"{name}: {place}" for name, place in places.items())]
-    return "; ".join(said)
+    return "; ".join([_summary(showings, steps), *(f"{name}: {path}" for name, path in paths.items())])
 
 
-def _in_a_word(showings: Sequence[Showing], steps: int) -> str:
+def _summary(showings: Sequence[Showing], steps: int) -> str:
     found = next(((name, found) for name in WORDS if (found := change(showings, name))), None)
     if found is None or len(showings) < 2:
         return f"trained for {steps} step{'s' * (steps != 1)}"
