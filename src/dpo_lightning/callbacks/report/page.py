@@ -6,7 +6,7 @@ in the page forbids loading or running anything, should something still slip thr
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
@@ -15,29 +15,7 @@ from dpo_lightning.callbacks.report.outcome import WORDS, change, percent
 from dpo_lightning.callbacks.report.templates import filled
 from dpo_lightning.data.pair import PreferencePair
 
-SHOWN_REPLIES = 5  # of a prompt: before, after, and some between
-MARKS = {"sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result", "reply/eos_rate": "ended"}
-SHARE = (0.0, 1.0)  # limits of an axis
-
-
-def _both(metric: str) -> dict[str, str]:
-    return {f"train/{metric}": "training", f"val/{metric}": "validation"}
-
-
-# Of each chart: title, {metric: name of its line}, and limits of the y axis, if they are not to fit the data.
-CHARTS: tuple[tuple[Any, ...], ...] = (
-    ("Share of valid SQL", {f"replies/{name}": word for name, word in MARKS.items() if "sql" in name}, SHARE),
-    ("Loss", _both("loss")),
-    ("Accuracy: pairs with a positive margin", _both("rewards/accuracies"), SHARE),
-    ("Margin, chosen − rejected reward", _both("rewards/margins")),
-    ("Rewards in training", {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"}),
-    ("Replies", {"replies/reply/eos_rate": "end by themselves", "replies/reply/repetition": "repetition"}, SHARE),
-    ("KL from the reference", _both("kl")),
-    ("Displaced: chosen less likely than before", _both("rewards/displaced"), SHARE),
-    ("Learning rate", {"train/learning_rate": "learning rate"}),
-    ("Gradient norm", {"train/grad_norm": "before clipping"}),
-    ("Pairs per second", {"train/pairs_per_second": "training"}),
-)
+REPLIES = 5  # of a prompt: before, after, and some between
 
 
 class Run(NamedTuple):
@@ -69,26 +47,18 @@ def render(run: Run) -> str:
     page = filled(
         "page.html.jinja",
         run=run,
-        tiles=[*_reply_tiles(run.showings), *_validation_tiles(run)],
-        charts=[
-            line_chart(title, {label: run.curves.get(name, []) for name, label in lines.items()}, *limits)
-            for title, lines, *limits in CHARTS
-        ],
+        tiles=_tiles(run),
+        charts=_charts(run.curves),
         margins=histogram("Margins of pairs", run.margins),
         prompts=[prompt for number in range(len(run.pairs)) if (prompt := _prompt(run, number))],
     )
     return str(page)  # to be put into no other page, where it would pass unescaped
 
 
-def _reply_tiles(showings: Sequence[Showing]) -> list[Tile]:
-    """Of replies before and after, and of how many."""
-    changes = [(words, change(showings, name)) for name, words in WORDS.items()]
-    return [Tile(found.values, words, found.where) for words, found in changes if found]
-
-
-def _validation_tiles(run: Run) -> list[Tile]:
-    """Only what was measured, and when."""
-    tiles = []
+def _tiles(run: Run) -> list[Tile]:
+    """What matters most: of replies before and after, of how many; of validations only what was measured, and when."""
+    changes = [(words, change(run.showings, name)) for name, words in WORDS.items()]
+    tiles = [Tile(found.values, words, found.where) for words, found in changes if found]
     for name, words, as_text in (
         ("val/rewards/accuracies", "pairs with a positive margin", percent),
         ("val/loss", "validation loss", number_text),
@@ -104,22 +74,51 @@ def _validation_tiles(run: Run) -> list[Tile]:
     return tiles
 
 
+def _charts(curves: Mapping[str, Curve]) -> tuple[str, ...]:
+    def chart(title: str, names: Mapping[str, str], limits: tuple[float, float] | None = None) -> str:
+        return line_chart(title, {label: curves.get(name, []) for name, label in names.items()}, limits)
+
+    def both(metric: str) -> dict[str, str]:
+        return {f"train/{metric}": "training", f"val/{metric}": "validation"}
+
+    share = (0.0, 1.0)
+    sql = {"replies/sql/valid": "valid", "replies/sql/exact": "exact", "replies/sql/execution": "same result"}
+    ending = {"replies/reply/eos_rate": "end by themselves", "replies/reply/repetition": "repetition"}
+    rewards = {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"}
+    return (
+        chart("Share of valid SQL", sql, share),
+        chart("Loss", both("loss")),
+        chart("Accuracy: pairs with a positive margin", both("rewards/accuracies"), share),
+        chart("Margin, chosen − rejected reward", both("rewards/margins")),
+        chart("Rewards in training", rewards),
+        chart("Replies", ending, share),
+        chart("KL from the reference", both("kl")),
+        chart("Displaced: chosen less likely than before", both("rewards/displaced"), share),
+        chart("Learning rate", {"train/learning_rate": "learning rate"}),
+        chart("Gradient norm", {"train/grad_norm": "before clipping"}),
+        chart("Pairs per second", {"train/pairs_per_second": "training"}),
+    )
+
+
 def _prompt(run: Run, number: int) -> dict[str, object] | None:
     """One prompt with its replies before, during and after, and the wanted one; None where nothing was answered."""
     answered = [showing for showing in run.showings if number < len(showing.texts)]
     if not answered:
         return None
     last = len(answered) - 1
-    picked = sorted({round(i * last / (SHOWN_REPLIES - 1)) for i in range(SHOWN_REPLIES)})
+    picked = sorted({round(i * last / (REPLIES - 1)) for i in range(REPLIES)})
     replies = [
         {
             "when": "before" if showing.step == 0 else f"step {showing.step}",
             "text": showing.texts[number].strip(),
-            "judged": {
-                word: flag for name, word in MARKS.items() if (flag := showing.judged[number].get(name)) is not None
-            },
+            "judged": _judged(showing.judged[number]),
         }
         for showing in (answered[i] for i in picked)
     ]
     pair = run.pairs[number]
     return {"text": pair.prompt, "replies": replies, "wanted": pair.chosen.strip()}
+
+
+def _judged(flags: Mapping[str, float | None]) -> dict[str, bool]:
+    words = {"sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result", "reply/eos_rate": "ended"}
+    return {word: bool(flags[name]) for name, word in words.items() if flags.get(name) is not None}
