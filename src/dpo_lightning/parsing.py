@@ -2,8 +2,7 @@
 
 import difflib
 import re
-from argparse import ArgumentParser
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.internals.argparse import option_names
 
 KINDS = {
     "int": "a whole number",
@@ -34,15 +34,6 @@ class OneLineErrorParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raises UserError with what the message says, in the user's words."""
         raise UserError(explained(" ".join(message.split()), list(option_names(self)))) from ex
-
-
-def option_names(parser: ArgumentParser) -> Iterator[str]:
-    """The names of all settings of a parser and of its commands, such as "model.beta"."""
-    for action in parser._actions:
-        yield from (option[2:] for option in action.option_strings if option.startswith("--"))
-        for other in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
-            if isinstance(other, ArgumentParser):
-                yield from option_names(other)
 
 
 def explained(message: str, names: Collection[str]) -> str:

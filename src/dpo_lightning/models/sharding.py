@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.transformers import block_classes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,7 +59,7 @@ def shard(model: "PreTrainedModel", mesh: "DeviceMesh", forward: Callable) -> No
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    blocks = set(model._no_split_modules or ())
+    blocks = block_classes(model)
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
