@@ -84,7 +84,6 @@ TO_MOVE = {
     "callbacks.stopping",
     "cli.trainer",
     "data.datamodule",
-    "data.generated",
     "data.sources",
     "dpo.cached_reference",
     "dpo.module",

@@ -1,4 +1,4 @@
-"""What `internals/torch.py` and our overrides of `_apply` use is as it was in the version of torch that is installed."""
+"""What `internals/torch.py` and our overrides of `_apply` use is as it was in the installed version of torch."""
 
 import functools
 

@@ -5,8 +5,10 @@ import functools
 import pytest
 import torch
 from contracts import contract
+from huggingface_hub import constants
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
+from dpo_lightning.data.generated import stored_weights
 from dpo_lightning.internals import transformers as internals
 
 holds = functools.partial(contract, "transformers")
@@ -25,14 +27,16 @@ def test_attention_in_use(config, attention):
         assert internals.attention_in_use(model) == attention
 
 
-def test_hub_revision(config, tmp_path):
-    with holds("config._commit_hash", "the cache of generated completions, which would outlive a model's update"):
-        folder = tmp_path / "models--a--b" / "snapshots" / COMMIT
-        config.save_pretrained(folder)
+def test_hub_commit(config, monkeypatch, tmp_path):
+    with holds("the hub's cache", "the cache of generated completions, which would outlive a model's update"):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        assert internals.hub_commit("a/b") is None
+        config.save_pretrained(tmp_path / "models--a--b" / "snapshots" / COMMIT)
         (tmp_path / "models--a--b" / "refs").mkdir()
         (tmp_path / "models--a--b" / "refs" / "main").write_text(COMMIT)
-        assert internals.hub_revision(AutoConfig.from_pretrained("a/b", cache_dir=tmp_path)) == COMMIT
-        assert internals.hub_revision(AutoConfig.from_pretrained(folder)) is None
+        assert AutoConfig.from_pretrained("a/b").n_embd == config.n_embd
+        assert internals.hub_commit("a/b") == COMMIT
+        assert stored_weights("a/b") == f"a/b@{COMMIT}"
 
 
 def test_block_classes(config):

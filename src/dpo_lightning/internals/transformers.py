@@ -1,11 +1,12 @@
 """What we use of transformers beyond its documented interface."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def attention_in_use(model: "PreTrainedModel") -> str:
@@ -16,12 +17,15 @@ def attention_in_use(model: "PreTrainedModel") -> str:
     return model.config._attn_implementation
 
 
-def hub_revision(config: "PretrainedConfig") -> str | None:
-    """The commit that a config was downloaded at, None of a local folder.
+def hub_commit(name: str) -> str | None:
+    """The commit of a hub model whose config has been loaded, None without one.
 
-    Uses `config._commit_hash`: no other part of a loaded model tells.
+    Uses the layout of the hub's cache (`snapshots/COMMIT/config.json`): a loaded config no longer has its commit.
     """
-    return config._commit_hash
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def block_classes(model: "PreTrainedModel") -> set[str]:
