@@ -139,7 +139,7 @@ def composed(name: str) -> yaml.Node | None:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{name}, line {line}: this is not UTF-8 text: save the file as UTF-8") from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark = error.problem_mark or error.context_mark or yaml.Mark(name, 0, 0, 0, None, 0)
         tab = content.decode().split("\n")[mark.line].lstrip(" ").startswith("\t")
         hint = "; indent with blanks, a tab is not allowed" if tab else ""
         raise UserError(f"{name}, line {mark.line + 1}: this is not valid YAML: {error.problem}{hint}") from error
@@ -174,12 +174,12 @@ def with_place(error: UserError, args: Sequence[str]) -> UserError:
     if any(value in str(error) for value in given):
         return error  # no file is to blame
     for file in reversed(config_files(args)):
-        if (found := setting(key, composed(file))) is None:
+        if (nodes := setting(key, composed(file))) is None:
             continue
-        name, value = found
+        named, given_there = nodes
         # Of a setting that the command line gives too, the file's value is at fault only where the message shows it.
-        if not given or isinstance(value, yaml.ScalarNode) and f"'{value.value}'" in str(error):
-            return UserError(f"{file}, line {name.start_mark.line + 1}: {error}")
+        if not given or isinstance(given_there, yaml.ScalarNode) and f"'{given_there.value}'" in str(error):
+            return UserError(f"{file}, line {named.start_mark.line + 1}: {error}")
     return error
 
 

@@ -93,12 +93,13 @@ def _inputs(model: "PreTrainedModel", batch: PairBatch, window: int | None) -> d
     if not batch.shared:
         return {"input_ids": batch.input_ids, "attention_mask": (batch.segment_ids != PADDING).long()}
     mask = shared_prefix_mask(batch.segment_ids)
-    attention_mask: Tensor | dict[str, Tensor] = _for_attention(model, mask)
+    everywhere = _for_attention(model, mask)
+    attention_mask: Tensor | dict[str, Tensor] = everywhere
     if window:
         near = _for_attention(model, mask & within_window(batch.position_ids, window))
         # Models that mix layers with and without a window take a mask for each kind, the others the one of all layers.
         layered = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-        attention_mask = {"full_attention": attention_mask, "sliding_attention": near} if layered else near
+        attention_mask = {"full_attention": everywhere, "sliding_attention": near} if layered else near
     return {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": batch.position_ids}
 
 
