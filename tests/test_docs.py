@@ -9,6 +9,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import dpo_lightning
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.inspect import InspectCLI
@@ -94,8 +95,9 @@ def test_pre_commit_runs_what_make_lint_runs():
     assert tools == {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in hooks if "venv" in hook["entry"]}
 
 
-def test_the_constraints_are_within_the_bounds():
+def test_the_version_and_the_constraints_are_those_of_pyproject():
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert dpo_lightning.__version__ == project["version"]
     required = {r.name: r for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"])}
     tested = dict(line.split("==") for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line)
     for name, version in tested.items():

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningCLI
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+else:
+    Logger = object
 
 SEED_VARIABLE = "PL_GLOBAL_SEED"  # where `seed_everything` leaves the seed for other processes
 RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}  # methods of Lightning's checkpoint connector
@@ -135,14 +137,14 @@ def set_version(logger: "TensorBoardLogger | CSVLogger", version: int) -> None:
     logger._version = version
 
 
-class ChoosesVersion:
+class ChoosesVersion(Logger):
     """Base, before Lightning's, of a logger class that chooses its own next version.
 
     Overrides `_get_next_version`, which `version` of both loggers asks: there is no hook.
     """
 
     def _get_next_version(self) -> int:
-        return self.next_version(super()._get_next_version)  # type: ignore[misc]
+        return self.next_version(super()._get_next_version)
 
     def next_version(self, lightnings: Callable[[], int]) -> int:
         """The version to take; `lightnings` gives Lightning's choice."""
