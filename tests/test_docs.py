@@ -3,10 +3,13 @@
 import inspect
 import re
 import shlex
+import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
+import dpo_lightning
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.inspect import InspectCLI
@@ -14,6 +17,7 @@ from dpo_lightning.cli.trainer import DPOCLI, DownloadCLI, configured
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 READMES = sorted(REPO.glob("README*.md"))
+PAGES = [*READMES, REPO / "CONTRIBUTING.md", *sorted(REPO.glob("docs/*.md"))]
 COMMAND = re.compile(r"^(?:    )?((?:python|make|tensorboard|dpo-lightning|git|pip) [^\n#]*)", re.M)
 
 
@@ -69,13 +73,36 @@ def test_every_command_of_a_readme_works(readme, monkeypatch):
             assert args[:2] == ["-m", "pip"] or args[:2] == ["-m", "dpo_lightning.demo.build"], line
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
-def test_every_path_of_a_readme_is_there(readme):
-    text = readme.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_path_of_a_page_is_there(page):
+    text = page.read_text()
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r'src="(?!http)([^"]+)"', text)
     named = re.findall(r"(?:configs|tests|src|benchmarks|docs)/[\w./-]*\w", text)
     for path in linked + named:
-        assert (REPO / path).exists(), path
+        assert (REPO / path).exists() or (page.parent / path).exists(), path
+
+
+def test_every_file_of_contributing_is_there():
+    there = [path.relative_to(REPO).as_posix() for path in (*REPO.glob("src/**/*.py"), *REPO.glob("tests/**/*.py"))]
+    for name in re.findall(r"[\w/]+\.py\b", (REPO / "CONTRIBUTING.md").read_text()):
+        assert any(path.endswith(f"/{name}") or path == name for path in there) or (REPO / name).exists(), name
+
+
+def test_pre_commit_runs_what_make_lint_runs():
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (REPO / "Makefile").read_text(), re.M).group(1)
+    tools = set(re.findall(r"\$\(BIN\)/(\w+)", lint))
+    hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert tools == {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in hooks if "venv" in hook["entry"]}
+
+
+def test_the_version_and_the_constraints_are_those_of_pyproject():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert dpo_lightning.__version__ == project["version"]
+    required = {r.name: r for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"])}
+    tested = dict(line.split("==") for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line)
+    for name, version in tested.items():
+        assert name not in required or version in required[name].specifier, name
+    assert {Requirement(line).name for line in project["dependencies"]} <= set(tested)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)

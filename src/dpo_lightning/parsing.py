@@ -2,8 +2,7 @@
 
 import difflib
 import re
-from argparse import ArgumentParser
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,6 +12,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.internals.argparse import option_names
 
 KINDS = {
     "int": "a whole number",
@@ -103,15 +103,6 @@ class OneLineErrorParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raises UserError with what the message says, in the user's words."""
         raise UserError(explained(" ".join(message.split()), list(option_names(self)))) from ex
-
-
-def option_names(parser: ArgumentParser) -> Iterator[str]:
-    """The names of all settings of a parser and of its commands, such as "model.beta"."""
-    for action in parser._actions:
-        yield from (option[2:] for option in action.option_strings if option.startswith("--"))
-        for other in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
-            if isinstance(other, ArgumentParser):
-                yield from option_names(other)
 
 
 def explained(message: str, names: Collection[str]) -> str:
@@ -218,7 +209,7 @@ def composed(name: str) -> yaml.Node | None:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{name}, line {line}: this is not UTF-8 text: save the file as UTF-8") from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark = error.problem_mark or error.context_mark or yaml.Mark(name, 0, 0, 0, None, 0)
         tab = content.decode().split("\n")[mark.line].lstrip(" ").startswith("\t")
         hint = "; indent with blanks, a tab is not allowed" if tab else ""
         raise UserError(f"{name}, line {mark.line + 1}: this is not valid YAML: {error.problem}{hint}") from error
@@ -253,12 +244,12 @@ def with_place(error: UserError, args: Sequence[str]) -> UserError:
     if any(value in str(error) for value in given):
         return error  # no file is to blame
     for file in reversed(config_files(args)):
-        if (found := setting(key, composed(file))) is None:
+        if (nodes := setting(key, composed(file))) is None:
             continue
-        name, value = found
+        named, given_there = nodes
         # Of a setting that the command line gives too, the file's value is at fault only where the message shows it.
-        if not given or isinstance(value, yaml.ScalarNode) and f"'{value.value}'" in str(error):
-            return UserError(f"{file}, line {name.start_mark.line + 1}: {error}")
+        if not given or isinstance(given_there, yaml.ScalarNode) and f"'{given_there.value}'" in str(error):
+            return UserError(f"{file}, line {named.start_mark.line + 1}: {error}")
     return error
 
 

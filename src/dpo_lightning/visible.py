@@ -62,7 +62,7 @@ def show_only_visible() -> None:
         def format_visibly(*args: Any, **kwargs: Any) -> str:
             return visible(formatted(*args, **kwargs))
 
-        format_visibly.shows_only_visible = True
+        format_visibly.shows_only_visible = True  # type: ignore[attr-defined]
         warnings.formatwarning = format_visibly
 
 

@@ -5,6 +5,7 @@ that is resumed or one with a version of the user's choice, is locked until the 
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dpo_lightning.callbacks.checkpoint_files import version
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import ChoosesVersion, is_open, set_version, version_is_open
 from dpo_lightning.storage.locks import hold, let_go
 
 LOCK = "run.lock"  # in the run's folder
 
 
-class _OwnFolder:
+class _OwnFolder(ChoosesVersion):
     """Claims a logger's folder before anything is written to it: when the run's first process makes its writer.
 
     That is after the command line and the rows were found right, so a run that ends there leaves no folder.
@@ -34,13 +36,13 @@ class _OwnFolder:
         Raises:
             UserError: the folder cannot be made, or another run is in it.
         """
-        if self._experiment is not None or "://" in str(self.save_dir):
+        if is_open(self) or "://" in str(self.save_dir):
             return super().experiment
         try:
             if self.numbered:
                 os.makedirs(_expanded(self.root_dir), exist_ok=True)
                 while not _made(self._folder()):
-                    self._version += 1
+                    set_version(self, self.version + 1)
                 made = super().experiment  # before the lock's file is there: CSVLogger wants an empty folder
             if hold(self._folder() / LOCK):
                 return made if self.numbered else super().experiment
@@ -54,10 +56,10 @@ class _OwnFolder:
             "its own without --ckpt_path"
         )
 
-    def _get_next_version(self) -> int:
-        """As Lightning's, which falls over folders such as `version_²`: then they are passed over."""
+    def next_version(self, lightnings: Callable[[], int]) -> int:
+        """Lightning's, which falls over folders such as `version_²`: then they are passed over."""
         try:
-            return super()._get_next_version()
+            return lightnings()
         except ValueError:
             return max(map(version, _expanded(self.root_dir).glob("version_*")), default=-1) + 1
 
@@ -100,6 +102,6 @@ def with_own_folder(logger: Logger) -> Logger:
     kind = OWN.get(type(logger))
     if kind is None:
         return logger
-    own = kind.__new__(kind)
-    vars(own).update(vars(logger), numbered=logger._version is None)
+    own: Any = kind.__new__(kind)
+    vars(own).update(vars(logger), numbered=version_is_open(logger))
     return own

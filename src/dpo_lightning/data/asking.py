@@ -87,7 +87,7 @@ def trained_asking(
     if any(chats):
         return Asking(True, end_token=end_token, format=said, chat_template=chat_template)
     if any(name in FORMATS and "question" in FORMATS[name].prompt_columns for name in names):
-        start = next(string.Formatter().parse(options.completion_template), ("", None, None, None))[0]
+        start = next(iter(string.Formatter().parse(options.completion_template)), ("", None, None, None))[0]
         return Asking(False, options.prompt_template, start, end_token, said)
     return Asking(False, end_token=end_token, format=said)
 
@@ -95,7 +95,7 @@ def trained_asking(
 def asking_of(trainer: "Trainer | None") -> Asking | None:
     """The way of asking of a run; None where it has no training data of ours."""
     data = getattr(trainer, "datamodule", None)
-    return data.asking() if hasattr(data, "asking") else None
+    return data.asking() if data is not None and hasattr(data, "asking") else None
 
 
 def settled_template(given: str | None, asking: Asking | None, where: str) -> str:
@@ -107,14 +107,16 @@ def settled_template(given: str | None, asking: Asking | None, where: str) -> st
         where: what says so, for messages.
     """
     trained = asking.prompt_template if asking else None
-    if given is None and trained is not None:
+    if trained is None:
+        return given if given is not None else RowOptions().prompt_template
+    if given is None:
         rank_zero_info(f"data.prompt_template is {shown(trained)}, with which '{where}' was trained")
-    elif trained not in (None, given):
+    elif given != trained:
         rank_zero_warn(
             f"data.prompt_template is {shown(given)}, but '{where}' was trained with {shown(trained)} and may answer "
             "worse to another; leave data.prompt_template out to use that"
         )
-    return next(template for template in (given, trained, RowOptions().prompt_template) if template is not None)
+    return trained if given is None else given
 
 
 # ---------------------------------------------------------------------- file and checkpoint
@@ -195,7 +197,8 @@ def places(template: str) -> set[str]:
     if len(template) > LONGEST:
         raise ValueError(f"the template {shown(template)} has more than {LONGEST:,} characters")
     try:
-        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+        pieces = string.Formatter().parse(template)
+        parsed = [(name, spec, conversion) for _, name, spec, conversion in pieces if name is not None]
     except ValueError as error:
         raise ValueError(f"the template {shown(template)} is not valid: {error}") from error
     for name, spec, conversion in parsed:

@@ -65,7 +65,7 @@ class ChatTemplate:
             raise
         except Exception as error:
             raise BadCell("chat template", "", f"the chat template refuses it: {first_line(error)}") from error
-        return PreferencePair(start, *completions, chat=True)
+        return PreferencePair(start, completions[0], completions[1], chat=True)
 
     def _completion(self, start: str, whole: str) -> str:
         """What follows `start` when the replies are there, without what ends the last one."""

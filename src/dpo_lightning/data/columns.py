@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from dpo_lightning.data.reading import PAIR_COLUMNS
+from dpo_lightning.internals.datasets import selected
 from dpo_lightning.storage.arrow_cache import Columns
 
 if TYPE_CHECKING:
@@ -16,17 +17,12 @@ if TYPE_CHECKING:
 
 def numbers(data: "Dataset", name: str) -> np.ndarray:
     """A column of numbers or bools, [n], read straight from the table."""
-    return _picked(data, data.data.column(name).to_numpy())
+    return selected(data, data.data.column(name).to_numpy())
 
 
 def id_counts(data: "Dataset", name: str) -> np.ndarray:
     """How many ids each list of a column has, int32 [n]."""
-    return _picked(data, pc.list_value_length(data.data.column(name)).to_numpy())
-
-
-def _picked(data: "Dataset", values: np.ndarray) -> np.ndarray:
-    """Values for all rows of the table -> those of the data set, which may be a selection of them."""
-    return values if data._indices is None else values[data._indices.column(0).to_numpy()]
+    return selected(data, pc.list_value_length(data.data.column(name)).to_numpy())
 
 
 def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> Iterator[Columns]:
@@ -38,7 +34,7 @@ def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> 
 def text_keys(data: "Dataset", name: str) -> np.ndarray:
     """A number for each text of a column, uint64 [n]: the same for equal texts, in every process."""
     texts = (text for columns in batches_of(data, [name]) for text in columns[name])
-    return _picked(data, np.fromiter(map(_text_key, texts), np.uint64, data.data.num_rows))
+    return selected(data, np.fromiter(map(_text_key, texts), np.uint64, data.data.num_rows))
 
 
 def _text_key(text: str) -> int:

@@ -82,23 +82,25 @@ def preference(row: Mapping[str, Any], options: RowOptions, completions: bool) -
     Where chosen and rejected are whole conversations (UltraFeedback-binarized), the prompt is what they share.
     """
     if not isinstance(row.get("prompt"), list | tuple) and not isinstance(row.get("chosen"), list | tuple):
-        sides = [text(row, side) if completions or row.get(side) is not None else "" for side in ("chosen", "rejected")]
-        return PreferencePair(text(row, "prompt"), *sides)
+        chosen, rejected = (
+            text(row, side) if completions or row.get(side) is not None else "" for side in ("chosen", "rejected")
+        )
+        return PreferencePair(text(row, "prompt"), chosen, rejected)
     if completions and messages(row, "chosen")[0]["role"] != "assistant":
         return implicit_preference(row, options, completions)
     prompt = _prompt_messages(row)
-    sides = [messages(row, side) if completions else [] for side in ("chosen", "rejected")]
-    return options.chat().pair(prompt, *sides)
+    good, bad = (messages(row, side) if completions else [] for side in ("chosen", "rejected"))
+    return options.chat().pair(prompt, good, bad)
 
 
 def implicit_preference(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
     """Two whole texts, transcripts or conversations; the prompt is what they share, up to a reply."""
     if isinstance(row.get("chosen"), list | tuple):
-        chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
-        shared = shared_messages(chosen, rejected)
+        good, bad = messages(row, "chosen"), messages(row, "rejected")
+        shared = shared_messages(good, bad)
         if shared is None:
             raise BadCell("no shared prompt", "chosen", "found no assistant's reply after what it shares with rejected")
-        return options.chat().pair(chosen[:shared], chosen[shared:], rejected[shared:])
+        return options.chat().pair(good[:shared], good[shared:], bad[shared:])
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     shared = shared_text(chosen, rejected)
     return PreferencePair(chosen[:shared], chosen[shared:], rejected[shared:])
@@ -193,7 +195,8 @@ def user_format(name: str) -> RowFormat:
         found = _cut(f"{type(made).__name__} {made!r}")
         raise BadCell("format function", "", f"{name} returned {found} where a PreferencePair or a dict belongs")
 
-    return RowFormat((), (), to_pair, file_digest(Path(module.__file__)) if getattr(module, "__file__", None) else "")
+    file = getattr(module, "__file__", None)  # a module that is built in has none
+    return RowFormat((), (), to_pair, file_digest(Path(file)) if file else "")
 
 
 def find_format(columns: Sequence[str], source: str, name: str | None = None, completions: bool = True) -> str:
@@ -255,10 +258,12 @@ def check_templates(options: RowOptions) -> None:
         template = getattr(options, key)
         said = f"data.{key} {_cut(template)!r}"
         try:
-            fields = [parsed[1:] for parsed in string.Formatter().parse(template) if parsed[1] is not None]
+            fields = [part[1:] for part in string.Formatter().parse(template)]
         except ValueError as error:
             raise UserError(f"{said} is not a valid template: {error}; write a brace of the text twice") from error
-        if unknown := sorted({field for field, _, _ in fields} - {"question", "context", "answer"}):
+        if unknown := sorted(
+            {field for field, _, _ in fields if field is not None} - {"question", "context", "answer"}
+        ):
             raise UserError(
                 f"{said} names {_quoted(unknown)}: it may use {{context}}, {{question}} and {{answer}}, and has a "
                 "brace of the text twice"

@@ -30,6 +30,7 @@ from dpo_lightning.data.batching import PromptBatch, collate_prompts
 from dpo_lightning.data.columns import text_keys
 from dpo_lightning.data.encoding import encode_prompts, tokenizer_fingerprint
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.internals.transformers import hub_commit
 from dpo_lightning.models.hub import from_hub_or_folder
 from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy
 from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
@@ -317,8 +318,8 @@ def stored_weights(name_or_path: str, trust_remote_code: bool = False) -> str:
         return _files_digest(folder)
     from transformers import AutoConfig
 
-    config = from_hub_or_folder("model", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
-    return f"{base}@{config._commit_hash}"
+    from_hub_or_folder("model", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    return f"{base}@{hub_commit(base)}"
 
 
 def _files_digest(folder: Path) -> str:

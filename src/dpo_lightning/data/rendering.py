@@ -100,9 +100,11 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
+            assert self._process.stdout
             if not self._process.stdout.readline():
                 self.end()
                 raise UserError("the process that renders chat templates cannot be started: is there memory for it?")
+        assert self._process.stdin and self._process.stdout
         self._process.stdin.write(request + b"\n")
         self._process.stdin.flush()
         return self._process.stdout.readline()

@@ -90,8 +90,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, word, seed: int):
         groups = [pairs[i : i + BATCH_SIZE] for i in range(0, len(pairs), BATCH_SIZE)]
         rng.shuffle(groups)
         for group in groups:
-            ids = [torch.tensor([*context, *text, tokenizer.eos_token_id]) for context, text in group]
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+            rows = [torch.tensor([*context, *text, tokenizer.eos_token_id]) for context, text in group]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
             labels = ids.clone()
             for row, (context, _) in enumerate(group):
                 labels[row, : len(context)] = -100

@@ -100,10 +100,10 @@ def random_schema(rng, word, tables: int) -> Schema:
     kinds = [["text", "integer"] for _ in range(tables)]
     for some in kinds:
         some.extend(rng.choices(("text", "integer", "real", "date"), k=rng.choice((1, 1, 2, 3))))
-    names = set()
-    while len(names) < tables + 1 + sum(map(len, kinds)):
-        names.add(_name(rng, word).replace("__", "_"))
-    names = rng.sample(sorted(names), len(names))
+    taken: set[str] = set()
+    while len(taken) < tables + 1 + sum(map(len, kinds)):
+        taken.add(_name(rng, word).replace("__", "_"))
+    names = rng.sample(sorted(taken), len(taken))
     key = Column(f"{names.pop()}_id", "key", (), types["key"])
     schema = []
     for some in kinds:

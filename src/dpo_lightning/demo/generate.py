@@ -15,7 +15,7 @@ def schema_rows(rng, schema: Schema, number: int) -> list[dict]:
     kinds = [kind for kind in KINDS if kind != "join" or len(schema) == 2]
     # A joined schema is there for its joins: every other row is one.
     turns = [kind for kind in kinds for kind in ((kind, "join") if len(schema) == 2 else (kind,))]
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     while len(rows) < number:
         asked, query = make_query(rng, schema, turns[len(rows) % len(turns)])
         row = {"question": query.question, "context": create_statement(asked), "answer": query.sql}

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
+from dpo_lightning.internals.torch import leave_unscaling_to_lightning
+
 if TYPE_CHECKING:
     from torch.amp import GradScaler
 
@@ -25,7 +27,7 @@ def unscale_before_clipping(trainer: Trainer) -> None:
     """
     if gradient_scaler(trainer) is not None:
         for optimizer in trainer.optimizers:
-            optimizer._step_supports_amp_scaling = False  # what torch and Lightning ask; the step is fused all the same
+            leave_unscaling_to_lightning(optimizer)
 
 
 class SkippedSteps:
@@ -42,7 +44,7 @@ class SkippedSteps:
         That waits for the device, as the scaler itself does in every step.
         """
         scaler = gradient_scaler(trainer)
-        before = scaler and scaler.get_scale()
+        before = scaler.get_scale() if scaler else 0.0
         yield
         skipped = scaler is not None and scaler.get_scale() < before
         self.total += skipped

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_lightning.data.batching import PADDING, PROMPT, PairBatch, to_separate
 from dpo_lightning.dpo.head import _log_sum_squares, _target_logps, head_log_sum_squares, head_logps
+from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.routing import router_loss
 
 if TYPE_CHECKING:
@@ -92,17 +93,18 @@ def _inputs(model: "PreTrainedModel", batch: PairBatch, window: int | None) -> d
     if not batch.shared:
         return {"input_ids": batch.input_ids, "attention_mask": (batch.segment_ids != PADDING).long()}
     mask = shared_prefix_mask(batch.segment_ids)
-    attention_mask = _for_attention(model, mask)
+    everywhere = _for_attention(model, mask)
+    attention_mask: Tensor | dict[str, Tensor] = everywhere
     if window:
         near = _for_attention(model, mask & within_window(batch.position_ids, window))
         # Models that mix layers with and without a window take a mask for each kind, the others the one of all layers.
         layered = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-        attention_mask = {"full_attention": attention_mask, "sliding_attention": near} if layered else near
+        attention_mask = {"full_attention": everywhere, "sliding_attention": near} if layered else near
     return {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": batch.position_ids}
 
 
 def _for_attention(model: "PreTrainedModel", mask: Tensor) -> Tensor:
-    if model.config._attn_implementation != "eager":
+    if attention_in_use(model) != "eager":
         return mask
     # Eager attention adds its mask; a bool one would silently mean "+1 where attended".
     dtype = torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype

@@ -160,7 +160,7 @@ def exo_pair(pairs: Pairs, *, beta: Positive, label_smoothing: SomeFlippedShare 
         (F.logsigmoid(logits), F.logsigmoid(-logits)),
         (math.log1p(-label_smoothing), math.log(label_smoothing)),
     )
-    return sum(log_q[side].exp() * (log_q[side] - log_p[side]) for side in (0, 1))
+    return torch.stack([q.exp() * (q - p) for q, p in zip(log_q, log_p, strict=True)]).sum(0)
 
 
 @loss(f_divergence=True)

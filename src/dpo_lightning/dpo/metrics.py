@@ -55,7 +55,7 @@ class PairMetrics(Metric):
         if keep_margins:
             self.add_state("margins", [], dist_reduce_fx="cat")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "PairMetrics":
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> torch.nn.Module:
         # A count in bfloat16 stops growing at 256, or with 16 pairs a batch at 4,096.
         return super()._apply(full(fn), *args, **kwargs)
 

@@ -55,6 +55,7 @@ def wpo_weights(policy: PairLogps) -> Tensor:
     WPO, Zhou et al. 2024 (arXiv 2406.11827), eq. 2 with its weight alignment: the geometric mean over tokens of
     p(token) / (sum of p^2 over the vocabulary), multiplied over both completions.
     """
+    assert policy.log_sum_squares is not None  # `pair_logps(..., sum_squares=True)`
     aligned = policy._replace(token_logps=policy.token_logps - policy.log_sum_squares)
     return (aligned.sums / policy.lengths).sum(1).exp()
 
@@ -218,7 +219,7 @@ class PreferenceLoss:
         """
         pairs = self._pairs(policy, reference, margin)
         terms = zip(self.weights, self.losses, self.parameters, strict=True)
-        losses = sum(factor * term.function(pairs, **parameters) for factor, term, parameters in terms)
+        losses = torch.stack([factor * term.function(pairs, **own) for factor, term, own in terms]).sum(0)
         if self.use_weighting:
             losses = losses * wpo_weights(policy)
         return losses if weight is None else losses * weight

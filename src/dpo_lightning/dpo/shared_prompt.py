@@ -74,7 +74,7 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
 @contextmanager
 def float32_products() -> Iterator[None]:
     """Products of float32 matrices in float32 for a while, whatever `torch.set_float32_matmul_precision` has said."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # TF32 of a GPU, bfloat16 of a CPU
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # TF32 of a GPU, bfloat16 of a CPU
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

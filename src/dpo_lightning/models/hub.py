@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.datasets import go_offline, hub_endpoint
 from dpo_lightning.visible import one_line
 
 PROBE_SECONDS = 5.0
@@ -83,15 +84,9 @@ def looks_local(name: str) -> bool:
 @functools.cache
 def switch_offline_if_unreachable() -> bool:
     """Probes the hub once per process and goes offline if it does not answer; returns whether it does."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
-        import datasets.config
-
-        # Child processes read the variable, what is already imported reads the constants.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+    endpoint = hub_endpoint()
+    if endpoint is None or not _answers(endpoint):
+        go_offline()
         return False
     return True
 

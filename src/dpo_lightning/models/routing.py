@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dpo_lightning.internals.transformers import load_balancing_loss
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import ModelOutput
@@ -32,9 +34,7 @@ def router_loss(model: "PreTrainedModel", output: "ModelOutput", real: Tensor) -
     Returns:
         A float32 scalar; None for a model without a router, or whose config does not ask for the loss.
     """
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
     if not getattr(model.config, "output_router_logits", False) or not hasattr(model, "router_aux_loss_coef"):
         return None
-    balance = load_balancing_loss_func(output.router_logits, model.num_experts, model.num_experts_per_tok, real)
+    balance = load_balancing_loss(output.router_logits, model.num_experts, model.num_experts_per_tok, real)
     return model.router_aux_loss_coef * balance

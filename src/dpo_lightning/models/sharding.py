@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.transformers import block_classes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,7 +59,7 @@ def shard(model: "PreTrainedModel", mesh: "DeviceMesh", forward: Callable) -> No
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    blocks = set(model._no_split_modules or ())
+    blocks = block_classes(model)
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
@@ -93,4 +94,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """A sharded model's weights by name, whole, on the CPU. To be called on all ranks; empty on all but the first."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state

@@ -18,6 +18,7 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.datasets import cache_folder, memory_mapped
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.storage.locks import alone
 
@@ -79,9 +80,7 @@ def find_dataset(fingerprint: str) -> tuple["Dataset", dict[str, Any]] | None:
 
 def dataset_folder(fingerprint: str) -> Path:
     """Where the data set of a fingerprint is, or is to be."""
-    import datasets.config
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_lightning" / fingerprint
+    return cache_folder() / "dpo_lightning" / fingerprint
 
 
 def lock_file(folder: Path) -> Path:
@@ -119,16 +118,13 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _open(folder: Path, fingerprint: str) -> tuple["Dataset", dict[str, Any]]:
-    from datasets import Dataset
-    from datasets.table import MemoryMappedTable
-
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     check = note.pop(CHECK, None) if isinstance(note, dict) else None
     if check is None and (not isinstance(note, dict) or set(note) not in UNCHECKED):
         raise ValueError(f"{NOTE} is not a note on them")
     if check is not None and check != _check(folder / ROWS, note):
         raise ValueError("they are not those that were written")
-    return Dataset(MemoryMappedTable.from_file(str(folder / ROWS)), fingerprint=fingerprint), note
+    return memory_mapped(folder / ROWS, fingerprint), note
 
 
 def _check(rows: Path, note: dict[str, Any]) -> int:

@@ -25,9 +25,9 @@ def content_digest(data: "Dataset", names: Sequence[str]) -> str:
         for name in names:
             values = table[name].combine_chunks()
             if hasattr(values, "value_lengths"):
-                digest.update(np.asarray(values.value_lengths()))
+                digest.update(np.asarray(values.value_lengths()).data)
                 values = values.flatten()
-            digest.update(np.asarray(values))
+            digest.update(np.asarray(values).data)
     return digest.hexdigest()
 
 
@@ -55,5 +55,5 @@ def weights_digest(model: nn.Module, but: Callable[[str], bool] = lambda name: F
     for name, tensor in sorted(model.state_dict().items()):
         if not but(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
