@@ -2,13 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +19,49 @@ class Reply(NamedTuple):
     stopped: bool  # ended by EOS, not by the length limit
 
 
+def prompt_room(model: "PreTrainedModel", max_new_tokens: int) -> int:
+    """The longest prompt, in tokens, to which a reply of `max_new_tokens` fits into the model's positions."""
+    return max(1, _positions(model) - max_new_tokens)
+
+
+def _positions(model: "PreTrainedModel") -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
+
+
 @torch.no_grad()
+def generate_ids(
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_new_tokens: int,
+    **options: Any,
+) -> Tensor:
+    """Prompts and their greedy replies, [B, T + longest reply], with a KV cache.
+
+    The model's own generation settings (sampling, penalties) are not used: replies are to show the model.
+
+    Args:
+        input_ids: prompts of at most `prompt_room` tokens, padded on the left, [B, T] int64, on the model's device.
+        attention_mask: [B, T] int64, 0 at padding.
+        options: of the model's own `generate`.
+    """
+    from transformers import GenerationConfig
+
+    eos = tokenizer.eos_token_id
+    config = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, _positions(model) - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
+    )
+    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
+        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
+        try:
+            return model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **options
+            )
+        finally:
+            model.generation_config = own
+
+
 def generate(
     model: "PreTrainedModel",
     input_ids: Tensor,
@@ -31,36 +70,20 @@ def generate(
     max_new_tokens: int,
     processors: "Sequence[LogitsProcessor]" = (),
 ) -> list[Reply]:
-    """Greedy replies to a batch of prompts, with a KV cache.
-
-    The model's own generation settings (sampling, penalties) are not used: replies are to show the model.
+    """Greedy replies to a batch of prompts; arguments as `generate_ids`, but a prompt may be of any length.
 
     Args:
-        input_ids: prompts padded on the left, [B, T] int64, on the model's device.
-        attention_mask: [B, T] int64, 0 at padding.
         processors: they change each new token's logits first.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
-    eos = tokenizer.eos_token_id
-    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = max(1, limit - max_new_tokens)
-    config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, limit - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
+    room = prompt_room(model, max_new_tokens)
+    input_ids, attention_mask = input_ids[:, -room:], attention_mask[:, -room:]
+    output = generate_ids(
+        model, input_ids, attention_mask, tokenizer, max_new_tokens, logits_processor=LogitsProcessorList(processors)
     )
-    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
-        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
-        try:
-            output = model.generate(
-                input_ids=input_ids[:, -room:],
-                attention_mask=attention_mask[:, -room:],
-                generation_config=config,
-                logits_processor=LogitsProcessorList(processors),
-            )
-        finally:
-            model.generation_config = own
-    replies = []
-    for ids in output[:, input_ids[:, -room:].shape[1] :].tolist():
+    eos, replies = tokenizer.eos_token_id, []
+    for ids in output[:, input_ids.shape[1] :].tolist():
         stopped = eos in ids
         ids = ids[: ids.index(eos)] if stopped else ids
         replies.append(Reply(tokenizer.decode(ids, skip_special_tokens=False), ids, stopped))
