@@ -12,9 +12,11 @@ from typing import NamedTuple
 from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
 from dpo_lightning.callbacks.report.history import Curve
-from dpo_lightning.callbacks.report.outcome import WORDS, change, percent
+from dpo_lightning.callbacks.report.outcome import change, percent, told
 from dpo_lightning.data.pair import PreferencePair
-from dpo_lightning.judging.views import visible
+from dpo_lightning.judging.judge import Verdict
+from dpo_lightning.judging.quantities import marks, quantity, reply_charts
+from dpo_lightning.visible import visible
 
 SHOWN_REPLIES = 5  # of a prompt: before, after, and some between
 
@@ -101,7 +103,7 @@ def _list(items: Sequence[str]) -> str:
 
 def _tiles(run: Run) -> str:
     """What matters most: of replies before and after, of how many; of validations only what was measured, and when."""
-    changes = [(words, change(run.showings, name)) for name, words in WORDS.items()]
+    changes = [(quantity(name).label, change(run.showings, name)) for name in told(run.showings)]
     tiles = [_tile(found.values, words, found.where) for words, found in changes if found]
     for name, words, as_text in (
         ("val/rewards/accuracies", "pairs with a positive margin", percent),
@@ -132,16 +134,22 @@ def _charts(curves: Mapping[str, Curve]) -> str:
         return {f"train/{metric}": "training", f"val/{metric}": "validation"}
 
     share = (0.0, 1.0)
-    sql = {"replies/sql/valid": "valid", "replies/sql/exact": "exact", "replies/sql/execution": "same result"}
-    ending = {"replies/reply/eos_rate": "end by themselves", "replies/reply/repetition": "repetition"}
+    judged = reply_charts(name.removeprefix("replies/") for name in curves if name.startswith("replies/"))
+    replies = [
+        chart(
+            title,
+            {f"replies/{name}": words[name] for name in words},
+            share if all(quantity(name).share for name in words) else None,
+        )
+        for title, words in judged.items()
+    ]
     rewards = {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"}
     charts = (
-        chart("Share of valid SQL", sql, share),
+        *replies,
         chart("Loss", both("loss")),
         chart("Accuracy: pairs with a positive margin", both("rewards/accuracies"), share),
         chart("Margin, chosen − rejected reward", both("rewards/margins")),
         chart("Rewards in training", rewards),
-        chart("Replies", ending, share),
         chart("KL from the reference", both("kl")),
         chart("Displaced: chosen less likely than before", both("rewards/displaced"), share),
         chart("Learning rate", {"train/learning_rate": "learning rate"}),
@@ -176,11 +184,9 @@ def _prompt(run: Run, number: int) -> str:
     return f'<div class="prompt"><pre>{_safe(run.pairs[number].prompt)}</pre><table>{"".join(rows)}</table></div>'
 
 
-def _judged(flags: Mapping[str, float | None]) -> str:
-    words = {"sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result", "reply/eos_rate": "ended"}
-    marks = (
-        f'<span class="{"yes" if flags[name] else "no"}">{"✓" if flags[name] else "✗"} {word}</span>'
-        for name, word in words.items()
-        if flags.get(name) is not None
+def _judged(verdicts: Mapping[str, Verdict]) -> str:
+    signs = {True: ("yes", "✓ "), False: ("no", "✗ "), None: ("dim", "")}
+    marked = (
+        f'<span class="{signs[is_so][0]}">{signs[is_so][1]}{_safe(word)}</span>' for word, is_so in marks(verdicts)
     )
-    return f'<div class="judged">{" ".join(marks)}</div>'
+    return f'<div class="judged">{" ".join(marked)}</div>'
