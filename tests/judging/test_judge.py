@@ -112,7 +112,7 @@ def test_what_is_no_number_is_not_judged(own):
     found = verdicts(find_judges(["my_judges:odd"]), Reply("x", [3], False), PAIR)
     assert {name: found[f"odd/{name}"] for name in "abcd"} == {"a": None, "b": 0.5, "c": None, "d": True}
     assert type(found["odd/b"]) is float and found["reply/eos_rate"] is False
-    assert marks(found) == [("b 0.5", None), ("d", True), ("ended", False)]
+    assert marks(found) == [("d", True), ("ended", False)]
 
 
 def test_every_verdict_of_the_packages_judges_has_its_name():

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from dpo_lightning.callbacks.context import preference_data, run_folder
-from dpo_lightning.callbacks.replies import answer
+from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
+from dpo_lightning.callbacks.replies import RepliesCallback, answer
 from dpo_lightning.data.batching import PairBatch, collate_prompts, to_pairs
 from dpo_lightning.judging.judge import Judged, find_judges, verdicts
 
@@ -23,15 +23,17 @@ class EvaluationCallback(Callback):
     run's folder too; nan becomes null there.
 
     Args:
-        judge: as `RepliesCallback` has it.
+        judge: as of `RepliesCallback`; left out, that of the run's, or `sql` where it has none.
     """
 
-    def __init__(self, judge: str | list[str] = "sql") -> None:
-        self.judges = find_judges(judge)
+    def __init__(self, judge: str | list[str] | None = None) -> None:
+        self.judges = None if judge is None else find_judges(judge)
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn in PREFIX:
             preference_data(trainer, self)
+            replies = find_callback(trainer, RepliesCallback)
+            self.judges = self.judges or (replies.judges if replies else find_judges("sql"))
             self._judged, self._pairs = Judged().to(module.device), torch.tensor(0, device=module.device)
 
     def _judge(self, trainer: Trainer, module: LightningModule, batch: PairBatch) -> None:

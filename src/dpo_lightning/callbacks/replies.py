@@ -1,6 +1,5 @@
 """Prompts -> greedy replies, their judgment, and the callback that shows and keeps them before, during and after."""
 
-import math
 import time
 from typing import Any, NamedTuple
 
@@ -156,8 +155,8 @@ class RepliesCallback(Callback):
         judged = [verdicts(self.judges, reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
         means = Judged(sync_on_compute=False)  # all processes judge the same replies
         means.update(judged)
-        shares = {name: mean.item() for name, mean in means.compute().items() if math.isfinite(mean)}
-        counts = {name: int(means.counts[means.names.index(name)]) for name in shares}
+        counts = {name: int(count) for name, count in zip(means.names, means.counts, strict=True) if count}
+        shares = {name: mean.item() for name, mean in means.compute().items() if name in counts}
         texts = [reply.text for reply in replies]
         changed = sum(text != before.text for text, before in zip(texts, self._reference, strict=True))
         self.showings.append(Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares, counts, changed))
@@ -235,4 +234,4 @@ class RepliesCallback(Callback):
 
 def _in_words(found: dict[str, Verdict]) -> str:
     """{"sql/valid": True, "sql/exact": False, "reply/eos_rate": True, ...} -> "valid, ended"."""
-    return ", ".join(word for word, is_so in marks(found) if is_so is not False)
+    return ", ".join(word for word, is_so in marks(found) if is_so)

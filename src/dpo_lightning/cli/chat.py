@@ -18,7 +18,7 @@ from dpo_lightning.data.asking import Asking, read_asking
 from dpo_lightning.data.cells import MAX_CELL
 from dpo_lightning.data.encoding import encode_prompts, load_tokenizer
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.generate import generate_ids, prompt_room
+from dpo_lightning.models.generate import generate, prompt_room
 from dpo_lightning.models.policy import load_policy, tokenizer_name
 from dpo_lightning.parsing import OneLineErrorParser, SomeCount, check_settings
 from dpo_lightning.visible import visible
@@ -142,15 +142,15 @@ def stream(
     def stop(input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
 
-    def generate() -> None:
+    def work() -> None:
         try:
             mask, criteria = torch.ones_like(ids), StoppingCriteriaList([stop])
-            generate_ids(model, ids, mask, tokenizer, max_new_tokens, stopping_criteria=criteria, streamer=pieces)
+            generate(model, ids, mask, tokenizer, max_new_tokens, stopping_criteria=criteria, streamer=pieces)
         except Exception as error:  # raised again where the pieces are read
             errors.append(error)
             pieces.end()
 
-    thread = threading.Thread(target=generate, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield from pieces

@@ -59,7 +59,7 @@ from dpo_lightning.storage.trust import TRUST, plain_settings
 from dpo_lightning.visible import one_line
 
 # Those without settings.
-CALLBACKS = (GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
+CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
 
 
 class DPOCLI(LightningCLI):
@@ -82,8 +82,6 @@ class DPOCLI(LightningCLI):
         )
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(RepliesCallback, "replies")
-        parser.add_lightning_class_args(EvaluationCallback, "evaluation")
-        parser.link_arguments("replies.judge", "evaluation.judge")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
 

@@ -47,12 +47,7 @@ def reply_charts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return {f"{TITLES.get(judge, judge)}: {', '.join(words.values())}": words for judge, words in charts.items()}
 
 
-def marks(verdicts: Mapping[str, bool | float | None]) -> list[tuple[str, bool | None]]:
-    """What is told of one reply, and whether it is so, None of numbers: [("valid", True), ("score 0.7", None)]."""
-    told = []
-    for name, verdict in verdicts.items():
-        word = quantity(name).word
-        if word and verdict is not None:
-            is_flag = isinstance(verdict, bool) or quantity(name).share
-            told.append((word, bool(verdict)) if is_flag else (f"{word} {verdict:.3g}", None))
-    return told
+def marks(verdicts: Mapping[str, bool | float | None]) -> list[tuple[str, bool]]:
+    """What one reply is and is not: {"sql/valid": True, "sql/exact": None, "reply/length": 9} -> [("valid", True)]."""
+    told = [(quantity(name), verdict) for name, verdict in verdicts.items() if verdict is not None]
+    return [(of.word, bool(verdict)) for of, verdict in told if of.word and (of.share or isinstance(verdict, bool))]

@@ -29,39 +29,6 @@ def _positions(model: "PreTrainedModel") -> int:
 
 
 @torch.no_grad()
-def generate_ids(
-    model: "PreTrainedModel",
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_new_tokens: int,
-    **options: Any,
-) -> Tensor:
-    """Prompts and their greedy replies, [B, T + longest reply], with a KV cache.
-
-    The model's own generation settings (sampling, penalties) are not used: replies are to show the model.
-
-    Args:
-        input_ids: prompts of at most `prompt_room` tokens, padded on the left, [B, T] int64, on the model's device.
-        attention_mask: [B, T] int64, 0 at padding.
-        options: of the model's own `generate`.
-    """
-    from transformers import GenerationConfig
-
-    eos = tokenizer.eos_token_id
-    config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, _positions(model) - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
-    )
-    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
-        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
-        try:
-            return model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **options
-            )
-        finally:
-            model.generation_config = own
-
-
 def generate(
     model: "PreTrainedModel",
     input_ids: Tensor,
@@ -69,21 +36,38 @@ def generate(
     tokenizer: "PreTrainedTokenizerBase",
     max_new_tokens: int,
     processors: "Sequence[LogitsProcessor]" = (),
+    **options: Any,
 ) -> list[Reply]:
-    """Greedy replies to a batch of prompts; arguments as `generate_ids`, but a prompt may be of any length.
+    """Greedy replies to a batch of prompts, with a KV cache.
+
+    The model's own generation settings (sampling, penalties) are not used: replies are to show the model.
 
     Args:
+        input_ids: prompts padded on the left, [B, T] int64, on the model's device; cut from the left to `prompt_room`.
+        attention_mask: [B, T] int64, 0 at padding.
         processors: they change each new token's logits first.
+        options: of the model's own `generate`, such as a streamer.
     """
-    from transformers import LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList
 
-    room = prompt_room(model, max_new_tokens)
-    input_ids, attention_mask = input_ids[:, -room:], attention_mask[:, -room:]
-    output = generate_ids(
-        model, input_ids, attention_mask, tokenizer, max_new_tokens, logits_processor=LogitsProcessorList(processors)
+    eos, room = tokenizer.eos_token_id, prompt_room(model, max_new_tokens)
+    config = GenerationConfig(
+        max_new_tokens=min(max_new_tokens, _positions(model) - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
     )
-    eos, replies = tokenizer.eos_token_id, []
-    for ids in output[:, input_ids.shape[1] :].tolist():
+    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
+        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
+        try:
+            output = model.generate(
+                input_ids=input_ids[:, -room:],
+                attention_mask=attention_mask[:, -room:],
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+                **options,
+            )
+        finally:
+            model.generation_config = own
+    replies = []
+    for ids in output[:, input_ids[:, -room:].shape[1] :].tolist():
         stopped = eos in ids
         ids = ids[: ids.index(eos)] if stopped else ids
         replies.append(Reply(tokenizer.decode(ids, skip_special_tokens=False), ids, stopped))

@@ -185,8 +185,8 @@ def _prompt(run: Run, number: int) -> str:
 
 
 def _judged(verdicts: Mapping[str, Verdict]) -> str:
-    signs = {True: ("yes", "✓ "), False: ("no", "✗ "), None: ("dim", "")}
     marked = (
-        f'<span class="{signs[is_so][0]}">{signs[is_so][1]}{_safe(word)}</span>' for word, is_so in marks(verdicts)
+        f'<span class="{"yes" if is_so else "no"}">{"✓" if is_so else "✗"} {_safe(word)}</span>'
+        for word, is_so in marks(verdicts)
     )
     return f'<div class="judged">{" ".join(marked)}</div>'
