@@ -11,6 +11,7 @@ import torch
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
+from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.cli.entry import main
@@ -105,6 +106,20 @@ def test_a_judge_that_cannot_be_used_is_one_line(own, code, name, words):
     with pytest.raises(UserError, match=words) as error:
         verdicts(find_judges(name), Reply("", [], True), PAIR)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: RepliesCallback(judge=["sql", 3]), "replies.judge is .* a list, each a text"),
+        (lambda: RepliesCallback(num_prompts=0), "replies.num_prompts is 0: it must be at least 1"),
+        (lambda: EvaluationCallback(judge=3), "evaluation.judge is 3: it must be a text"),
+        (lambda: ReplyWriter(None), "predictions.output is null: it must be a text"),
+    ],
+)
+def test_settings_are_checked_in_python_too(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
 
 
 def test_what_is_no_number_is_not_judged(own):

@@ -12,6 +12,7 @@ from dpo_lightning.callbacks.context import find_callback, preference_data, run_
 from dpo_lightning.callbacks.replies import RepliesCallback, answer
 from dpo_lightning.data.batching import PairBatch, collate_prompts, to_pairs
 from dpo_lightning.judging.judge import Judged, find_judges, verdicts
+from dpo_lightning.parsing import check_settings
 
 PREFIX = {"validate": "val", "test": "test"}  # of names, and the split's name in the datamodule
 
@@ -27,6 +28,7 @@ class EvaluationCallback(Callback):
     """
 
     def __init__(self, judge: str | list[str] | None = None) -> None:
+        check_settings(EvaluationCallback.__init__, locals(), "evaluation.")
         self.judges = None if judge is None else find_judges(judge)
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
