@@ -43,6 +43,8 @@ class Range(NamedTuple):
 
 
 Seed = Annotated[int, Range(f"from 0 to {2**32 - 1}", lambda seed: 0 <= seed < 2**32)]  # what numpy takes
+Count = Annotated[int, Range("0 or more", lambda count: count >= 0)]
+SomeCount = Annotated[int, Range("at least 1", lambda count: count >= 1)]
 
 
 def check_settings(function: Callable[..., Any], values: Mapping[str, Any], prefix: str) -> None:

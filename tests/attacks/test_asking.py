@@ -84,6 +84,7 @@ def asked(monkeypatch):
         def generate(self, input_ids, streamer=None, **kwargs):
             given.extend(input_ids.tolist())
             streamer.end()
+            return input_ids
 
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         with pytest.MonkeyPatch.context() as patch:

@@ -113,7 +113,7 @@ def test_without_validation_data_the_last_checkpoint_is_kept(run, tmp_path):
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt", "no such file"]),
         (["--trainer.precision", "bf17"], ["precision", "bf17"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
-        (["--replies.num_prompts", "0"], ["num_prompts at least 1"]),
+        (["--replies.num_prompts", "0"], ["replies.num_prompts is 0: it must be at least 1"]),
         (["--data.max_length", "1024", "--data.tokenizer", "./nowhere"], ["tokenizer './nowhere'", "no such folder"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value[0].startswith("--") else "",

@@ -4,14 +4,15 @@ import json
 import math
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from dpo_lightning.callbacks.context import preference_data, run_folder
-from dpo_lightning.callbacks.replies import answer
+from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
+from dpo_lightning.callbacks.replies import RepliesCallback, answer
 from dpo_lightning.data.batching import PairBatch, collate_prompts, to_pairs
-from dpo_lightning.judging.reply_metrics import ReplyMetrics
-from dpo_lightning.judging.sql.judge import SQLMetrics
+from dpo_lightning.judging.judge import Judged, find_judges, verdicts
+from dpo_lightning.parsing import check_settings
 
 PREFIX = {"validate": "val", "test": "test"}  # of names, and the split's name in the datamodule
 
@@ -19,41 +20,43 @@ PREFIX = {"validate": "val", "test": "test"}  # of names, and the split's name i
 class EvaluationCallback(Callback):
     """Answers every prompt of the split that `validate` or `test` is about and judges the replies.
 
-    The validations inside `fit` are left alone: they stay cheap. `SQLMetrics` are logged where the data has a SQL
-    context. What was logged is written to `metrics.json` in the run's folder too; nan becomes null there.
+    The validations inside `fit` are left alone: they stay cheap. What was logged is written to `metrics.json` in the
+    run's folder too; nan becomes null there.
+
+    Args:
+        judge: as of `RepliesCallback`; left out, that of the run's, or `sql` where it has none.
     """
+
+    def __init__(self, judge: str | list[str] | None = None) -> None:
+        check_settings(EvaluationCallback.__init__, locals(), "evaluation.")
+        self.judges = None if judge is None else find_judges(judge)
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn in PREFIX:
             preference_data(trainer, self)
-            self._replies, self._sql = ReplyMetrics().to(module.device), SQLMetrics().to(module.device)
+            replies = find_callback(trainer, RepliesCallback)
+            self.judges = self.judges or (replies.judges if replies else find_judges("sql"))
+            self._judged, self._pairs = Judged().to(module.device), torch.tensor(0, device=module.device)
 
     def _judge(self, trainer: Trainer, module: LightningModule, batch: PairBatch) -> None:
         if trainer.state.fn not in PREFIX:
             return
         positions = batch.pair_ids.tolist()
         replies = answer(trainer, module, collate_prompts([pair.prompt_ids for pair in to_pairs(batch)], positions))
-        self._replies.update([reply.token_ids for reply in replies], [reply.stopped for reply in replies])
         pairs = trainer.datamodule.pairs(PREFIX[trainer.state.fn], positions)
-        judged = [(reply.text, pair) for reply, pair in zip(replies, pairs, strict=True) if pair.context]
-        self._sql.update(
-            [text for text, _ in judged],
-            [pair.chosen.strip() for _, pair in judged],
-            [pair.context for _, pair in judged],
-        )
+        self._judged.update([verdicts(self.judges, *answered) for answered in zip(replies, pairs, strict=True)])
+        self._pairs += len(pairs)
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn not in PREFIX:
             return
-        prefix = PREFIX[trainer.state.fn]
-        with_context = any(trainer.datamodule.datasets[prefix]["context"][:])  # the same on all ranks
-        for metric in (self._replies, *((self._sql,) if with_context else ())):
-            module.log_dict({f"{prefix}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)
+        means = self._judged.compute()  # the same on all processes
+        module.log_dict({f"{PREFIX[trainer.state.fn]}/{name}": mean for name, mean in means.items()}, sync_dist=True)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn not in PREFIX:
             return
-        folder, pairs = run_folder(trainer), trainer.strategy.reduce(self._replies.replies, reduce_op="sum")
+        folder, pairs = run_folder(trainer), trainer.strategy.reduce(self._pairs, reduce_op="sum")
         if folder is None or not trainer.is_global_zero:
             return
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -87,7 +90,7 @@ class EvaluationCallback(Callback):
         self._judge(trainer, pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the shares over the whole split."""
+        """Logs the means over the whole split."""
         self._log(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,6 +13,7 @@ from dpo_lightning.data.batching import PromptBatch
 from dpo_lightning.data.encoding import tokenizer_fingerprint
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.generate import Reply
+from dpo_lightning.parsing import check_settings
 from dpo_lightning.storage.digests import key_digest, weights_digest
 from dpo_lightning.storage.jsonl import Lines, append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.locks import hold, let_go
@@ -29,6 +30,7 @@ class ReplyWriter(BasePredictionWriter):
     """
 
     def __init__(self, output: str = "replies.jsonl") -> None:
+        check_settings(ReplyWriter.__init__, locals(), "predictions.")
         super().__init__(write_interval="batch")
         self.output = output
         self._found = Lines([], [], b"")  # in the file

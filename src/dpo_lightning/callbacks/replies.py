@@ -10,9 +10,11 @@ from dpo_lightning.callbacks.context import preference_data, run_folder, tensorb
 from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_prompts
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.judge import counts, judge, shares
+from dpo_lightning.judging.judge import Judged, Verdict, find_judges, verdicts
+from dpo_lightning.judging.quantities import marks, quantity
 from dpo_lightning.judging.views import markdown_table, show_replies
-from dpo_lightning.models.generate import Reply, generate
+from dpo_lightning.models.generate import Reply
+from dpo_lightning.parsing import Count, SomeCount, check_settings
 from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.states import check_state
 
@@ -23,13 +25,7 @@ def answer(trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> l
     """The policy's replies, on the run's device and in its precision."""
     prompts = PromptBatch(*(tensor.to(module.device) for tensor in prompts))
     with trainer.precision_plugin.forward_context():
-        return generate(
-            module.causal_lm,
-            prompts.input_ids,
-            prompts.attention_mask,
-            trainer.datamodule.tokenizer,
-            module.hparams.max_new_tokens,
-        )
+        return module.predict_step(prompts, 0)
 
 
 class Showing(NamedTuple):
@@ -37,14 +33,14 @@ class Showing(NamedTuple):
 
     step: int
     texts: list[str]  # of the first `REMEMBERED` prompts
-    judged: list[dict[str, float | None]]  # of the same
-    shares: dict[str, float]  # of all prompts
-    counts: dict[str, int] | None = None  # how many replies each share is of; None in checkpoints from before it was
+    judged: list[dict[str, Verdict]]  # of the same; bools are 0 and 1 in checkpoints from before they were
+    shares: dict[str, float]  # means over all prompts whose replies could be judged
+    counts: dict[str, int] | None = None  # how many replies each mean is of; None in checkpoints from before it was
     changed: int | None = None  # replies that are not those of the first showing
 
 
 STATE = {"reference": [(str, [int], bool)], "showings": [list]}  # `Reply` and `Showing`
-JUDGED, SHARED = {str: int | float | None}, ("reply/eos_rate", "reply/length", "reply/repetition")
+JUDGED, SHARED = {str: bool | int | float | None}, ("reply/eos_rate", "reply/length", "reply/repetition")
 SHOWING = (int, [str], [JUDGED], dict.fromkeys(SHARED, int | float), {str: int}, int | None)
 
 
@@ -52,18 +48,26 @@ class RepliesCallback(Callback):
     """Answers held-out prompts before, during and after training.
 
     The same prompts are answered every time. The console shows them beside the first and the wanted reply, TensorBoard
-    gets a text page with policy and reference side by side and the shares of `judge`, and `replies.jsonl` in the run's
-    folder a line per reply. The reference's replies are the policy's before training: they are generated once.
+    gets a text page with policy and reference side by side and the means of all verdicts, and `replies.jsonl` in the
+    run's folder a line per reply with its verdicts. The reference's replies are the policy's before training: they are
+    generated once.
 
     Args:
         every_n_steps: optimizer steps between two showings; 0 shows only before and after.
         num_prompts: held-out prompts that are answered each time.
         num_shown: how many of them are shown in the console.
+        judge: a judge of `dpo_lightning.judging.judge`, one of your own (`my_module:my_judge`), or several.
     """
 
-    def __init__(self, every_n_steps: int = 50, num_prompts: int = 16, num_shown: int = 4) -> None:
-        if every_n_steps < 0 or num_prompts < 1 or num_shown < 0:
-            raise UserError("replies: every_n_steps and num_shown must be 0 or more, num_prompts at least 1")
+    def __init__(
+        self,
+        every_n_steps: Count = 50,
+        num_prompts: SomeCount = 16,
+        num_shown: Count = 4,
+        judge: str | list[str] = "sql",
+    ) -> None:
+        check_settings(RepliesCallback.__init__, locals(), "replies.")
+        self.judges = find_judges(judge)
         self.every_n_steps, self.num_prompts, self.num_shown = every_n_steps, num_prompts, num_shown
         self.pairs: list[PreferencePair] = []
         self.showings: list[Showing] = []
@@ -148,12 +152,14 @@ class RepliesCallback(Callback):
         replies = answer(trainer, module, self._prompts)  # on all ranks: a sharded policy needs them all
         if not self._reference:
             self._reference = replies
-        judged = [judge(reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
+        judged = [verdicts(self.judges, reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
+        means = Judged(sync_on_compute=False)  # all processes judge the same replies
+        means.update(judged)
+        counts = {name: int(count) for name, count in zip(means.names, means.counts, strict=True) if count}
+        shares = {name: mean.item() for name, mean in means.compute().items() if name in counts}
         texts = [reply.text for reply in replies]
         changed = sum(text != before.text for text, before in zip(texts, self._reference, strict=True))
-        self.showings.append(
-            Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares(judged), counts(judged), changed)
-        )
+        self.showings.append(Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares, counts, changed))
         if trainer.is_global_zero:
             self._to_console(replies)
             self._to_tensorboard(trainer, replies, judged)
@@ -175,14 +181,14 @@ class RepliesCallback(Callback):
             sql=any(pair.context for pair in self.pairs),
         )
 
-    def _to_tensorboard(self, trainer: Trainer, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
+    def _to_tensorboard(self, trainer: Trainer, replies: list[Reply], judged: list[dict[str, Verdict]]) -> None:
         showing = self.showings[-1]
         for logger in trainer.loggers:
             logger.log_metrics({f"replies/{name}": share for name, share in showing.shares.items()}, showing.step)
         if writer := tensorboard_writer(trainer):
             rows = [
-                (pair.prompt, reply.text, before.text, pair.chosen, _in_words(flags))
-                for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
+                (pair.prompt, reply.text, before.text, pair.chosen, _in_words(found))
+                for pair, reply, before, found in zip(self.pairs, replies, self._reference, judged, strict=True)
             ]
             page = markdown_table(("prompt", "policy", "reference", "wanted", "the policy's reply is"), rows)
             writer.add_text("replies", page, showing.step)
@@ -206,7 +212,7 @@ class RepliesCallback(Callback):
         last = self.showings[-1].step if self.showings else -1
         keep_lines(self._file, lines, next((i for i, step in enumerate(steps) if step > last), len(steps)))
 
-    def _to_file(self, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
+    def _to_file(self, replies: list[Reply], judged: list[dict[str, Verdict]]) -> None:
         if self._file is None:
             return
         lines = (
@@ -217,14 +223,15 @@ class RepliesCallback(Callback):
                 "reference": before.text,
                 "wanted": pair.chosen,
                 "stopped": reply.stopped,
-                **{name: flag and bool(flag) for name, flag in flags.items() if name.startswith("sql/")},
+                **{
+                    name: verdict for name, verdict in found.items() if quantity(name).word and name != "reply/eos_rate"
+                },
             }
-            for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
+            for pair, reply, before, found in zip(self.pairs, replies, self._reference, judged, strict=True)
         )
         append_lines(self._file, lines)
 
 
-def _in_words(judged: dict[str, float | None]) -> str:
-    """{"reply/eos_rate": 1.0, "sql/valid": 1.0, "sql/exact": 0.0, ...} -> "stopped, valid"."""
-    words = {"reply/eos_rate": "stopped", "sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result"}
-    return ", ".join(word for name, word in words.items() if judged.get(name))
+def _in_words(found: dict[str, Verdict]) -> str:
+    """{"sql/valid": True, "sql/exact": False, "reply/eos_rate": True, ...} -> "valid, ended"."""
+    return ", ".join(word for word, is_so in marks(found) if is_so)

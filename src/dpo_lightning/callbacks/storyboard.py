@@ -4,7 +4,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dpo_lightning.callbacks.context import tensorboard_writer
+from dpo_lightning.callbacks.context import find_callback, tensorboard_writer
+from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.judging.judge import JUDGES
+from dpo_lightning.judging.quantities import QUANTITIES, reply_charts, results
 
 # Title of a chart -> regular expressions of the tags in it; TensorBoard's "custom scalars" tab.
 CHARTS = {
@@ -15,9 +18,8 @@ CHARTS = {
         "rewards": ["(train|val)/rewards/(chosen|rejected)$"],
     },
     "replies": {
-        "SQL: valid, exact, same result": ["replies/sql/(valid|exact|execution)$"],
-        "replies: ended by themselves, repetition": ["replies/reply/(eos_rate|repetition)$"],
-        "replies: length": ["replies/reply/length$"],
+        **{title: [f"replies/{name}$" for name in words] for title, words in reply_charts(QUANTITIES).items()},
+        "Replies: length": ["replies/reply/length$"],
     },
     "diagnostics": {
         "KL": ["(train|val)/kl$"],
@@ -33,10 +35,7 @@ RESULTS = (
     "val/rewards/accuracies",
     "val/rewards/margins",
     "val/kl",
-    "replies/sql/valid",
-    "replies/sql/exact",
-    "replies/sql/execution",
-    "replies/reply/eos_rate",
+    *(f"replies/{name}" for name in results(QUANTITIES)),
     "train/pairs_per_second",
 )
 
@@ -44,7 +43,7 @@ RESULTS = (
 class StoryboardCallback(Callback):
     """Writes to a run's TensorBoard logger, where it has one, what plain scalars cannot say.
 
-    - custom scalars: `CHARTS`;
+    - custom scalars: `CHARTS`, and a chart for each judge of the user's own;
     - hparams: all settings, with the metrics of `RESULTS`;
     - histograms: the margins of all pairs at each validation (of all ranks).
     """
@@ -64,6 +63,9 @@ class StoryboardCallback(Callback):
         layout = {
             group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in CHARTS.items()
         }
+        replies = find_callback(trainer, RepliesCallback)
+        own = [name for name in replies.judges if name not in JUDGES] if replies else []
+        layout["replies"] |= {name: ["Multiline", [f"replies/{name}/"]] for name in own}
         writer.add_custom_scalars(layout)
         for summary in hparams(settings(trainer, pl_module), dict.fromkeys(RESULTS, 0.0)):
             writer.file_writer.add_summary(summary)

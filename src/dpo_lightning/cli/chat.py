@@ -8,19 +8,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.asking import FILE, Asking, places, read_asking, shown
+from dpo_lightning.cli.chat_prompts import assumed_asking, check_template, model_folder, note, remarks
+from dpo_lightning.data.asking import Asking, read_asking
 from dpo_lightning.data.cells import MAX_CELL
 from dpo_lightning.data.encoding import encode_prompts, load_tokenizer
-from dpo_lightning.data.formats import RowOptions
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.views import visible
-from dpo_lightning.models.policy import ADAPTER_CONFIG, load_policy, tokenizer_name
+from dpo_lightning.models.generate import generate, prompt_room
+from dpo_lightning.models.policy import load_policy, tokenizer_name
+from dpo_lightning.parsing import OneLineErrorParser, SomeCount, check_settings
+from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +53,7 @@ def chat(
     reference: str | None = None,
     schema: str = "",
     prompt_template: str | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: SomeCount = 64,
     trust_remote_code: bool = False,
 ) -> None:
     """Answers questions from the keyboard or a pipe, one a line.
@@ -66,8 +67,7 @@ def chat(
         max_new_tokens: longest reply.
         trust_remote_code: run a hub model's own Python code.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens is {max_new_tokens}: it must be at least 1")
+    check_settings(chat, locals(), "--")
     model = model_folder(model, "--model")
     reference = reference and model_folder(reference, "--reference")
     trained = read_asking(model)
@@ -85,90 +85,9 @@ def chat(
     converse(replies, lambda question, schema: asking.prompt(question, schema, tokenizer), schema, sys.stdin)
 
 
-def model_folder(name: str, option: str) -> str:
-    """The folder or hub id to load for what was given; of a run's folder, the model that it wrote.
-
-    Raises:
-        UserError: it is a checkpoint, another file, or a run's folder without a model.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".ckpt" and path.exists():
-        raise UserError(
-            f"{option} '{name}' is a checkpoint: write its model as a folder first, with "
-            f"`python cli.py export --ckpt_path {name} --output_dir FOLDER`, and give that folder"
-        )
-    if path.is_file():
-        raise UserError(f"{option} '{name}' is a file: give the folder of a model, or a hub id")
-    if not path.is_dir() or any((path / config).exists() for config in ("config.json", ADAPTER_CONFIG)):
-        return name
-    inner = path / "huggingface"
-    if inner.is_dir():
-        note(f"{option}: the model of this run, '{inner}'")
-        return str(inner)
-    if found := next((p for folder in (path, path / "checkpoints") for p in sorted(folder.glob("*.ckpt"))), None):
-        raise UserError(
-            f"{option} '{name}' has checkpoints but no exported model: write one first, with "
-            f"`python cli.py export --ckpt_path {found} --output_dir FOLDER`, and give that folder"
-        )
-    return name
-
-
-def check_template(asking: Asking | None, where: str) -> None:
-    """Raises UserError for a template that does not ask the question, or has more than plain places."""
-    if asking is None or asking.prompt_template is None:
-        return
-    try:
-        found = places(asking.prompt_template)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    if "question" not in found:
-        raise UserError(f"{where}: the template {shown(asking.prompt_template)} does not have {{question}}")
-
-
-def assumed_asking(tokenizer: "PreTrainedTokenizerBase") -> Asking:
-    """The usual way to ask a model of which no more is known than its tokenizer."""
-    if tokenizer.chat_template:
-        return Asking(chat=True)
-    return Asking(chat=False, prompt_template=RowOptions().prompt_template)
-
-
-def remarks(model: str, asking: Asking, trained: Asking | None, given: bool) -> Iterator[str]:
-    """What the user is to know of how the model is asked, a line each.
-
-    Args:
-        asking: how it is asked.
-        trained: how it was trained to be asked, if that is known.
-        given: the user chose the template.
-    """
-    if trained is None and not given:
-        yield f"it is not known how '{model}' was trained to be asked (no {FILE} in it); assumed is {way(asking)}"
-    elif trained is not None and given and (trained.chat or trained.prompt_template != asking.prompt_template):
-        yield f"'{model}' was trained with {way(trained)}, and may answer worse to --prompt_template"
-    elif trained is not None and not given:
-        yield f"'{model}' is asked as it was trained, with {way(trained)}"
-    if not asking.uses_schema:
-        yield "a schema has no part in this"
-
-
-def way(asking: Asking) -> str:
-    """A way of asking in words."""
-    if asking.chat:
-        return "the tokenizer's chat template"
-    if asking.prompt_template is None:
-        return "bare prompts: the line that is typed is the prompt, as it is"
-    return f"the template {shown(asking.prompt_template)}"
-
-
-def note(text: str) -> None:
-    """Says something that is no reply."""
-    print(visible(text), file=sys.stderr, flush=True)
-
-
 def run_chat(args: Sequence[str]) -> None:
     """`chat` with its arguments, the command's name first."""
     from jsonargparse import auto_cli
-
-    from dpo_lightning.cli.trainer import OneLineErrorParser
 
     auto_cli(chat, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
 
@@ -210,11 +129,9 @@ def stream(
     Raises:
         UserError: the prompt is nothing to the tokenizer.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    eos = tokenizer.eos_token_id
-    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = max(1, limit - max_new_tokens)
+    room = prompt_room(model, max_new_tokens)
     (prompt_ids,) = encode_prompts(tokenizer, [prompt], room, [chat])  # as training does
     if not prompt_ids:
         raise UserError("the prompt has no tokens, so there is nothing to answer")
@@ -225,26 +142,15 @@ def stream(
     def stop(input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
 
-    def generate() -> None:
+    def work() -> None:
         try:
-            with torch.inference_mode():
-                model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=GenerationConfig(
-                        max_new_tokens=min(max_new_tokens, limit - 1),
-                        do_sample=False,
-                        eos_token_id=eos,
-                        pad_token_id=eos,
-                    ),
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                    streamer=pieces,
-                )
+            mask, criteria = torch.ones_like(ids), StoppingCriteriaList([stop])
+            generate(model, ids, mask, tokenizer, max_new_tokens, stopping_criteria=criteria, streamer=pieces)
         except Exception as error:  # raised again where the pieces are read
             errors.append(error)
             pieces.end()
 
-    thread = threading.Thread(target=generate, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield from pieces

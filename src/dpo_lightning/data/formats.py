@@ -160,23 +160,33 @@ def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return messages(row, "prompt")
 
 
-def user_format(name: str) -> RowFormat:
-    """The user's own row function `package.module:function`: row -> PreferencePair, or a dict read as `preference`.
+def user_function(name: str, setting: str) -> Callable[..., Any]:
+    """The user's own `package.module:function`, from the working directory or an installed package.
 
     Raises:
-        UserError: it cannot be imported.
+        UserError: it cannot be imported; `setting` is where it is named.
     """
     module_name, _, function_name = name.partition(":")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does; the console script does not
     try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, function_name)
+        function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # whatever the module does when it is run
-        raise UserError(f"data.format '{name}' cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(f"{setting} '{name}' cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise UserError(f"data.format '{name}' is {type(function).__name__}, not a function")
+        raise UserError(f"{setting} '{name}' is {type(function).__name__}, not a function")
+    return function
+
+
+def user_format(name: str) -> RowFormat:
+    """The user's own row function `package.module:function`: row -> PreferencePair, or a dict read as `preference`.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    function = user_function(name, "data.format")
+    module = sys.modules[name.partition(":")[0]]
 
     def to_pair(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
         try:

@@ -1,1 +1,1 @@
-"""Is a reply any good? Judges, their shares, and how replies are shown."""
+"""Is a reply any good? Judges, the means of their verdicts and what they are called, and how replies are shown."""

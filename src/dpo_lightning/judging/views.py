@@ -19,13 +19,14 @@ def fold(text: str, length: int = FOLDED_LENGTH) -> str:
 
 
 def show_replies(
-    title: str, prompts: Sequence[str], columns: dict[str, Sequence[str]], shares: dict[str, float], sql: bool = False
+    title: str, prompts: Sequence[str], columns: dict[str, Sequence[str]], means: dict[str, float], sql: bool = False
 ) -> None:
     """Prints a table with a row per prompt: its last lines, and what stands in each of `columns`.
 
     It goes to rich's shared console, which progress bars draw on: they step aside for it.
 
     Args:
+        means: of what was judged, for the caption.
         sql: colour the columns as SQL.
     """
     from rich import get_console
@@ -33,8 +34,8 @@ def show_replies(
     from rich.text import Text
     from tqdm import tqdm
 
-    caption = ", ".join(f"{name} {value:.3g}" for name, value in shares.items())
-    table = Table(title=f"Replies, {title}", show_lines=True, caption=caption)
+    caption = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+    table = Table(title=f"Replies, {title}", show_lines=True, caption=Text(visible(caption)))
     for name in ("prompt", *columns):
         table.add_column(name, overflow="fold", ratio=1)
     for i, prompt in enumerate(prompts):

@@ -5,19 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dpo_lightning.callbacks.replies import Showing
+from dpo_lightning.judging.quantities import quantity, results
 
-# The shares worth telling, the most telling first.
-WORDS = {
-    "sql/valid": "valid SQL",
-    "sql/exact": "exactly the wanted SQL",
-    "sql/execution": "same result as wanted",
-    "reply/eos_rate": "replies that end by themselves",
-}
 ALL = "reply/eos_rate"  # can be told of every reply, so it counts them
 
 
 class Change(NamedTuple):
-    """How a share of the replies went from the first showing to the last."""
+    """How a mean over the replies went from the first showing to the last."""
 
     values: str  # "0% → 86%"; one value where there is one showing, or where it stayed
     where: str  # "on 96 questions", and since when, if it was not before training
@@ -30,13 +24,19 @@ def percent(share: float) -> str:
     return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
+def told(showings: Sequence[Showing]) -> list[str]:
+    """The names of the results that were judged, the most telling first."""
+    return results(dict.fromkeys(name for showing in reversed(showings) for name in showing.shares))
+
+
 def change(showings: Sequence[Showing], name: str) -> Change | None:
-    """What became of a share, None where it was never known."""
+    """What became of a mean, None where it was never known."""
     known = [showing for showing in showings if math.isfinite(showing.shares.get(name, math.nan))]
     if not known:
         return None
     first, last = known[0], known[-1]
-    values = list(dict.fromkeys(percent(showing.shares[name]) for showing in (first, last)))
+    text = percent if quantity(name).share else "{:.3g}".format
+    values = list(dict.fromkeys(text(showing.shares[name]) for showing in (first, last)))
     counts = sorted({showing.counts[name] for showing in (first, last) if name in (showing.counts or {})})
     where = [f"on {' to '.join(map(str, counts))} question{'s' * (counts != [1])}"] if counts else []
     if first is last:
@@ -57,15 +57,16 @@ def closing_line(showings: Sequence[Showing], steps: int, paths: Mapping[str, ob
 
 
 def _summary(showings: Sequence[Showing], steps: int) -> str:
-    found = next(((name, found) for name in WORDS if (found := change(showings, name))), None)
+    found = next(((name, found) for name in told(showings) if (found := change(showings, name))), None)
     if found is None or len(showings) < 2:
         return f"trained for {steps} step{'s' * (steps != 1)}"
     (name, (values, where)), last = found, showings[-1]
+    label = quantity(name).label
     asked = (last.counts or {}).get(ALL)
     if last.changed == 0 and asked:
         since = f"at step {showings[0].step}" if showings[0].step else "before training"
-        return f"all {asked} replies are still what they were {since} ({WORDS[name]}: {values})"
+        return f"all {asked} replies are still what they were {since} ({label}: {values})"
     if "→" in values:
-        return f"{WORDS[name]} {values} {where}"
+        return f"{label} {values} {where}"
     other = f"; {last.changed} of the {asked} replies have changed" if asked else ""
-    return f"{WORDS[name]} still {values} {where}{other}"
+    return f"{label} still {values} {where}{other}"

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
 from dpo_lightning.callbacks.report.history import Curve
-from dpo_lightning.callbacks.report.outcome import WORDS, change, percent
+from dpo_lightning.callbacks.report.outcome import change, percent, told
 from dpo_lightning.callbacks.report.templates import filled
 from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.judging.quantities import marks, quantity, reply_charts
 
 REPLIES = 5  # of a prompt: before, after, and some between
 
@@ -57,7 +58,7 @@ def render(run: Run) -> str:
 
 def _tiles(run: Run) -> list[Tile]:
     """What matters most: of replies before and after, of how many; of validations only what was measured, and when."""
-    changes = [(words, change(run.showings, name)) for name, words in WORDS.items()]
+    changes = [(quantity(name).label, change(run.showings, name)) for name in told(run.showings)]
     tiles = [Tile(found.values, words, found.where) for words, found in changes if found]
     for name, words, as_text in (
         ("val/rewards/accuracies", "pairs with a positive margin", percent),
@@ -82,16 +83,22 @@ def _charts(curves: Mapping[str, Curve]) -> tuple[str, ...]:
         return {f"train/{metric}": "training", f"val/{metric}": "validation"}
 
     share = (0.0, 1.0)
-    sql = {"replies/sql/valid": "valid", "replies/sql/exact": "exact", "replies/sql/execution": "same result"}
-    ending = {"replies/reply/eos_rate": "end by themselves", "replies/reply/repetition": "repetition"}
+    judged = reply_charts(name.removeprefix("replies/") for name in curves if name.startswith("replies/"))
+    replies = [
+        chart(
+            title,
+            {f"replies/{name}": words[name] for name in words},
+            share if all(quantity(name).share for name in words) else None,
+        )
+        for title, words in judged.items()
+    ]
     rewards = {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"}
     return (
-        chart("Share of valid SQL", sql, share),
+        *replies,
         chart("Loss", both("loss")),
         chart("Accuracy: pairs with a positive margin", both("rewards/accuracies"), share),
         chart("Margin, chosen − rejected reward", both("rewards/margins")),
         chart("Rewards in training", rewards),
-        chart("Replies", ending, share),
         chart("KL from the reference", both("kl")),
         chart("Displaced: chosen less likely than before", both("rewards/displaced"), share),
         chart("Learning rate", {"train/learning_rate": "learning rate"}),
@@ -111,14 +118,9 @@ def _prompt(run: Run, number: int) -> dict[str, object] | None:
         {
             "when": "before" if showing.step == 0 else f"step {showing.step}",
             "text": showing.texts[number].strip(),
-            "judged": _judged(showing.judged[number]),
+            "judged": marks(showing.judged[number]),
         }
         for showing in (answered[i] for i in picked)
     ]
     pair = run.pairs[number]
     return {"text": pair.prompt, "replies": replies, "wanted": pair.chosen.strip()}
-
-
-def _judged(flags: Mapping[str, float | None]) -> dict[str, bool]:
-    words = {"sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result", "reply/eos_rate": "ended"}
-    return {word: bool(flags[name]) for name, word in words.items() if flags.get(name) is not None}

@@ -1,7 +1,7 @@
 """Is a generated reply good SQL? Reply + wanted query + CREATE TABLE context -> valid, exact, same result.
 
-A reply is judged as generated: nobody fishes a query out of prose. Nothing in it or in the context can hurt:
-see `sql_sandbox`. Where a question cannot be asked the answer is None, and `SQLMetrics` counts those apart.
+A reply is judged as generated: nobody fishes a query out of prose. Nothing in it or in the context can do harm: see
+`sandbox`. Where a question cannot be asked the answer is None.
 """
 
 from __future__ import annotations
@@ -10,18 +10,31 @@ import time
 from collections import Counter
 from itertools import chain
 
-import torch
-import torchmetrics
-
+from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings, without_summed
 from dpo_lightning.judging.sql.normalize import equivalent_text
-from dpo_lightning.judging.sql.sandbox import QueryError, Result, Sandbox, read_query
+from dpo_lightning.judging.sql.query import read_query
+from dpo_lightning.judging.sql.sandbox import QueryError, Result, Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
-
-__all__ = ["SQLMetrics", "compiles", "equivalent_text", "same_result"]
+from dpo_lightning.models.generate import Reply
 
 FILLINGS = 24
 MAX_SECONDS = 0.3  # CPU time; of queries so slow the remaining fillings are left out
+
+
+def sql(reply: Reply, pair: PreferencePair) -> dict[str, bool | None]:
+    """Judges a reply to a prompt whose pair has a context: CREATE TABLE statements. Others get no verdicts.
+
+    - `valid`: it compiles; None where the context itself does not.
+    - `exact`: it is the chosen completion's text after normalising.
+    - `execution`: it gives the chosen completion's result (see `same_result`).
+    - `unjudged`: `execution` is None.
+    """
+    if not pair.context:
+        return {}
+    wanted = pair.chosen.strip()
+    valid, same = _run(reply.text, wanted, pair.context)
+    return {"valid": valid, "exact": equivalent_text(reply.text, wanted), "execution": same, "unjudged": same is None}
 
 
 def compiles(reply: str, context: str) -> bool | None:
@@ -29,16 +42,7 @@ def compiles(reply: str, context: str) -> bool | None:
 
     None when the context itself does not compile.
     """
-    try:
-        sandbox = Sandbox(context)
-    except ValueError:
-        return None
-    with sandbox:
-        try:
-            sandbox.check(read_query(reply))
-            return True
-        except QueryError:
-            return False
+    return _run(reply, "", context)[0]
 
 
 def same_result(reply: str, wanted: str, context: str) -> bool | None:
@@ -51,22 +55,31 @@ def same_result(reply: str, wanted: str, context: str) -> bool | None:
     None when the context does not compile, when the wanted query does not run, or when both agree, but only
     on nothing: on no rows, or on rows of 0 and NULL.
     """
+    return _run(reply, wanted, context)[1]
+
+
+def _run(reply: str, wanted: str, context: str) -> tuple[bool | None, bool | None]:
+    """What `compiles` and `same_result` say."""
     try:
         sandbox = Sandbox(context)
     except ValueError:
-        return None
+        return None, None
     with sandbox:
-        try:
-            wanted_query = read_query(wanted)
-            sandbox.check(wanted_query)
-        except QueryError:
-            return None
-        try:
-            reply_query = read_query(reply)
-            sandbox.check(reply_query)
-        except QueryError:
-            return False
-        return _agree_on_fillings(sandbox, reply_query, wanted_query, seed=context + "\n" + wanted)
+        wanted_query, reply_query = _compiled(sandbox, wanted), _compiled(sandbox, reply)
+        valid = reply_query is not None
+        if not valid or wanted_query is None:
+            return valid, None if wanted_query is None else False
+        return valid, _agree_on_fillings(sandbox, reply_query, wanted_query, seed=context + "\n" + wanted)
+
+
+def _compiled(sandbox: Sandbox, text: str) -> str | None:
+    """The text's query, None where it has none that sqlite compiles."""
+    try:
+        query = read_query(text)
+        sandbox.check(query)
+    except QueryError:
+        return None
+    return query
 
 
 def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> bool | None:
@@ -77,12 +90,12 @@ def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> 
     deadline = time.thread_time() + MAX_SECONDS
     for filling in chain(without_summed(plan, queries, seed), draw_fillings(plan, FILLINGS, seed)):
         sandbox.fill(filling)
-        if (expected := _run(sandbox, wanted)) is None:
+        if (expected := _rows(sandbox, wanted)) is None:
             return None
-        if (got := _run(sandbox, reply)) is None:
+        if (got := _rows(sandbox, reply)) is None:
             return False
         sandbox.reverse_rows()
-        if (shuffled := _run(sandbox, wanted)) is None:
+        if (shuffled := _rows(sandbox, wanted)) is None:
             return None
         telling |= any(cell for row in expected.rows for cell in row)
         if not _same_rows(expected, shuffled):
@@ -98,7 +111,7 @@ def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> 
     return True if telling else None
 
 
-def _run(sandbox: Sandbox, query: str) -> Result | None:
+def _rows(sandbox: Sandbox, query: str) -> Result | None:
     """The query's rows, floats rounded to nine digits since sums depend on the order of their terms."""
     try:
         result = sandbox.run(query)
@@ -124,40 +137,3 @@ def _is_ordered(query: str) -> bool:
 
 def _same_rows(left: Result, right: Result) -> bool:
     return left.columns == right.columns and Counter(left.rows) == Counter(right.rows)
-
-
-class SQLMetrics(torchmetrics.Metric):
-    """Shares of replies, each in [0, 1], over all ranks:
-
-    - `sql/valid`: compiles, of those whose context compiles;
-    - `sql/exact`: the wanted query's text after normalising, of all;
-    - `sql/execution`: the wanted query's result, of those whose context compiles and whose wanted query runs;
-    - `sql/unjudged`: left out of `sql/execution`, of all.
-
-    A share of nothing is nan.
-    """
-
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__()
-        for name in ("replies", "exact", "valid", "judged_valid", "execution", "judged_execution"):
-            self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, replies: list[str], wanted: list[str], contexts: list[str]) -> None:
-        for reply, query, context in zip(replies, wanted, contexts, strict=True):
-            self.replies += 1
-            self.exact += equivalent_text(reply, query)
-            valid, execution = compiles(reply, context), same_result(reply, query, context)
-            self.valid += valid is True
-            self.judged_valid += valid is not None
-            self.execution += execution is True
-            self.judged_execution += execution is not None
-
-    def compute(self) -> dict[str, torch.Tensor]:
-        return {
-            "sql/valid": self.valid / self.judged_valid,
-            "sql/exact": self.exact / self.replies,
-            "sql/execution": self.execution / self.judged_execution,
-            "sql/unjudged": 1 - self.judged_execution / self.replies,
-        }

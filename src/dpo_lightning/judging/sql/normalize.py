@@ -10,7 +10,8 @@ from __future__ import annotations
 from functools import partial, reduce
 from typing import TYPE_CHECKING
 
-from dpo_lightning.judging.sql.sandbox import QueryError, read_query
+from dpo_lightning.judging.sql.query import read_query
+from dpo_lightning.judging.sql.sandbox import QueryError
 from dpo_lightning.judging.sql.tokens import tokenize, without_blanks
 
 if TYPE_CHECKING:

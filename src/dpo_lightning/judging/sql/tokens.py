@@ -63,3 +63,20 @@ def tokenize(sql: str) -> list[Token]:
         elif kind != "space":
             tokens.append(Token(kind, raw, raw))
     return tokens
+
+
+def cte_names(query: str) -> set[str]:
+    """`WITH a AS (...), b (x, y) AS (...)` -> {"a", "b"}."""
+    tokens = tokenize(query) if "with" in query.lower() else []
+    names = set()
+    for index, token in enumerate(tokens):
+        follows = [after.name for after in tokens[index + 1 : index + 4]]
+        if not token.is_word("as") or index == 0 or "(" not in follows:
+            continue
+        before = index - 1
+        if tokens[before].is_sign(")"):
+            while before > 0 and not tokens[before].is_sign("("):
+                before -= 1
+            before -= 1
+        names.add(tokens[before].name)
+    return {name for name in names if not name.startswith("sqlite_")}
