@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_lightning.data.reading import PAIR_COLUMNS
@@ -27,6 +28,23 @@ def id_counts(data: "Dataset", name: str) -> np.ndarray:
 def _picked(data: "Dataset", values: np.ndarray) -> np.ndarray:
     """Values for all rows of the table -> those of the data set, which may be a selection of them."""
     return values if data._indices is None else values[data._indices.column(0).to_numpy()]
+
+
+def with_column(data: "Dataset", name: str, values: pa.ChunkedArray) -> "Dataset":
+    """A data set with one column more.
+
+    Args:
+        values: for each of its rows, [n]. Where it is a selection of its table's rows, they are copied into memory.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    if data._indices is None:
+        return concatenate_datasets([data, Dataset(pa.table({name: values}))], axis=1)
+    rows = data._indices.column(0).to_numpy()
+    order = np.full(data.data.num_rows, -1)
+    order[rows] = np.arange(len(rows))
+    column = Dataset(pa.table({name: values.take(pa.array(order, mask=order < 0))}))
+    return concatenate_datasets([Dataset(data.data), column], axis=1).select(rows)
 
 
 def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> Iterator[Columns]:
