@@ -18,6 +18,7 @@ from dpo_lightning.dpo.reference import AdapterOff, FrozenCopy
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.policy import load_policy
 from dpo_lightning.storage.digests import content_digest, key_digest, weights_digest
+from ranks import run_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +190,22 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(fit, root, monkeypatch):
     assert sum(scored) == 48, "44 training and 4 validation pairs, each scored once"
     remove(root)
     assert torch.equal(weights(interrupted), weights(fit()))
+
+
+def test_two_ranks_share_the_pass_and_have_the_same_column(model_folder, tokenizer, rows_file, quiet_trainer, root):
+    look = FrozenCopy.logps
+
+    def rank(number):
+        scored = []
+        FrozenCopy.logps = lambda *args: scored.append(args[1].num_pairs) or look(*args)
+        data = PreferenceDataModule(tokenizer, rows_file, batch_size=4, val_size=4, test_size=0)
+        trainer = quiet_trainer(devices=2, strategy="ddp", max_steps=2, limit_val_batches=0)
+        trainer.fit(DPOModule(str(model_folder), reference="cached"), data)
+        return sum(scored), data.datasets["train"]["reference_logps"][:]
+
+    (here, column), (there, same) = run_ranks(2, rank)
+    assert here == there == 24 and column == same and len(column) == 44
+    assert len(caches(root)) == 2 and not list(root.glob("*.partial"))
 
 
 def test_a_resumed_run_without_a_cache_loads_the_starting_weights(fit, root, tmp_path):

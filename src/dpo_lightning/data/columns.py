@@ -39,12 +39,12 @@ def with_column(data: "Dataset", name: str, values: pa.ChunkedArray) -> "Dataset
     from datasets import Dataset, concatenate_datasets
 
     if data._indices is None:
-        return concatenate_datasets([data, Dataset(pa.table({name: values}))], axis=1)
+        return concatenate_datasets([data, Dataset(pa.table({name: values}), fingerprint=name)], axis=1)
     rows = data._indices.column(0).to_numpy()
     order = np.full(data.data.num_rows, -1)
     order[rows] = np.arange(len(rows))
-    column = Dataset(pa.table({name: values.take(pa.array(order, mask=order < 0))}))
-    return concatenate_datasets([Dataset(data.data), column], axis=1).select(rows)
+    column = Dataset(pa.table({name: values.take(pa.array(order, mask=order < 0))}), fingerprint=name)
+    return concatenate_datasets([Dataset(data.data, fingerprint=data._fingerprint), column], axis=1).select(rows)
 
 
 def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> Iterator[Columns]:

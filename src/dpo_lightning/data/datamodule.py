@@ -42,7 +42,6 @@ SplitSize = Annotated[float, Range("a share below 1 or a number of pairs", lambd
 LONG_ENOUGH = Range(f"at least {SHORTEST}, for a prompt and a completion", lambda length: length >= SHORTEST)
 MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))
 WORKERS = Range(f"from 0 to {MOST_WORKERS}: each is a process", lambda number: 0 <= number <= MOST_WORKERS)
-PAIR_FIELDS = (*EncodedPair._fields, REFERENCE_LOGPS)  # columns that become a PairBatch
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -300,7 +299,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def batch(self, name: str, positions: Sequence[int]) -> PairBatch:
         """Pairs of a data set by their position, as its loader would batch them."""
-        return collate_rows(IndexedRows(self.datasets, name, PAIR_FIELDS)[list(positions)])
+        return collate_rows(IndexedRows(self.datasets, name)[list(positions)])
 
     def add_column(self, name: str, column: str, values: pa.ChunkedArray) -> None:
         """Gives a data set one column more, [n]; its loaders know it at once."""
@@ -347,5 +346,5 @@ class PreferenceDataModule(LightningDataModule):
             raise UserError(
                 f"there are no {name} pairs: give data.{name}_dataset, or a data.{name}_size above 0 to split some off"
             )
-        rows = IndexedRows(self.datasets, name, ("prompt_ids",) if name == "predict" else PAIR_FIELDS)
+        rows = IndexedRows(self.datasets, name, prompts=name == "predict")
         return make_loader(rows, batch_size, shuffle, self.hparams.seed, self.hparams.num_workers, self.trainer)

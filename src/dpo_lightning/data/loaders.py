@@ -8,8 +8,9 @@ import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch, PromptBatch, collate_columns, collate_prompts
 from dpo_lightning.data.columns import numbers
+from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,11 +118,12 @@ class IndexedRows:
 
     Args:
         datasets: by name, as a datamodule keeps them.
-        columns: of the rows, those that the data set has.
+        prompts: whether the rows are prompts to answer, without completions.
     """
 
-    def __init__(self, datasets: "dict[str, Dataset]", name: str, columns: Sequence[str]) -> None:
-        self.datasets, self.name, self.columns = datasets, name, columns
+    def __init__(self, datasets: "dict[str, Dataset]", name: str, prompts: bool = False) -> None:
+        self.datasets, self.name = datasets, name
+        self.columns = ("prompt_ids",) if prompts else (*EncodedPair._fields, REFERENCE_LOGPS)
         self._data = self._rows = None
 
     def __len__(self) -> int:
@@ -143,7 +145,7 @@ def collate_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch | PromptB
     return collate_prompts(columns["prompt_ids"], positions)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -169,7 +171,7 @@ def make_loader(
         batch_size=None,
         collate_fn=collate_rows,
         num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=leave_signals_to_the_run,
         persistent_workers=num_workers > 0,
     )
     loader.trainer = trainer

@@ -32,8 +32,6 @@ SPLIT_NAMES = {
     "test": ("test",),
     "predict": ("test", "predict"),
 }
-
-
 Row = dict[str, Any] | BadRow
 
 

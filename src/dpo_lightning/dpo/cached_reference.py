@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.data.batching import REFERENCE_LOGPS
 from dpo_lightning.data.columns import id_counts
+from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.logps import Scoring
 from dpo_lightning.dpo.reference import Reference
 from dpo_lightning.models.generate import evaluating
@@ -35,7 +36,9 @@ SCHEMA = pa.schema([(REFERENCE_LOGPS, pa.list_(pa.float32()))])
 
 def is_cached(choice: str | None, trainer: "Trainer | None") -> bool:
     """Whether a fit's reference log-probs come from a cache: as chosen, or else if pairs are seen more than once."""
-    if trainer is None or trainer.state.fn != "fit" or trainer.datamodule is None or choice == "online":
+    if trainer is None or trainer.state.fn != "fit" or choice == "online":
+        return False
+    if not isinstance(trainer.datamodule, PreferenceDataModule):  # there is no data set that the log-probs could join
         return False
     if choice == "cached":
         return True
@@ -116,9 +119,8 @@ def _logps(
         setting="model.reference is cached",
         remedy=", or set model.reference: online",
     )
-    return run_shared_pass(task, data.eval_batch_size, f"Reference, {name}", trainer.strategy)[0].data.column(
-        REFERENCE_LOGPS
-    )
+    results, _ = run_shared_pass(task, data.eval_batch_size, f"Reference, {name}", trainer.strategy)
+    return results.data.column(REFERENCE_LOGPS)
 
 
 def logp_counts(data: "Dataset") -> np.ndarray:
