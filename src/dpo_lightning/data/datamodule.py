@@ -40,8 +40,8 @@ HELD = Range(f"at most {2**31 - 1}", lambda value: value < 2**31)
 BatchSize = Annotated[int, Range("at least 1", lambda size: size >= 1), HELD]
 SplitSize = Annotated[float, Range("a share below 1 or a number of pairs", lambda size: size >= 0), HELD]
 LONG_ENOUGH = Range(f"at least {SHORTEST}, for a prompt and a completion", lambda length: length >= SHORTEST)
-MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))
-WORKERS = Range(f"from 0 to {MOST_WORKERS}: each is a process", lambda number: 0 <= number <= MOST_WORKERS)
+MOST = max(64, 4 * (os.cpu_count() or 1))
+WORKERS = Range(f"from 0 to {MOST}: each is a process", lambda number: 0 <= number <= MOST)
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -178,16 +178,14 @@ class PreferenceDataModule(LightningDataModule):
         if stage in self._stages:
             return
         self._stages.add(stage)
-        known = set(self.accounts)
-        if stage == "predict":
-            if "predict" not in self.datasets:
-                self._load_prompts()
-        else:
+        known = len(self.accounts)
+        if stage != "predict":
             self._load_pairs({"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage])
-        for name, account in self.accounts.items():
-            if name not in known:
-                for line in account.lines():
-                    rank_zero_warn(line)
+        elif "predict" not in self.datasets:
+            self._load_prompts()
+        for account in list(self.accounts.values())[known:]:
+            for line in account.lines():
+                rank_zero_warn(line)
         if stage == "fit":
             for name, data in self.datasets.items():
                 if "prompt_cut" in data.column_names and (cut := cuts(data, self._origins[name], self.max_length)):
@@ -213,16 +211,17 @@ class PreferenceDataModule(LightningDataModule):
         if name := self.hparams.predict_dataset:
             rows = self._checked(name, "predict", completions=False)
             self._keep("predict", pipeline.encoded_prompts(rows, self.tokenizer, self.max_length))
-            return
-        self.setup("test")
-        self.datasets["predict"], self._origins["predict"] = self.datasets["test"], self._origins["test"]
+        else:
+            self.setup("test")
+            self.datasets["predict"], self._origins["predict"] = self.datasets["test"], self._origins["test"]
 
     def _keep(self, name: str, found: pipeline.Encoded) -> None:
         self.datasets[name], self._origins[name] = found.data, found.origin
         self._largest_id = max(self._largest_id, found.largest_id)
 
     def _pairs_of(self, name: str, stage: str) -> pipeline.Encoded:
-        return pipeline.encoded(self._rejected(self._checked(name, stage)), self.tokenizer, self.max_length)
+        rows = self._checked(name, stage)  # from here on the tokenizer ends replies as the rows do
+        return pipeline.encoded(self._rejected(rows), self.tokenizer, self.max_length)
 
     def _checked(self, name: str, stage: str, completions: bool = True) -> pipeline.Checked:
         h, source = self.hparams, open_source(name, stage)
@@ -243,14 +242,15 @@ class PreferenceDataModule(LightningDataModule):
 
     def _replies(self, pairs: "Dataset", name: str) -> "Dataset | None":
         """A model's replies, made now where they are not on disk yet; None where they are not to be made."""
-        h, generation = self.hparams, generation_from(self.hparams.generation, self.max_length)
-        model = RejectedGenerator(generation, self.tokenizer, self.max_length, h.seed)
+        generation = generation_from(self.hparams.generation, self.max_length)
+        model = RejectedGenerator(generation, self.tokenizer, self.max_length, self.hparams.seed)
         found = model.make(pairs, name, self.eval_batch_size, self.trainer) if self.generates else model.find(pairs)
         if found is None:
             self.not_generated.append(name)
             return None
-        say_what_was_made(name, found[1], len(found[0]))
-        return found[0]
+        replies, note = found
+        say_what_was_made(name, note, len(replies))
+        return replies
 
     @functools.cached_property
     def _chat_source(self) -> str | None:
@@ -276,14 +276,7 @@ class PreferenceDataModule(LightningDataModule):
         return trained_asking(formats, self.row_options, self.tokenizer.eos_token, self._given_template)
 
     def check_vocabulary(self, size: int, model: str) -> None:
-        """Checks that a model knows every token of the data.
-
-        Args:
-            size: rows of the model's embedding.
-
-        Raises:
-            UserError: a token's id is `size` or more; the first row with one is named.
-        """
+        """Raises UserError for the first token of the data that has no row in a model's embedding of `size` rows."""
         if self._largest_id >= size:
             for name, data in self.datasets.items():
                 check_ids(data, self._origins[name], size, model, self.tokenizer)
