@@ -51,9 +51,8 @@ def is_cached(choice: str | None, trainer: "Trainer | None") -> bool:
 def add_reference_logps(
     trainer: "Trainer",
     model: "PreTrainedModel",
-    name_or_path: str,
     scoring: Scoring,
-    digest: str,
+    start: dict[str, str],
     make_reference: Callable[[], Reference],
 ) -> None:
     """Gives the training and validation pairs of a fit their reference log-probs as a column.
@@ -62,15 +61,12 @@ def add_reference_logps(
 
     Args:
         model: the policy.
-        name_or_path: of the model it started from.
         scoring: how log-probs are computed.
-        digest: of the weights that it started from.
+        start: what tells the model that the policy started from, the reference, from all others, by name.
     """
     for name in [name for name in trainer.datamodule.datasets if name in ("train", "val")]:
-        key = {
+        key = start | {
             "format": FORMAT,
-            "model": name_or_path,
-            "weights": digest,
             "pairs": len(trainer.datamodule.datasets[name]),
             "tokens": content_digest(trainer.datamodule.datasets[name], TOKEN_COLUMNS),
             "layout": "shared" if scoring.shared else "separate",
@@ -99,6 +95,7 @@ def _logps(
         return found[0].data.column(REFERENCE_LOGPS)
 
     def compute(batches: Iterator[list[int]]) -> Iterator[list[Result]]:
+        rank_zero_info(f"{what}: computed once and kept, because {_why(key)}")
         reference = make_reference()
         with trainer.precision_plugin.forward_context(), evaluating(model):
             for positions in batches:
@@ -106,7 +103,6 @@ def _logps(
                 parts = zip(positions, logps.split(sizes[positions].tolist()), strict=True)
                 yield [_result(position, part.numpy()) for position, part in parts if not part.isnan().any()]
 
-    rank_zero_info(f"{what}: computed once and kept, because {_why(key)}")
     task = SharedPass(
         fingerprint=fingerprint,
         sizes=sizes,
@@ -129,7 +125,7 @@ def logp_counts(data: "Dataset") -> np.ndarray:
 
 
 def _why(key: dict[str, Any]) -> str:
-    """Why log-probs are not on disk."""
+    """Why log-probs are not on disk, as the end of a sentence."""
     import datasets.config
 
     before = Path(datasets.config.HF_DATASETS_CACHE) / "reference_logps" / key_digest(key | {"format": 1})

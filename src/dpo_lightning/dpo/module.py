@@ -438,13 +438,9 @@ class DPOModule(LightningModule):
         if self.reference_is_cached:
             first = range(min(len(data.datasets["train"]), data.hparams.batch_size))
             self.settle_scoring(data.batch("train", first).to(self.device))
+            start = {"model": self.hparams.name_or_path, "weights": self.start_digest}
             add_reference_logps(
-                self.trainer,
-                self.causal_lm,
-                self.hparams.name_or_path,
-                self.scoring,
-                self.start_digest,
-                lambda: self.reference or self.make_reference(),
+                self.trainer, self.causal_lm, self.scoring, start, lambda: self.reference or self.make_reference()
             )
         self.policy.train()
 
