@@ -84,7 +84,7 @@ def _mismatch(value: Any, kind: Any) -> str:
             return ranges[0].words if ranges[0].words.startswith(words) else f"{words}, {ranges[0].words}"
         return next((one.words for one in ranges if not one.holds(value)), "")
     plain = origin or kind
-    words = KINDS.get(plain.__name__, plain.__name__)
+    words = KINDS[plain.__name__]
     if not isinstance(value, CLASSES.get(plain, plain)) or isinstance(value, bool) and plain in (int, float):
         return words
     items = () if not options else value.values() if plain is dict else value
