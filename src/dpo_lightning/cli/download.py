@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from dpo_lightning.data.encoding import load_tokenizer
-from dpo_lightning.data.sources import dataset_weights, load_dataset_named
+from dpo_lightning.data.sources import load_dataset_named
+from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import from_hub_or_folder, reason_of
 from dpo_lightning.storage.atomic import atomic_folder, foreign

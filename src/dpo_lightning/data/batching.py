@@ -9,6 +9,7 @@ both completions. With an empty rejected completion (EOS alone) the rejected sid
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from dpo_lightning.data.encoding import EncodedPair
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
+REFERENCE_LOGPS = "reference_logps"  # the column with PairBatch's field of this name, where a data set has it
 
 
 class PairBatch(NamedTuple):
@@ -53,8 +55,12 @@ class PairBatch(NamedTuple):
         return self.input_ids.shape[0] == self.num_pairs
 
 
-def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
+def collate(
+    pairs: Sequence[EncodedPair], pair_ids: Sequence[int], reference_logps: Sequence[Sequence[float]] | None = None
+) -> PairBatch:
     """Builds a shared-prefix PairBatch, padded on the right to its longest row.
+
+    `reference_logps` has a list for each pair: the log-probs of its chosen and then its rejected tokens.
 
     Two pairs, prompt [5, 6] with chosen [7, 8, 2] and rejected [9, 2], and prompt [5] with [7, 2] and [2]:
 
@@ -91,13 +97,14 @@ def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
         *(torch.as_tensor(np.asarray(tensor, dtype=np.int64)) for tensor in tensors),
         weight=torch.tensor([pair.weight for pair in pairs]),
         margin=torch.tensor([pair.margin for pair in pairs]),
+        reference_logps=None if reference_logps is None else torch.tensor(list(chain.from_iterable(reference_logps))),
     )
 
 
 def collate_columns(columns: Mapping[str, Sequence], pair_ids: Sequence[int]) -> PairBatch:
-    """`collate` for pairs that come as columns, one for each field of EncodedPair."""
+    """`collate` for pairs that come as columns, one for each field of EncodedPair and perhaps `reference_logps`."""
     pairs = zip(*(columns[field] for field in EncodedPair._fields), strict=True)
-    return collate([EncodedPair(*fields) for fields in pairs], pair_ids)
+    return collate([EncodedPair(*fields) for fields in pairs], pair_ids, columns.get(REFERENCE_LOGPS))
 
 
 def to_separate(batch: PairBatch) -> PairBatch:

@@ -4,19 +4,24 @@ The template is the tokenizer's own or a Jinja file. It decides what ends a repl
 the end and what replies stop at (`end_token`), so that a model never has to guess between two.
 """
 
+import copy
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.data.pair import BadCell, PreferencePair
 from dpo_lightning.data.rendering import render_chats
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.hub import first_line
+from dpo_lightning.models.hub import first_line, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
 PROBE = "probe"
+LARGEST_TEMPLATE = 1_000_000  # bytes
 
 
 class ChatTemplate:
@@ -78,3 +83,46 @@ class ChatTemplate:
         if completion.endswith(self.tail):
             return completion.removesuffix(self.tail) + before_end
         return completion.rstrip().removesuffix(self.end_token)
+
+
+def template_source(path: str | None, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The Jinja source of a chat template.
+
+    Args:
+        path: of a file; left out, it is the tokenizer's own template.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path is None:
+        template = tokenizer.chat_template
+        return json.dumps(template) if isinstance(template, dict) else template
+    file = local_path(path)
+    if not file.is_file():  # a pipe or a device would be read for ever
+        raise UserError(f"data.chat_template '{path}' cannot be read: there is no such file")
+    if file.stat().st_size > LARGEST_TEMPLATE:
+        raise UserError(f"data.chat_template '{path}' has more than {LARGEST_TEMPLATE:,} bytes: it is no template")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.chat_template '{path}' cannot be read: {error}") from error
+
+
+def with_template(
+    tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, source: str | None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer as it is trained and exported with a template.
+
+    Its EOS is the token that ends a reply in the template: that token is trained, and replies stop at it.
+
+    Args:
+        source: the template in Jinja, where it is not the tokenizer's own.
+    """
+    if template.end_token != tokenizer.eos_token:
+        rank_zero_info(f"replies end in {template.end_token}, as in the chat template, not in {tokenizer.eos_token}")
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.eos_token = template.end_token
+    if source and tokenizer.chat_template != source:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = source
+    return tokenizer

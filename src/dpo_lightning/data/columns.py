@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_lightning.data.reading import PAIR_COLUMNS
@@ -23,6 +24,23 @@ def numbers(data: "Dataset", name: str) -> np.ndarray:
 def id_counts(data: "Dataset", name: str) -> np.ndarray:
     """How many ids each list of a column has, int32 [n]."""
     return selected(data, pc.list_value_length(data.data.column(name)).to_numpy())
+
+
+def with_column(data: "Dataset", name: str, values: pa.ChunkedArray) -> "Dataset":
+    """A data set with one column more.
+
+    Args:
+        values: for each of its rows, [n]. Where it is a selection of its table's rows, they are copied into memory.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    if data._indices is None:
+        return concatenate_datasets([data, Dataset(pa.table({name: values}), fingerprint=name)], axis=1)
+    rows = data._indices.column(0).to_numpy()
+    order = np.full(data.data.num_rows, -1)
+    order[rows] = np.arange(len(rows))
+    column = Dataset(pa.table({name: values.take(pa.array(order, mask=order < 0))}), fingerprint=name)
+    return concatenate_datasets([Dataset(data.data, fingerprint=data._fingerprint), column], axis=1).select(rows)
 
 
 def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> Iterator[Columns]:

@@ -6,13 +6,19 @@ without it never stops.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MAX_LENGTH, SHORTEST = 1024, 8  # tokens of a pair: where none are given, and the fewest
 
 
 class EncodedPair(NamedTuple):
@@ -52,11 +58,34 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
         raise UserError(f"tokenizer '{name}' has no EOS token, so replies could never be taught to end")
     length = tokenizer.model_max_length
     # Of a tokenizer that does not know it, 1e30.
-    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 8 or length % 1:
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= SHORTEST or length % 1:
         raise UserError(
             f"tokenizer '{name}': its model_max_length (in tokenizer_config.json) is {str(length)[:60]!r}: it must be "
-            "a whole number of at least 8"
+            f"a whole number of at least {SHORTEST}"
         )
+
+
+def pair_length(asked: int | None, positions: int | None, hint: Callable[[], float]) -> int:
+    """Tokens of a prompt and completion together: as asked for, or what tokenizer and model allow up to `MAX_LENGTH`.
+
+    Args:
+        positions: of the model; None where it does not number them.
+        hint: the tokenizer's own number, which gives way to the user's; the model's positions do not.
+
+    Raises:
+        UserError: more was asked for than the model has positions, or it has too few for any pair.
+    """
+    positions = positions or math.inf
+    if positions < (asked or SHORTEST):
+        wanted = f"data.max_length is {asked}" if asked else f"a prompt and a completion need {SHORTEST} tokens"
+        mend = f"lower it to {positions}" if asked and positions >= SHORTEST else "take another model"
+        raise UserError(f"{wanted}, but this model has {positions} positions: {mend}")
+    if asked:
+        return asked
+    found = int(min(MAX_LENGTH, hint(), positions))
+    if found < MAX_LENGTH:
+        rank_zero_info(f"data.max_length: {found} tokens, which is what the tokenizer and the model can take")
+    return found
 
 
 def encode_prompts(

@@ -8,7 +8,9 @@ import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.data.columns import numbers
+from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,26 +111,37 @@ class ResumableLoader(DataLoader):
 
 
 class IndexedRows:
-    """A map-style data set whose item is a whole batch: a list of positions gives those rows and their positions."""
+    """A map-style data set whose item is a whole batch: a list of positions gives those rows and their positions.
 
-    def __init__(self, data: "Dataset") -> None:
-        self.data = data
+    They are looked up by name when they are asked for: Lightning makes the training loader to count the steps of a run,
+    long before the data set has all of its columns.
+
+    Args:
+        datasets: by name, as a datamodule keeps them.
+        prompts: whether the rows are prompts to answer, without completions.
+    """
+
+    def __init__(self, datasets: "dict[str, Dataset]", name: str, prompts: bool = False) -> None:
+        self.datasets, self.name = datasets, name
+        self.columns = ("prompt_ids",) if prompts else (*EncodedPair._fields, REFERENCE_LOGPS)
+        self._data = self._rows = None
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.datasets[self.name])
 
     def __getitem__(self, positions: list[int]) -> tuple[dict[str, list], list[int]]:
-        return self.data[positions], positions
+        data = self.datasets[self.name]
+        if data is not self._data:
+            self._data = data
+            self._rows = data.select_columns([column for column in self.columns if column in data.column_names])
+        return self._rows[positions], positions
 
 
-def collate_pair_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch:
-    """A batch's encoded columns and their positions -> PairBatch."""
-    return collate_columns(*item)
-
-
-def collate_prompt_rows(item: tuple[dict[str, list], list[int]]) -> PromptBatch:
-    """A batch's prompt column and its positions -> PromptBatch."""
+def collate_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch | PromptBatch:
+    """The encoded columns of a batch's pairs, or of its prompts alone, and their positions."""
     columns, positions = item
+    if "chosen_ids" in columns:
+        return collate_columns(columns, positions)
     return collate_prompts(columns["prompt_ids"], positions)
 
 
@@ -136,3 +149,30 @@ def leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def make_loader(
+    rows: IndexedRows, batch_size: int, shuffle: bool, seed: int, num_workers: int, trainer: Trainer | None
+) -> ResumableLoader:
+    """A loader of a rank's share of a data set's batches.
+
+    Args:
+        shuffle: see `LengthGroupedBatchSampler`.
+        trainer: whose rank it is; without one, all batches.
+    """
+    data = rows.datasets[rows.name]
+    lengths = numbers(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
+    rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+    fixed = trainer is not None and trainer.overfit_batches > 0
+    sampler_class = FixedBatchSampler if fixed else LengthGroupedBatchSampler
+    loader = ResumableLoader(
+        rows,
+        sampler=sampler_class(lengths, batch_size, shuffle and not fixed, seed, rank, world),
+        batch_size=None,
+        collate_fn=collate_rows,
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_run,
+        persistent_workers=num_workers > 0,
+    )
+    loader.trainer = trainer
+    return loader

@@ -3,10 +3,9 @@
 import codecs
 import csv
 import json
-import math
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +32,6 @@ SPLIT_NAMES = {
     "test": ("test",),
     "predict": ("test", "predict"),
 }
-
-
 Row = dict[str, Any] | BadRow
 
 
@@ -61,25 +58,6 @@ class Source(NamedTuple):
     def where(self, number: int) -> str:
         """How a row is named in messages."""
         return f"{self.name}, {self.unit} {number}"
-
-
-def dataset_weights(names: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
-    """The data sets of a setting with their weights: how often an epoch has each of their pairs, 1 where none is given.
-
-    Raises:
-        UserError: a weight that is not above 0, a data set that is named twice.
-    """
-    if not names:
-        return {}
-    if isinstance(names, Mapping):
-        for name, weight in names.items():
-            if not 0 < weight < math.inf:
-                raise UserError(f"data.train_dataset: the weight of '{name}' is {weight}: it must be above 0")
-        return {name: float(weight) for name, weight in names.items()}
-    names = [names] if isinstance(names, str) else names
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"data.train_dataset names '{twice[0]}' twice: give it a weight of 2, as in {{{twice[0]}: 2}}")
-    return dict.fromkeys(names, 1.0)
 
 
 def open_source(name: str, stage: str) -> Source:

@@ -1,12 +1,31 @@
 """Pairs -> which of them are held out, and how often an epoch has the others: positions, seeded."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dpo_lightning.errors import UserError
+
+
+def dataset_weights(names: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
+    """The data sets of a setting with their weights: how often an epoch has each of their pairs, 1 where none is given.
+
+    Raises:
+        UserError: a weight that is not above 0, a data set that is named twice.
+    """
+    if not names:
+        return {}
+    if isinstance(names, Mapping):
+        for name, weight in names.items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.train_dataset: the weight of '{name}' is {weight}: it must be above 0")
+        return {name: float(weight) for name, weight in names.items()}
+    names = [names] if isinstance(names, str) else names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"data.train_dataset names '{twice[0]}' twice: give it a weight of 2, as in {{{twice[0]}: 2}}")
+    return dict.fromkeys(names, 1.0)
 
 
 def mixed(rows: np.ndarray, starts: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from dpo_lightning.data.asking import asking_of
 from dpo_lightning.data.batching import PairBatch, PromptBatch
 from dpo_lightning.data.columns import numbers
 from dpo_lightning.dpo import resume
-from dpo_lightning.dpo.cached_reference import is_cached, open_caches
+from dpo_lightning.dpo.cached_reference import add_reference_logps, is_cached
 from dpo_lightning.dpo.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.dpo.half_precision import check_trained_dtype, full, keep_inputs
 from dpo_lightning.dpo.logps import PairLogps, Scoring, compute_pair_logps, pair_logps
@@ -436,7 +436,12 @@ class DPOModule(LightningModule):
             if "weight" in pairs.column_names:
                 self.loss.check_columns(torch.tensor(pairs["weight"][:]), torch.tensor(pairs["margin"][:]))
         if self.reference_is_cached:
-            data.reference_caches = open_caches(self)
+            first = range(min(len(data.datasets["train"]), data.hparams.batch_size))
+            self.settle_scoring(data.batch("train", first).to(self.device))
+            start = {"model": self.hparams.name_or_path, "weights": self.start_digest}
+            add_reference_logps(
+                self.trainer, self.causal_lm, self.scoring, start, lambda: self.reference or self.make_reference()
+            )
         self.policy.train()
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.asking import Asking
-from dpo_lightning.data.sources import dataset_weights
+from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.judging.views import markdown_table, markdown_text, visible
 from dpo_lightning.models.hub import looks_local
 

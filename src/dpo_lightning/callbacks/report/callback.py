@@ -21,7 +21,7 @@ from dpo_lightning.callbacks.report.outcome import closing_line
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.callbacks.storyboard import settings
 from dpo_lightning.data.columns import numbers
-from dpo_lightning.data.sources import dataset_weights
+from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import Stopped
 from dpo_lightning.models.hardware import device_name, peak_memory
 from dpo_lightning.storage.atomic import atomic_file
