@@ -3,9 +3,11 @@
 import difflib
 import re
 from argparse import ArgumentParser
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
@@ -22,7 +24,74 @@ KINDS = {
     "Iterable": "a list",
     "NoneType": "null",
 }
+CLASSES = {int: Integral, float: Real, list: list | tuple, dict: Mapping}  # whose values count as of the type, too
 WRONG = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<why>.*)', re.DOTALL)
+
+
+# ---------------------------------------------------------------------- what a signature allows
+
+
+class Range(NamedTuple):
+    """The values that a number may have, for `Annotated[int, Range(...)]`; several may follow each other."""
+
+    words: str  # behind "it must be "
+    holds: Callable[[Any], bool]
+
+    def __repr__(self) -> str:
+        """The words, for `--help`."""
+        return self.words
+
+
+Seed = Annotated[int, Range(f"from 0 to {2**32 - 1}", lambda seed: 0 <= seed < 2**32)]  # what numpy takes
+
+
+def check_settings(function: Callable[..., Any], values: Mapping[str, Any], prefix: str) -> None:
+    """Checks values against a signature's annotations, as jsonargparse does for the command line, and `Range` too.
+
+    Args:
+        function: whose parameters the settings are; those without a value are not checked.
+        prefix: of the settings' names in messages, such as "data.".
+
+    Raises:
+        UserError: the first value that is not allowed, and what is.
+    """
+    for name, kind in get_type_hints(function, include_extras=True).items():
+        if name in values:
+            check_setting(f"{prefix}{name}", values[name], kind)
+
+
+def check_setting(name: str, value: Any, kind: Any) -> None:
+    """Raises UserError where a value is not of a kind: a type, `Literal`, `Annotated` with `Range`, or a union."""
+    if wanted := _mismatch(value, kind):
+        given = "null" if value is None else repr(value)
+        raise UserError(f"{name} is {given}: it must be {wanted}")
+
+
+def _mismatch(value: Any, kind: Any) -> str:
+    """What a value of a kind must be, in words; "" where it is that."""
+    origin, options = get_origin(kind), get_args(kind)
+    if kind is Any or kind is NoneType and value is None:
+        return ""
+    if origin in (Union, UnionType):
+        wanted = [_mismatch(value, option) for option in options]
+        words = [words for words, option in zip(wanted, options, strict=True) if option is not NoneType]
+        return " or ".join(words) if all(wanted) else ""
+    if origin is Literal:
+        return "" if value in options else f"one of {', '.join(options)}{did_you_mean(value, options)}"
+    if origin is Annotated:
+        base, *ranges = options
+        if words := _mismatch(value, base):
+            return ranges[0].words if ranges[0].words.startswith(words) else f"{words}, {ranges[0].words}"
+        return next((one.words for one in ranges if not one.holds(value)), "")
+    plain = origin or kind
+    words = KINDS[plain.__name__]
+    if not isinstance(value, CLASSES.get(plain, plain)) or isinstance(value, bool) and plain in (int, float):
+        return words
+    items = () if not options else value.values() if plain is dict else value
+    return next((f"{words}, each {inner}" for item in items if (inner := _mismatch(item, options[-1]))), "")
+
+
+# ---------------------------------------------------------------------- the command line
 
 
 class OneLineErrorParser(LightningArgumentParser):
@@ -83,7 +152,8 @@ def wrong_value(key: str, why: str) -> str | None:
     given = "null" if found[1].strip() == "None" else found[1].strip()
     wanted = why[: found.start()].partition("Subtypes: ")[2].partition("Errors:")[0] or why[: found.start()]
     words, choices = [], []
-    for literal, kind in re.findall(r"Literal\[([^\]]*)\]|<class '([\w.]+)'>", wanted):
+    for literal, *kinds in re.findall(r"Literal\[([^\]]*)\]|<class '([\w.]+)'>|Annotated\[(\w+)", wanted):
+        kind = "".join(kinds)
         choices += [choice.strip(" '\"") for choice in literal.split(",")] if literal else []
         words += [KINDS.get(kind.rpartition(".")[2], kind.rpartition(".")[2])] if kind else []
     if re.search(r"(?<!\w)(list|Iterable)\[", wanted):

@@ -13,8 +13,8 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
+from dpo_lightning.parsing import Seed, check_setting
 
-LARGEST_SEED = 2**32 - 1  # that numpy takes
 SECTIONS = ("model", "data", "trainer", "replies", "checkpoint", "last", "predictions", "export")
 PROCESSES = 8  # that any machine may be asked for, to try out distributed runs
 
@@ -39,8 +39,8 @@ def check_settings(settings: Namespace) -> None:
         if "://" not in str(place or ""):
             local_path(str(place or "."))  # that can be looked up
     seed = settings.get("seed_everything")
-    if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed_everything is {seed}: it must be from 0 to {LARGEST_SEED}")
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        check_setting("seed_everything", seed, Seed)
     trainer = settings.trainer
     if not isinstance(trainer.get("val_check_interval") or 0, (int, float, str)):
         raise UserError("trainer.val_check_interval is a table: it must be a number of batches, or a time")

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,12 +40,13 @@ from dpo_lightning.data.loaders import (
     collate_prompt_rows,
 )
 from dpo_lightning.data.pair import PreferencePair
-from dpo_lightning.data.reading import ON_BAD_ROW, PAIR_COLUMNS, PairReader, RowAccount
+from dpo_lightning.data.reading import PAIR_COLUMNS, OnBadRow, PairReader, RowAccount
 from dpo_lightning.data.rejected import shuffled_partners
 from dpo_lightning.data.sources import Source, dataset_weights, open_source
 from dpo_lightning.data.splits import mixed, split_by_key
-from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
+from dpo_lightning.parsing import Range, Seed, check_settings
 from dpo_lightning.storage.arrow_cache import Columns, cached_dataset
 from dpo_lightning.storage.digests import content_digest, key_digest
 from dpo_lightning.storage.progress import progress
@@ -60,11 +61,14 @@ if TYPE_CHECKING:
     from dpo_lightning.dpo.cached_reference import ReferenceCache
 
 MAX_LENGTH, SHORTEST = 1024, 8  # tokens of a pair: where none are given, and the fewest
-LARGEST = 2**31 - 1
+HELD = Range(f"at most {2**31 - 1}", lambda value: value < 2**31)
+BatchSize = Annotated[int, Range("at least 1", lambda size: size >= 1), HELD]
+SplitSize = Annotated[float, Range("a share below 1 or a number of pairs", lambda size: size >= 0), HELD]
 LARGEST_TEMPLATE = 1_000_000  # bytes
+LONG_ENOUGH = Range(f"at least {SHORTEST}, for a prompt and a completion", lambda length: length >= SHORTEST)
 MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))
+WORKERS = Range(f"from 0 to {MOST_WORKERS}: each is a process", lambda number: 0 <= number <= MOST_WORKERS)
 ENCODING_VERSION = 2  # raise it when encoding or row reading changes, so that old caches are not used
-REJECTED = ("empty", "shuffled", "generated")
 IDS = pa.list_(pa.int32())
 PROMPT_COLUMNS = pa.schema([*PAIR_COLUMNS, pa.field("prompt_ids", IDS)])
 ENCODED_COLUMNS = pa.schema(
@@ -120,40 +124,25 @@ class PreferenceDataModule(LightningDataModule):
         predict_dataset: str | None = None,
         format: str | None = None,
         chat_template: str | None = None,
-        on_bad_row: str = "error",
+        on_bad_row: OnBadRow = "error",
         prompt_template: str | None = None,
         completion_template: str = RowOptions().completion_template,
-        rejected: str = "empty",
+        rejected: Literal["empty", "shuffled", "generated"] = "empty",
         generation: dict[str, Any] | None = None,
-        val_size: float = 0.05,
-        test_size: float = 0.05,
-        max_length: int | None = None,
-        batch_size: int = 16,
-        eval_batch_size: int | None = None,
+        val_size: SplitSize = 0.05,
+        test_size: SplitSize = 0.05,
+        max_length: Annotated[int, LONG_ENOUGH, HELD] | None = None,
+        batch_size: BatchSize = 16,
+        eval_batch_size: BatchSize | None = None,
         shuffle: bool = True,
-        num_workers: int = 0,
-        seed: int = 42,
+        num_workers: Annotated[int, WORKERS] = 0,
+        seed: Seed = 42,
         trust_remote_code: bool = False,
     ) -> None:
+        check_settings(PreferenceDataModule.__init__, locals(), "data.")
         super().__init__()
         prompt_template = RowOptions().prompt_template if prompt_template is None else prompt_template
         self.save_hyperparameters(ignore=[] if isinstance(tokenizer, str) else ["tokenizer"])
-        for name, value, known in (("rejected", rejected, REJECTED), ("on_bad_row", on_bad_row, ON_BAD_ROW)):
-            if value not in known:
-                near = did_you_mean(value, known)
-                raise UserError(f"data.{name} is '{value}': it must be one of {', '.join(known)}{near}")
-        for name, value, least, most, wanted in (
-            ("batch_size", batch_size, 1, LARGEST, "at least 1"),
-            ("eval_batch_size", eval_batch_size, 1, LARGEST, "at least 1"),
-            ("val_size", val_size, 0, LARGEST, "a share below 1 or a number of pairs"),
-            ("test_size", test_size, 0, LARGEST, "a share below 1 or a number of pairs"),
-            ("max_length", max_length, SHORTEST, LARGEST, f"at least {SHORTEST}, for a prompt and a completion"),
-            ("num_workers", num_workers, 0, MOST_WORKERS, f"from 0 to {MOST_WORKERS}: each is a process"),
-            ("seed", seed, 0, 2**32 - 1, "from 0 to 4294967295"),
-        ):
-            if value is not None and not least <= value <= most:  # nan is neither
-                small = f"at most {LARGEST}" if value > most == LARGEST else wanted
-                raise UserError(f"data.{name} is {value}: it must be {small}")
         if rejected == "generated":
             generation_from(generation, max_length or MAX_LENGTH)  # wrong settings are said before anything is read
         self.row_options = RowOptions(prompt_template, completion_template, self._chat_template)

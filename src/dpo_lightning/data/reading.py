@@ -6,7 +6,7 @@ with the bad ones.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -15,7 +15,7 @@ from dpo_lightning.data.pair import BadRow, PreferencePair
 from dpo_lightning.data.sources import READ_ROWS, Source
 from dpo_lightning.errors import UserError
 
-ON_BAD_ROW = ("error", "skip")
+OnBadRow = Literal["error", "skip"]
 REMEDY = "mend or remove the row, or set data.on_bad_row: skip"
 READ_CHARACTERS = 10_000_000  # held in memory at a time
 LISTED = 3  # rows that are shown of each kind
@@ -66,7 +66,7 @@ class PairReader:
     """
 
     def __init__(
-        self, source: Source, row_format: RowFormat, options: RowOptions, completions: bool, on_bad_row: str
+        self, source: Source, row_format: RowFormat, options: RowOptions, completions: bool, on_bad_row: OnBadRow
     ) -> None:
         self.source, self.row_format, self.options = source, row_format, options
         self.completions, self.skip = completions, on_bad_row == "skip"
