@@ -1,7 +1,10 @@
 """Command line and YAML files -> settings, or one line on what is wrong, where it stands, and what may be there."""
 
 import difflib
+import importlib
+import os
 import re
+import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -270,3 +273,25 @@ def setting(key: str, node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | N
         if key.startswith(f"{name.value}.") and (found := setting(key[len(name.value) + 1 :], value)):
             return found
     return None
+
+
+# ---------------------------------------------------------------------- functions of the user's own
+
+
+def imported_function(name: str, setting: str) -> Callable[..., Any]:
+    """The function that a setting names as `package.module:function`; the working directory is searched, too.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does; the console script does not
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # whatever the module does when it is run
+        raise UserError(f"{setting} '{name}' cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"{setting} '{name}' is {type(function).__name__}, not a function")
+    return function
