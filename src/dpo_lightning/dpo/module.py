@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 AtLeast1 = Annotated[int, Range("at least 1", lambda number: number >= 1)]
 MovedShare = Annotated[float, Range("above 0 and at most 1", lambda share: 0 < share <= 1)]
 IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
-NOT_SAVED = ("self", "optimizer", "lr_scheduler", "__class__")
+NOT_SAVED = ("optimizer", "lr_scheduler")  # settings that are functions: no file names one
 BROUGHT = (Resume, PlateauSchedule)  # callbacks
 
 
@@ -107,7 +107,7 @@ class DPOModule(PolicyModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        check_settings(DPOModule.__init__, {k: v for k, v in locals().items() if k not in NOT_SAVED}, "model.")
+        check_settings(DPOModule.__init__, locals(), "model.")
         super().__init__()
         self.save_hyperparameters(ignore=NOT_SAVED)
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
