@@ -11,6 +11,7 @@ from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.inspect import InspectCLI
 from dpo_lightning.cli.trainer import DPOCLI, DownloadCLI, configured
+from dpo_lightning.dpo.module import NOT_SAVED
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 READMES = sorted(REPO.glob("README*.md"))

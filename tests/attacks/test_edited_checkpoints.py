@@ -33,7 +33,7 @@ EDITS = {
     "unknown setting": (lambda m: {"settings": {"betaa": 0.2}}, "has the setting 'betaa', which there is not"),
     "wrong kind": (lambda m: {"settings": {"beta": "much"}}, "has a setting that this model cannot have"),
     "no value": (lambda m: {"settings": {"learning_rate": None}}, "has the setting learning_rate without a value"),
-    "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype '\x1b[2J\x9b2J'"),
+    "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype is '\x1b[2J\x9b2J'"),
     "of a name": (lambda m: {"state_dict": weights(m) | {"\x1b[2J": torch.zeros(1)}}, r"unknown weight \x1b[2J"),
     "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora.r is 'x'"),
     "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that this model cannot have"),

@@ -234,5 +234,8 @@ class PolicyModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "PolicyModule":
-        """As Lightning's, but `trust_remote_code` is never taken from the file: give it here."""
-        return super().load_from_checkpoint(*args, **{TRUST: False} | kwargs)
+        """As Lightning's, but the file decides over plain values alone, and not over `trust_remote_code`: give it here.
+
+        `_instantiator` would have LightningCLI's parser make the module, which imports any class that a value names.
+        """
+        return super().load_from_checkpoint(*args, **{TRUST: False, "_instantiator": None} | kwargs)
