@@ -85,7 +85,7 @@ class PolicyModule(LightningModule):
             return
         model, new = self.policy if self._untrained else self.load_policy(), self.hparams.lora is not None
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.start_digest = weights_digest(model, but=lambda name: new and "lora_" in name)
+        self.start_digest = weights_digest(model, leave_out=lambda name: new and "lora_" in name)
 
     def _ready_reference(self) -> None:
         """Of a full fine-tune no copy is made where all that it is wanted for is in a cache."""
