@@ -96,6 +96,17 @@ def test_an_optimizers_state_that_does_not_fit_is_one_line(value, model_folder, 
     assert "the optimizer's exp_avg has the " in error_line(capsys)
 
 
+def test_a_fused_optimizers_state_that_does_not_fit_is_one_line(model_folder, tmp_path, capsys):
+    """A fused step would read past its end."""
+    args = ["--optimizer", "SGD", "--optimizer.momentum", "0.9", "--export.enabled", "false"]
+    assert command("fit", model_folder, *args) == 0
+    checkpoint = torch.load(LAST, weights_only=True)
+    checkpoint["optimizer_states"][0]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    torch.save(checkpoint, tmp_path / "given.ckpt")
+    assert command("fit", model_folder, "--ckpt_path", "given.ckpt", "--trainer.max_steps", "3", *args) == 2
+    assert "the optimizer's momentum_buffer has the shape [3]" in error_line(capsys)
+
+
 def test_an_optimizers_state_of_no_weight_is_one_line(model_folder, tmp_path, capsys):
     saved = torch.load(trained(model_folder) / LAST, weights_only=True)["optimizer_states"]
     saved[0]["param_groups"][0]["params"][0] = 1000

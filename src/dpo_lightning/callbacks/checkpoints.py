@@ -151,17 +151,24 @@ class LastCheckpoint(Checkpoint):
 
 def _check_optimizers(trainer: Trainer) -> None:
     """PyTorch itself finds what does not fit in the first step, reads past a state's end, or trains otherwise."""
-    for optimizer in (o for o in trainer.optimizers if isinstance(o, torch.optim.AdamW)):
+    for optimizer in trainer.optimizers:
+        adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+        if not adam and not optimizer.defaults.get("fused"):  # whose steps compare shapes themselves
+            continue
         where = f"--ckpt_path '{trainer.ckpt_path}': the optimizer's"
         for weight, state in optimizer.state.items():
             shape = weight.shape if torch.is_tensor(weight) else None
             for name, value in state.items():
+                if value is None and not adam:
+                    continue
                 if not torch.is_tensor(value) or value.shape != (() if name == "step" else shape):
                     found = f"the shape {list(value.shape)}" if torch.is_tensor(value) else f"the type {type(value)}"
                     raise UserError(
                         f"{where} {name} has {found}, which is not that of its weight ({shape and list(shape)}): the "
                         "checkpoint was edited; go on from another one"
                     )
+        if not adam:
+            continue
         try:
             for state in optimizer.state.values():
                 _check_moments(state)

@@ -23,12 +23,7 @@ from dpo_lightning.dpo.metrics import PairMetrics
 from dpo_lightning.dpo.optimization import PlateauSchedule, make_optimizer, make_scheduler
 from dpo_lightning.dpo.policy_module import PolicyModule
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
-from dpo_lightning.dpo.reference import (
-    check_reference,
-    load_weights,
-    move,
-    weights_to_save,
-)
+from dpo_lightning.dpo.reference import check_reference, load_weights, move, weights_to_save
 from dpo_lightning.dpo.resume import Resume
 from dpo_lightning.dpo.throughput import Throughput
 from dpo_lightning.errors import UserError

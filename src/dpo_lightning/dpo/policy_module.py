@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class PolicyModule(LightningModule):
-    """A policy that trains, and the reference it is compared with, which is in no checkpoint.
+    """A policy that trains, and the reference it is compared with, which is in a checkpoint only where it moves.
 
     Its hyperparameters are those of `DPOModule` that say how both are made.
     """
