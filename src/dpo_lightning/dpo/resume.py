@@ -53,7 +53,7 @@ class Resume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: "DPOModule") -> None:
         """Notes how this run optimizes, before the checkpoint's states replace its own."""
-        self._optimization = optimization(trainer)
+        self._optimization = optimization(trainer, with_settings=pl_module.make_optimizer is not None)
         self._check_optimization(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: "DPOModule") -> None:
@@ -262,12 +262,16 @@ def settings(trainer: Trainer, module: "DPOModule") -> dict[str, Any]:
     }
 
 
-def optimization(trainer: Trainer) -> dict[str, Any]:
-    """The optimizer and schedule of a run that has not begun: their classes and their plain settings."""
+def optimization(trainer: Trainer, with_settings: bool) -> dict[str, Any]:
+    """The optimizer and schedule of a run that has not begun: their classes and their plain settings.
+
+    Args:
+        with_settings: the optimizer's too; where it is the module's own, they follow from hyperparameters.
+    """
     return {"optimizer": None, "lr_scheduler": None} | dict(
         entry
         for what, made, values in (
-            *(("optimizer", optimizer, optimizer.defaults) for optimizer in trainer.optimizers),
+            *(("optimizer", o, o.defaults if with_settings else {}) for o in trainer.optimizers),
             *(("lr_scheduler", c.scheduler, c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs),
         )
         for entry in _described(what, made, values)
