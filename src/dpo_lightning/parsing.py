@@ -1,13 +1,17 @@
 """Command line and YAML files -> settings, or one line on what is wrong, where it stands, and what may be there."""
 
 import difflib
+import importlib
+import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -23,8 +27,16 @@ KINDS = {
     "list": "a list",
     "Iterable": "a list",
     "NoneType": "null",
+    "Optimizer": "the class of an optimizer, by its name in torch.optim or its path (package.module.Class)",
+    "LRScheduler": "the class of a schedule, by its name in torch.optim.lr_scheduler or its path",
+    "ReduceLROnPlateau": "the class of a schedule, by its name in torch.optim.lr_scheduler or its path",
 }
+MODULES = {"Optimizer": torch.optim, "LRScheduler": torch.optim.lr_scheduler}  # where such classes are named
 CLASSES = {int: Integral, float: Real, list: list | tuple, dict: Mapping}  # whose values count as of the type, too
+# What the same parser found wrong with an argument of a class that a setting names.
+OF_A_CLASS = re.compile(
+    r"Errors: - (?:there is no setting (?P<unknown>.*?)|(?P<wrong>\w+ is '.*?)|[^']* required: (?P<missing>\w+)) - "
+)
 WRONG = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<why>.*)', re.DOTALL)
 
 
@@ -85,6 +97,8 @@ def _mismatch(value: Any, kind: Any) -> str:
         if words := _mismatch(value, base):
             return ranges[0].words if ranges[0].words.startswith(words) else f"{words}, {ranges[0].words}"
         return next((one.words for one in ranges if not one.holds(value)), "")
+    if origin is Callable:
+        return "" if callable(value) else "a function"
     plain = origin or kind
     words = KINDS[plain.__name__]
     if not isinstance(value, CLASSES.get(plain, plain)) or isinstance(value, bool) and plain in (int, float):
@@ -123,6 +137,8 @@ def explained(message: str, names: Collection[str]) -> str:
     if "accept" in message and (found := re.search(r"[Oo]ption '([\w.+]+)'", message)):
         group = re.match(r"Group '([^']+)'", message)
         return no_such_setting(f"{group[1]}.{found[1]}" if group else found[1], names)
+    if found := re.match(r"argument ([\w.]+) --> ([\w.]+): ", message):  # a setting that jsonargparse fills in itself
+        return no_such_setting(found[2], [found[1]])
     if found := WRONG.match(message):
         return wrong_value(found["key"], found["why"]) or message
     return message
@@ -139,6 +155,10 @@ def no_such_setting(key: str, names: Collection[str], dashes: str = "") -> str:
 
 def wrong_value(key: str, why: str) -> str | None:
     """What a setting was given and what it may be, where jsonargparse's words are understood; else None."""
+    if found := OF_A_CLASS.search(why):
+        if found["unknown"]:
+            return f"there is no setting {key}.{found['unknown']}"
+        return f"{key}.{found['wrong']}" if found["wrong"] else f"{key}.{found['missing']} is missing"
     found = re.search(r"(?:Got value: |Given value: )(.*)$", why)
     if not found:
         return None
@@ -158,7 +178,8 @@ def wrong_value(key: str, why: str) -> str | None:
     words = [word for word in dict.fromkeys(words) if word != "null"] + (["null"] if "NoneType" in wanted else [])
     if not words:
         return None
-    return f"{key} is '{given}': it must be {' or '.join(words)}{did_you_mean(given, choices)}"
+    classes = next((vars(module) for kind, module in MODULES.items() if f".{kind}'" in wanted), ())
+    return f"{key} is '{given}': it must be {' or '.join(words)}{did_you_mean(given, [*choices, *classes])}"
 
 
 # ---------------------------------------------------------------------- YAML files
@@ -263,3 +284,25 @@ def setting(key: str, node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | N
         if key.startswith(f"{name.value}.") and (found := setting(key[len(name.value) + 1 :], value)):
             return found
     return None
+
+
+# ---------------------------------------------------------------------- functions of the user's own
+
+
+def imported_function(name: str, setting: str) -> Callable[..., Any]:
+    """The function that a setting names as `package.module:function`; the working directory is searched, too.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does; the console script does not
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # whatever the module does when it is run
+        raise UserError(f"{setting} '{name}' cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"{setting} '{name}' is {type(function).__name__}, not a function")
+    return function

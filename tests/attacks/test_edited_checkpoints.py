@@ -33,7 +33,7 @@ EDITS = {
     "unknown setting": (lambda m: {"settings": {"betaa": 0.2}}, "has the setting 'betaa', which there is not"),
     "wrong kind": (lambda m: {"settings": {"beta": "much"}}, "has a setting that this model cannot have"),
     "no value": (lambda m: {"settings": {"learning_rate": None}}, "has the setting learning_rate without a value"),
-    "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype '\x1b[2J\x9b2J'"),
+    "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype is '\x1b[2J\x9b2J'"),
     "of a name": (lambda m: {"state_dict": weights(m) | {"\x1b[2J": torch.zeros(1)}}, r"unknown weight \x1b[2J"),
     "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora.r is 'x'"),
     "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that this model cannot have"),
@@ -94,6 +94,17 @@ def test_an_optimizers_state_that_does_not_fit_is_one_line(value, model_folder, 
     given = edited(model_folder, tmp_path / "given.ckpt", optimizer_states=saved)
     assert command("fit", model_folder, "--ckpt_path", given, "--trainer.max_steps", "3") == 2
     assert "the optimizer's exp_avg has the " in error_line(capsys)
+
+
+def test_a_fused_optimizers_state_that_does_not_fit_is_one_line(model_folder, tmp_path, capsys):
+    """A fused step would read past its end."""
+    args = ["--optimizer", "SGD", "--optimizer.momentum", "0.9", "--export.enabled", "false"]
+    assert command("fit", model_folder, *args) == 0
+    checkpoint = torch.load(LAST, weights_only=True)
+    checkpoint["optimizer_states"][0]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    torch.save(checkpoint, tmp_path / "given.ckpt")
+    assert command("fit", model_folder, "--ckpt_path", "given.ckpt", "--trainer.max_steps", "3", *args) == 2
+    assert "the optimizer's momentum_buffer has the shape [3]" in error_line(capsys)
 
 
 def test_an_optimizers_state_of_no_weight_is_one_line(model_folder, tmp_path, capsys):

@@ -47,7 +47,7 @@ def error_line(capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("--model.max_new_tokens 0", "model.max_new_tokens is 0: a reply needs at least 1"),
+        ("--model.max_new_tokens 0", "model.max_new_tokens is 0: it must be at least 1"),
         ("--model.max_new_tokens -3", "model.max_new_tokens is -3"),
         ("--seed_everything 99999999999", "seed_everything is 99999999999: it must be from 0 to 4294967295"),
         ("--seed_everything -1", "seed_everything is -1"),

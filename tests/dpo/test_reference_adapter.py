@@ -13,8 +13,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import export_policy
 from dpo_lightning.cli.entry import main
 from dpo_lightning.dpo.logps import Scoring, pair_logps
-from dpo_lightning.dpo.reference import FrozenCopy
-from dpo_lightning.dpo.reference_adapter import AdapterCopy, MovingCopy, move, trained_weights
+from dpo_lightning.dpo.reference import AdapterCopy, FrozenCopy, MovingCopy, move, trained_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.policy import load_policy
 

@@ -134,9 +134,17 @@ def test_last_without_any_checkpoint_starts_a_run(fit, tmp_path, caplog):
 
 
 def test_the_place_follows_from_the_number_of_steps():
-    assert [resume.place(step, 5, 2) for step in range(7)] == [(0, 0), (0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
-    assert resume.place(7, 3, 1) == (2, 1)
-    assert resume.place(1, 3, 8) == (1, 0)
+    assert [resume.position(step, 5, 2) for step in range(7)] == [
+        (0, 0),
+        (0, 2),
+        (0, 4),
+        (1, 0),
+        (1, 2),
+        (1, 4),
+        (2, 0),
+    ]
+    assert resume.position(7, 3, 1) == (2, 1)
+    assert resume.position(1, 3, 8) == (1, 0)
 
 
 def test_the_sampler_leaves_out_what_was_trained_on():

@@ -149,11 +149,17 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
 
 def _check_optimizers(trainer: Trainer) -> None:
     """PyTorch itself finds what does not fit in the first step, reads past a state's end, or trains otherwise."""
-    for optimizer in (o for o in trainer.optimizers if isinstance(o, torch.optim.AdamW)):
+    for optimizer in trainer.optimizers:
+        adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+        if not adam and not optimizer.defaults.get("fused"):  # whose steps compare shapes themselves
+            continue
         try:
             for weight, state in optimizer.state.items():
-                _check_moments(state, list(weight.shape) if torch.is_tensor(weight) else None)
-            for group in optimizer.param_groups:
+                shape = list(weight.shape) if torch.is_tensor(weight) else None
+                _check_shapes({name: value for name, value in state.items() if adam or value is not None}, shape)
+                if adam:
+                    _check_moments(state)
+            for group in optimizer.param_groups if adam else ():
                 _check_options(group, optimizer.defaults)
         except ValueError as error:
             raise UserError(
@@ -162,11 +168,15 @@ def _check_optimizers(trainer: Trainer) -> None:
             ) from error
 
 
-def _check_moments(state: dict[str, Any], shape: list[int] | None) -> None:
+def _check_shapes(state: dict[str, Any], shape: list[int] | None) -> None:
     for name, value in state.items():
         if not torch.is_tensor(value) or list(value.shape) != ([] if name == "step" else shape):
             found = f"shape {list(value.shape)}" if torch.is_tensor(value) else f"type {type(value).__name__}"
             raise ValueError(f"{name} has the {found}, which is not that of its weight ({shape})")
+
+
+def _check_moments(state: dict[str, Any]) -> None:
+    for name, value in state.items():
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{name} is no plain tensor of floating-point numbers")
         local = value.to_local() if hasattr(value, "to_local") else value

@@ -44,7 +44,7 @@ COMMANDS = {
     "predict": Command("write replies to prompts to a file"),
     "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
-    "export": Command("write a checkpoint's model as a Hugging Face folder", function="run_export"),
+    "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
 }
 

@@ -1,4 +1,4 @@
-"""The commands themselves: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download` and `export`."""
+"""The commands themselves: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download`."""
 
 import re
 import sys
@@ -12,13 +12,13 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 
 from dpo_lightning.callbacks.checkpoint_files import (
-    DATA_SETTINGS,
     SETTINGS,
     AtomicCheckpointIO,
     can_go_on,
@@ -34,14 +34,7 @@ from dpo_lightning.callbacks.checkpoint_files import (
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
-from dpo_lightning.callbacks.export.callback import (
-    Dtype,
-    ExportCallback,
-    ShardSize,
-    check_options,
-    export_policy,
-    export_target,
-)
+from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.progress import RunBar
@@ -51,11 +44,13 @@ from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.cli.download import download
+from dpo_lightning.cli.optimizers import completed, keep_given
 from dpo_lightning.cli.run_settings import check_settings
 from dpo_lightning.data.asking import Asking, checkpoint_asking, read_asking, settled_template
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.generated import MODEL_SETTINGS
-from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
+from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hardware import fastest_precision
 from dpo_lightning.models.hub import first_line
@@ -91,12 +86,20 @@ class DPOCLI(LightningCLI):
         parser.add_lightning_class_args(RepliesCallback, "replies")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
+        parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As LightningCLI's, and checks what Lightning itself would fall over later."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        check_settings(self.config[command] if command else self.config)
+        settings = self.config[command] if command else self.config
+        check_settings(settings)
+        if settings.optimizer:
+            given = parser.parse_args(args, defaults=False)
+            self._optimizer_given = (given[command] if command else given).optimizer.get("init_args") or Namespace()
+        if ":" in (settings.model.reference or ""):  # before a checkpoint is read: its names are not imported
+            import_reference(settings.model.reference)
 
     @property
     def settings(self) -> Namespace:
@@ -119,6 +122,9 @@ class DPOCLI(LightningCLI):
         if config.trainer.precision is None:
             config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
             rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
+        if config.optimizer:
+            keep_given(config.optimizer, self._optimizer_given)
+            config.model.optimizer = completed(config.optimizer, config.model)
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
 
@@ -181,7 +187,7 @@ class DPOCLI(LightningCLI):
         checkpoint = read_checkpoint(path, mmap=True)
         if self.config.subcommand == "fit":
             check_resumable(checkpoint, path)
-        saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
+        saved = saved_settings(checkpoint, path)
         self._check_trust(settings, saved.get("name_or_path"), path)
         self._checkpoint_asking = checkpoint_asking(checkpoint, path)
         self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
@@ -286,63 +292,7 @@ def run_download(args: Sequence[str]) -> None:
         print(one_line(f"{kind} written to {name}"))
 
 
-def run_export(args: Sequence[str]) -> None:
-    """`export`: a checkpoint as a Hugging Face folder."""
-    from jsonargparse import auto_cli
-
-    auto_cli(export, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
-
-
-def export(
-    ckpt_path: str,
-    output_dir: str,
-    merge: bool = False,
-    dtype: Dtype | None = None,
-    max_shard_size: ShardSize = "5GB",
-    trust_remote_code: bool = False,
-) -> None:
-    """Writes the model of a checkpoint as a Hugging Face folder.
-
-    Args:
-        ckpt_path: a checkpoint written by `fit`.
-        output_dir: folder to write; what it holds is replaced only where a previous export wrote all of it.
-        merge: with LoRA, write a complete model instead of the adapter.
-        dtype: of the written weights (float32, bfloat16, float16); left out, as they were trained.
-        max_shard_size: largest size of a weights file; more is split into several.
-        trust_remote_code: run the own Python code of the hub model that the checkpoint names.
-    """
-    check_options(dtype, max_shard_size)
-    check_checkpoint(ckpt_path)
-    checkpoint = read_checkpoint(ckpt_path)
-    if "state_dict" not in checkpoint:
-        raise UserError(
-            f"--ckpt_path '{ckpt_path}' is a sharded checkpoint, and `export` reads a single file: make one of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt_path}`"
-        )
-    if not checkpoint["global_step"]:
-        raise UserError(f"--ckpt_path '{ckpt_path}' has 0 optimizer steps: nothing was trained, so no model is written")
-    module = DPOModule(**_model_settings(checkpoint, ckpt_path), trust_remote_code=trust_remote_code)
-    target = export_target(module, output_dir, [Path(ckpt_path).parent])
-    target.check()  # before the model is loaded
-    data_settings = checkpoint.get(DATA_SETTINGS, {})
-    tokenizer = data_settings.get("tokenizer")
-    if not isinstance(tokenizer, str):
-        raise UserError(f"--ckpt_path '{ckpt_path}' does not name its tokenizer, so no folder can be written from it")
-    data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
-    module.load_state_dict(checkpoint["state_dict"])
-    if asking := checkpoint_asking(checkpoint, ckpt_path):
-        asking.fit_out(data.tokenizer)
-    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings, asking)
-    print(one_line(f"model written to {output_dir}"))
-
-
-def _model_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """A checkpoint's settings of DPOModule, with their types checked as the command line's are."""
-    parser = OneLineErrorParser()
-    parser.add_class_arguments(DPOModule, "model")
-    saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
-    try:
-        settings = parser.parse_object({"model": saved}).model.as_dict()
-    except UserError as error:
-        raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
-    return {name: value for name, value in settings.items() if name != TRUST}
+def saved_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A checkpoint's settings of DPOModule that may be used: plain values alone (`trust`)."""
+    known = {name: value for name, value in signature(DPOModule).parameters.items() if name not in NOT_SAVED}
+    return plain_settings(checkpoint[SETTINGS], known, f"--ckpt_path '{path}'")

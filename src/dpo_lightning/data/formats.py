@@ -4,7 +4,6 @@ A format says which columns it reads, so it can be recognised from the columns o
 function and a line in `FORMATS`; a user's own is a function named in YAML (`my_pkg.my_module:my_row_fn`).
 """
 
-import importlib
 import os
 import string
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_lightning.data.cells import _cut, messages, number, text
 from dpo_lightning.data.pair import BadCell, BadRow, PreferencePair
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.parsing import imported_function
 from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.visible import one_line
 
@@ -160,33 +160,13 @@ def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return messages(row, "prompt")
 
 
-def user_function(name: str, setting: str) -> Callable[..., Any]:
-    """The user's own `package.module:function`, from the working directory or an installed package.
-
-    Raises:
-        UserError: it cannot be imported; `setting` is where it is named.
-    """
-    module_name, _, function_name = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does; the console script does not
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever the module does when it is run
-        raise UserError(f"{setting} '{name}' cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise UserError(f"{setting} '{name}' is {type(function).__name__}, not a function")
-    return function
-
-
 def user_format(name: str) -> RowFormat:
     """The user's own row function `package.module:function`: row -> PreferencePair, or a dict read as `preference`.
 
     Raises:
         UserError: it cannot be imported.
     """
-    function = user_function(name, "data.format")
-    module = sys.modules[name.partition(":")[0]]
+    function = imported_function(name, "data.format")
 
     def to_pair(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
         try:
@@ -205,7 +185,7 @@ def user_format(name: str) -> RowFormat:
         found = _cut(f"{type(made).__name__} {made!r}")
         raise BadCell("format function", "", f"{name} returned {found} where a PreferencePair or a dict belongs")
 
-    file = getattr(module, "__file__", None)  # a module that is built in has none
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)  # a module that is built in has none
     return RowFormat((), (), to_pair, file_digest(Path(file)) if file else "")
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dpo_lightning.errors import UserError
 
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of products, by the Trainer's precision
+CONVERTED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # of weights, by the same
 SIXTEEN_BITS = {torch.bfloat16, torch.float16}
 
 

@@ -17,13 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Range(NamedTuple):
-    """The values that a parameter may have."""
-
-    words: str
-    holds: Callable[[float], bool]
-
+from dpo_lightning.parsing import Range
 
 Positive = Annotated[float, Range("above 0", lambda value: 0 < value < math.inf)]
 NotNegative = Annotated[float, Range("0 or more", lambda value: 0 <= value < math.inf)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from dpo_lightning.dpo.logps import PairLogps
 from dpo_lightning.dpo.losses import LOSSES, Finite, Loss, NotNegative, Pairs, Positive, Share
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.parsing import check_setting
 
 
 def alpha_score(ratios: Tensor, alpha: float) -> Tensor:
@@ -96,7 +97,7 @@ class PreferenceLoss:
             raise UserError(f"model.loss_type '{unknown[0]}' is unknown: it is one of {', '.join(LOSSES)}{near}")
         self.losses = [LOSSES[name] for name in names]
         self.weights = self._checked_weights(loss_weights)
-        _check_range("model.beta", beta, Positive)
+        check_setting("model.beta", beta, Positive)
         self.beta = beta
         common, own = self._split_options(options or {})
         if label_smoothing:
@@ -119,7 +120,7 @@ class PreferenceLoss:
         if not count or len(weights) != count:
             raise UserError(f"model.loss_weights has {len(weights)} weights for {count} losses; give one for each")
         for weight in weights:
-            _check_range("a weight of model.loss_weights", weight, NotNegative)
+            check_setting("a weight of model.loss_weights", weight, NotNegative)
         return weights
 
     def _split_options(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,7 +145,7 @@ class PreferenceLoss:
             if name != "beta":
                 where = f"model.{name}" if name == "label_smoothing" else f"model.loss_options.{name}"
                 values[name] = given.get(name, parameter.default)
-                _check_range(where, values[name], parameter.annotation)
+                check_setting(where, values[name], parameter.annotation)
         return values
 
     def _set_common(
@@ -160,17 +161,16 @@ class PreferenceLoss:
             raise UserError(f"{options}.f_divergence_type '{f_divergence_type}' is unknown: it is one of {known}")
         if f_divergence_type != "reverse_kl":
             self._require(f"{options}.f_divergence_type {f_divergence_type}", lambda term: term.f_divergence)
-        _check_range(f"{options}.f_alpha_divergence_coef", f_alpha_divergence_coef, Finite)
+        check_setting(f"{options}.f_alpha_divergence_coef", f_alpha_divergence_coef, Finite)
         if f_alpha_divergence_coef != 0.5 and f_divergence_type != "alpha_divergence":
             raise UserError(
                 f"{options}.f_alpha_divergence_coef is {f_alpha_divergence_coef}, but f_divergence_type is "
                 f"{f_divergence_type}: only alpha_divergence uses it"
             )
         if ld_alpha is not None:
-            _check_range(f"{options}.ld_alpha", ld_alpha, Share)
+            check_setting(f"{options}.ld_alpha", ld_alpha, Share)
             self._require(f"{options}.ld_alpha", lambda term: not term.reference_free)
-        if not isinstance(use_weighting, bool):
-            raise UserError(f"{options}.use_weighting is {use_weighting!r}: it must be true or false")
+        check_setting(f"{options}.use_weighting", use_weighting, bool)
         if use_weighting:
             self._require(f"{options}.use_weighting", lambda term: not term.sorts)
         self.divergence, self.alpha = F_DIVERGENCES[f_divergence_type], f_alpha_divergence_coef
@@ -248,9 +248,3 @@ class PreferenceLoss:
             return self.beta * (policy.sums - reference.sums)
         per_token = any(term.per_token for term in self.losses)
         return self.beta * (policy.sums / policy.lengths if per_token else policy.sums)
-
-
-def _check_range(where: str, value: Any, annotation: Any) -> None:
-    (allowed,) = annotation.__metadata__
-    if isinstance(value, bool) or not isinstance(value, int | float) or not allowed.holds(value):
-        raise UserError(f"{where} is {value!r}: it must be {allowed.words}")

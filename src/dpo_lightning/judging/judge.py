@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torchmetrics
 
-from dpo_lightning.data.formats import user_function
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.judging.sql.judge import sql
 from dpo_lightning.models.generate import Reply
+from dpo_lightning.parsing import imported_function
 
 Verdict = bool | float | None
 Judge = Callable[[Reply, PreferencePair], Mapping[str, Verdict]]
@@ -60,7 +60,7 @@ def find_judges(names: str | Sequence[str]) -> dict[str, Judge]:
         short = name.rpartition(":")[2]
         if short in found or ":" in name and short in JUDGES:
             raise UserError(f"replies.judge '{name}': there is another judge called {short}: rename the function")
-        found[short] = _checked(name, user_function(name, "replies.judge")) if ":" in name else JUDGES[name]
+        found[short] = _checked(name, imported_function(name, "replies.judge")) if ":" in name else JUDGES[name]
     return found | {"reply": any_reply}
 
 

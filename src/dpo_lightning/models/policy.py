@@ -49,53 +49,59 @@ def load_policy(
     Raises:
         UserError: the model cannot be found, reached or loaded, lacks weights, or `lora` is not a valid LoraConfig.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if quantization:
-        check_quantization(quantization)
     base = base_model_name(name_or_path)
-    if base != name_or_path and lora is not None:
-        raise UserError(f"model.name_or_path '{name_or_path}' is an adapter that trains on: leave model.lora out")
-    if quantization and base == name_or_path and lora is None:
-        raise UserError(f"model.quantization: {quantization} weights cannot be trained themselves: set model.lora too")
-    options: dict[str, Any] = {}
+    check_trainable(name_or_path, base, lora, quantization)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
     if quantization:
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        options = {"quantization_config": quantized(quantization), "device_map": {"": device}}
-
-    def load(name: str) -> "PreTrainedModel":
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        check_sizes(config)
-        switch_dropout_off(config)
-        set_router_loss(config, router_aux_loss_coef)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
-        return model
-
-    def load_fitting(name: str) -> "PreTrainedModel":
-        try:
-            return load(name)
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):  # an option that our user does not have
-                raise
-            raise ValueError("its weights are not of the sizes that its config says") from error
-
-    model = from_hub_or_folder("model", base, load_fitting)
+        options |= {"quantization_config": quantized(quantization), "device_map": {"": device}}
+    model = from_hub_or_folder("model", base, lambda name: load_causal_lm(name, router_aux_loss_coef, **options))
     if gradient_checkpointing:
         # Non-reentrant: the reentrant kind drops gradients when, as with LoRA, a block's input needs none.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if base != name_or_path:
         return load_adapter(model, name_or_path)
     return model if lora is None else add_lora(model, lora)
+
+
+def check_trainable(name_or_path: str, base: str, lora: dict[str, Any] | None, quantization: str | None) -> None:
+    """Raises UserError where an adapter would lie on another one, or quantized weights would be trained themselves."""
+    if quantization:
+        check_quantization(quantization)
+    if base != name_or_path and lora is not None:
+        raise UserError(f"model.name_or_path '{name_or_path}' is an adapter that trains on: leave model.lora out")
+    if quantization and base == name_or_path and lora is None:
+        raise UserError(f"model.quantization: {quantization} weights cannot be trained themselves: set model.lora too")
+
+
+def load_causal_lm(
+    name: str, router_aux_loss_coef: float | None, trust_remote_code: bool, **options: Any
+) -> "PreTrainedModel":
+    """Loads a model without dropout; `options` are those of `from_pretrained`.
+
+    Raises:
+        ValueError: its weights are not all there, or not of the sizes that its config says.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    check_sizes(config)
+    switch_dropout_off(config)
+    set_router_loss(config, router_aux_loss_coef)
+    options |= {"config": config, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(name, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # an option that our user does not have
+            raise
+        raise ValueError("its weights are not of the sizes that its config says") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}")
+    return model
 
 
 def base_model_name(name_or_path: str) -> str:

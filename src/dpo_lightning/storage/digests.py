@@ -46,14 +46,17 @@ def key_digest(key: Any) -> str:
 
 
 @torch.no_grad()
-def weights_digest(model: nn.Module, but: Callable[[str], bool] = lambda name: False) -> str:
-    """Of a model's weights (bytes, shapes and dtypes), without those whose name `but` is true of.
+def weights_digest(model: nn.Module, leave_out: Callable[[str], bool] = lambda name: False) -> str:
+    """Of a model's weights (bytes, shapes and dtypes) as loaded: what tells a run, its caches and its replies apart.
+
+    Generated completions are looked up before any model is loaded, so they go by the stored files instead
+    (`data.generated.stored_weights`).
 
     Every byte is read: 0.8 s per GB on one core. Sharded weights are gathered one by one; to be called on all ranks.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not but(name):
+        if not leave_out(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from dpo_lightning.callbacks.context import run_folder
 from dpo_lightning.callbacks.export.folder import Target
 from dpo_lightning.callbacks.export.model_card import model_card
 from dpo_lightning.data.asking import Asking, asking_of, write_asking
-from dpo_lightning.dpo.reference_adapter import trained_weights
+from dpo_lightning.dpo.reference import trained_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
 from dpo_lightning.models.policy import base_model_name

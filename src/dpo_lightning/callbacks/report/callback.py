@@ -174,7 +174,7 @@ class ReportCallback(Callback):
                 "pairs": f"{sizes}; rejected completions: {data.hparams.rejected}",
                 "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",
                 "loss": f"{loss}, beta {h.beta}",
-                "optimizer": f"AdamW, learning rate {h.learning_rate}, {h.lr_scheduler_type}, warm-up {h.warmup_steps}",
+                "optimizer": optimized_by(trainer, module),
                 "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
                 "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
                 "precision": str(trainer.precision)
@@ -206,6 +206,17 @@ class ReportCallback(Callback):
         costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         costs["versions"] += f", Python {platform.python_version()}"
         return costs
+
+
+def optimized_by(trainer: Trainer, module: LightningModule) -> str:
+    """The optimizer with its learning rate, and the schedule of that."""
+    h = module.hparams
+    if not trainer.optimizers:
+        return "none was made"
+    optimizer, schedule = trainer.optimizers[0], f"{h.lr_scheduler_type}, warm-up {h.warmup_steps}"
+    if module.make_scheduler is not None:
+        schedule = type(trainer.lr_scheduler_configs[0].scheduler).__name__
+    return f"{type(optimizer).__name__}, learning rate {optimizer.defaults.get('lr')}, {schedule}"
 
 
 def _model_path(trainer: Trainer) -> dict[str, Path]:
