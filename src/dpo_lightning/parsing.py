@@ -255,7 +255,7 @@ def check_names(file: str, node: yaml.MappingNode) -> None:
             check_names(file, value)
 
 
-def with_place(error: UserError, args: Sequence[str]) -> UserError:
+def with_location(error: UserError, args: Sequence[str]) -> UserError:
     """An error of a run with this command line, with file and line in front where a file gives the setting at fault."""
     found = re.match(r"(?:there is no setting |unknown )?(data format|[a-z_]+(?:\.\w+)+|\w+(?= is ))", str(error))
     key = {"data format": "data.format"}.get(found[1], found[1]) if found else ""

@@ -291,8 +291,13 @@ def test_nothing_in_a_folder_turns_its_code_on(model_folder, monkeypatch, capsys
         values = json.loads(Path(folder, name).read_text()) | {"auto_map": auto_map, "trust_remote_code": True}
         values |= {"model_type": "own"} if own_type and name == "config.json" else {}
         Path(folder, name).write_text(json.dumps(values))
-    asking = {"chat": False, "prompt_template": "{question}", "trust_remote_code": True, "format": "own:OwnModel"}
-    Path(folder, "dpo_lightning.json").write_text(json.dumps(asking))
+    prompt_format = {
+        "chat": False,
+        "prompt_template": "{question}",
+        "trust_remote_code": True,
+        "format": "own:OwnModel",
+    }
+    Path(folder, "dpo_lightning.json").write_text(json.dumps(prompt_format))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.stdin", io.StringIO("Which name?\n"))
     code = main(["chat", "--model", str(folder), "--max_new_tokens", "2"])

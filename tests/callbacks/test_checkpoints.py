@@ -14,7 +14,7 @@ from dpo_lightning.callbacks.checkpoint_files import (
     check_checkpoint,
     checkpoint_folders,
     damage,
-    newest_whole,
+    newest_complete,
     read_checkpoint,
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_refused_and_the_newest_whole_one_named(tmp_path, how)
     with pytest.raises(UserError, match=f"last.ckpt' is not a readable checkpoint: .*newest whole one.*'{older}'"):
         check_checkpoint(path)
     with pytest.warns(UserWarning, match="passing over the checkpoint '.*last.ckpt', which is damaged"):
-        assert newest_whole([tmp_path]) == older
+        assert newest_complete([tmp_path]) == older
 
 
 def test_every_flipped_bit_of_a_tensor_is_seen(tmp_path):
@@ -144,11 +144,11 @@ def test_the_newest_runs_newest_whole_checkpoint_is_last(tmp_path):
     (logs / "version_11" / "checkpoints").mkdir(parents=True)  # killed before its first checkpoint
     (logs / "version_12").mkdir()
     (logs / "version_10" / "checkpoints" / "last.ckpt.partial").write_bytes(b"half")
-    assert newest_whole(checkpoint_folders(tmp_path)) == logs / "version_10" / "checkpoints" / "last.ckpt"
-    assert newest_whole(checkpoint_folders(tmp_path / "nowhere")) is None
+    assert newest_complete(checkpoint_folders(tmp_path)) == logs / "version_10" / "checkpoints" / "last.ckpt"
+    assert newest_complete(checkpoint_folders(tmp_path / "nowhere")) is None
     (logs / "version_10" / "checkpoints" / "last.ckpt").write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="all 1 checkpoints in .*version_10.* are damaged"):
-        newest_whole(checkpoint_folders(tmp_path))  # an older run is another run
+        newest_complete(checkpoint_folders(tmp_path))  # an older run is another run
 
 
 def test_a_sharded_checkpoint_is_whole_when_its_last_file_is_there(tmp_path):
@@ -158,7 +158,7 @@ def test_a_sharded_checkpoint_is_whole_when_its_last_file_is_there(tmp_path):
     torch.save({"global_step": 4, "hyper_parameters": {}}, folder / "meta.pt")
     check_checkpoint(folder)
     assert read_checkpoint(folder)["global_step"] == 4
-    assert newest_whole([tmp_path]) == folder
+    assert newest_complete([tmp_path]) == folder
 
 
 # ---------------------------------------------------------------------- when

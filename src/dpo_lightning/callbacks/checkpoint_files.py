@@ -233,7 +233,7 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
 
 
-def newest_whole(folders: Iterable[Path], to_go_on: bool = False) -> Path | None:
+def newest_complete(folders: Iterable[Path], to_go_on: bool = False) -> Path | None:
     """The newest whole checkpoint of the first folder that has checkpoints, None if none has.
 
     Damaged ones are passed over, with a warning each, and `to_go_on` from it, those of the weights alone too.

@@ -1,7 +1,7 @@
 """`chat`: questions from the keyboard or a pipe -> replies of reference and policy, side by side, as they come.
 
-A question becomes the prompt that the model was trained with (`dpo_lightning.data.asking`). Replies go to stdout,
-whatever else there is to say to stderr, so that what is piped out is replies alone.
+A question becomes the prompt that the model was trained with (`dpo_lightning.data.prompt_format`). Replies go to
+stdout and everything else to stderr, so that what is piped out is replies alone.
 """
 
 import sys
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from dpo_lightning.cli.chat_prompts import assumed_asking, check_template, model_folder, note, remarks
-from dpo_lightning.data.asking import Asking, read_asking
+from dpo_lightning.cli.chat_prompts import assumed_prompt_format, check_template, model_folder, note, remarks
 from dpo_lightning.data.cells import MAX_CELL
 from dpo_lightning.data.encoding import encode_prompts, load_tokenizer
+from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.generate import generate, prompt_room
 from dpo_lightning.models.policy import load_policy, tokenizer_name
@@ -70,19 +70,19 @@ def chat(
     check_settings(chat, locals(), "--")
     model = model_folder(model, "--model")
     reference = reference and model_folder(reference, "--reference")
-    trained = read_asking(model)
-    asking = trained if prompt_template is None else Asking(False, prompt_template)
-    check_template(asking, "--prompt_template" if prompt_template is not None else f"'{model}'")
+    trained = read_prompt_format(model)
+    prompt_format = trained if prompt_template is None else PromptFormat(False, prompt_template)
+    check_template(prompt_format, "--prompt_template" if prompt_template is not None else f"'{model}'")
     speakers = load_speakers(model, reference, trust_remote_code)
     tokenizer = speakers[-1].tokenizer
     if trained:
         trained.fit_out(tokenizer)
-    asking = asking or assumed_asking(tokenizer)
-    asking.prompt("probe", "", tokenizer)  # a chat template that fails is said before the first question
-    for line in remarks(model, asking, trained, given=prompt_template is not None):
+    prompt_format = prompt_format or assumed_prompt_format(tokenizer)
+    prompt_format.prompt("probe", "", tokenizer)  # a chat template that fails is said before the first question
+    for line in remarks(model, prompt_format, trained, given=prompt_template is not None):
         note(line)
-    replies = {s.name: lambda prompt, s=s: s.answer(prompt, max_new_tokens, asking.chat) for s in speakers}
-    converse(replies, lambda question, schema: asking.prompt(question, schema, tokenizer), schema, sys.stdin)
+    replies = {s.name: lambda prompt, s=s: s.answer(prompt, max_new_tokens, prompt_format.chat) for s in speakers}
+    converse(replies, lambda question, schema: prompt_format.prompt(question, schema, tokenizer), schema, sys.stdin)
 
 
 def run_chat(args: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_lightning.data.asking import FILE, Asking, places, shown
 from dpo_lightning.data.formats import RowOptions
+from dpo_lightning.data.prompt_format import FILE, PromptFormat, placeholders, quoted
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.policy import ADAPTER_CONFIG
 from dpo_lightning.visible import visible
@@ -43,50 +43,51 @@ def model_folder(name: str, option: str) -> str:
     return name
 
 
-def check_template(asking: Asking | None, where: str) -> None:
+def check_template(prompt_format: PromptFormat | None, where: str) -> None:
     """Raises UserError for a template that does not ask the question, or has more than plain places."""
-    if asking is None or asking.prompt_template is None:
+    if prompt_format is None or prompt_format.prompt_template is None:
         return
     try:
-        found = places(asking.prompt_template)
+        found = placeholders(prompt_format.prompt_template)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     if "question" not in found:
-        raise UserError(f"{where}: the template {shown(asking.prompt_template)} does not have {{question}}")
+        raise UserError(f"{where}: the template {quoted(prompt_format.prompt_template)} does not have {{question}}")
 
 
-def assumed_asking(tokenizer: "PreTrainedTokenizerBase") -> Asking:
+def assumed_prompt_format(tokenizer: "PreTrainedTokenizerBase") -> PromptFormat:
     """The usual way to ask a model of which no more is known than its tokenizer."""
     if tokenizer.chat_template:
-        return Asking(chat=True)
-    return Asking(chat=False, prompt_template=RowOptions().prompt_template)
+        return PromptFormat(chat=True)
+    return PromptFormat(chat=False, prompt_template=RowOptions().prompt_template)
 
 
-def remarks(model: str, asking: Asking, trained: Asking | None, given: bool) -> Iterator[str]:
+def remarks(model: str, prompt_format: PromptFormat, trained: PromptFormat | None, given: bool) -> Iterator[str]:
     """What the user is to know of how the model is asked, a line each.
 
     Args:
-        asking: how it is asked.
+        prompt_format: how it is asked.
         trained: how it was trained to be asked, if that is known.
         given: the user chose the template.
     """
     if trained is None and not given:
-        yield f"it is not known how '{model}' was trained to be asked (no {FILE} in it); assumed is {way(asking)}"
-    elif trained is not None and given and (trained.chat or trained.prompt_template != asking.prompt_template):
+        assumed = way(prompt_format)
+        yield f"it is not known how '{model}' was trained to be asked (no {FILE} in it); assumed is {assumed}"
+    elif trained is not None and given and (trained.chat or trained.prompt_template != prompt_format.prompt_template):
         yield f"'{model}' was trained with {way(trained)}, and may answer worse to --prompt_template"
     elif trained is not None and not given:
         yield f"'{model}' is asked as it was trained, with {way(trained)}"
-    if not asking.uses_schema:
+    if not prompt_format.uses_schema:
         yield "a schema has no part in this"
 
 
-def way(asking: Asking) -> str:
+def way(prompt_format: PromptFormat) -> str:
     """A way of asking in words."""
-    if asking.chat:
+    if prompt_format.chat:
         return "the tokenizer's chat template"
-    if asking.prompt_template is None:
+    if prompt_format.prompt_template is None:
         return "bare prompts: the line that is typed is the prompt, as it is"
-    return f"the template {shown(asking.prompt_template)}"
+    return f"the template {quoted(prompt_format.prompt_template)}"
 
 
 def note(text: str) -> None:

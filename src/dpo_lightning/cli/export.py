@@ -7,8 +7,8 @@ from typing import Any
 from dpo_lightning.callbacks.checkpoint_files import DATA_SETTINGS, check_checkpoint, read_checkpoint
 from dpo_lightning.callbacks.export.callback import Dtype, ShardSize, check_options, export_policy, export_target
 from dpo_lightning.cli.trainer import saved_settings
-from dpo_lightning.data.asking import checkpoint_asking
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.prompt_format import checkpoint_prompt_format
 from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.errors import UserError
 from dpo_lightning.parsing import OneLineErrorParser
@@ -60,9 +60,9 @@ def export(
         raise UserError(f"--ckpt_path '{ckpt_path}' does not name its tokenizer, so no folder can be written from it")
     data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
     module.load_state_dict(checkpoint["state_dict"])
-    if asking := checkpoint_asking(checkpoint, ckpt_path):
-        asking.fit_out(data.tokenizer)
-    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings, asking)
+    if prompt_format := checkpoint_prompt_format(checkpoint, ckpt_path):
+        prompt_format.fit_out(data.tokenizer)
+    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings, prompt_format)
     print(one_line(f"model written to {output_dir}"))
 
 

@@ -16,7 +16,7 @@ from dpo_lightning.callbacks.context import batches_per_epoch
 from dpo_lightning.callbacks.report.callback import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
-from dpo_lightning.data.columns import context_keys, id_counts, numbers
+from dpo_lightning.data.columns import context_keys, id_counts, numeric_column
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.data.reading import RowAccount
@@ -109,7 +109,7 @@ def time_line(data: PreferenceDataModule, trainer: Trainer, seconds_per_token: f
         return "--time true loads the model and measures how long that takes here"
     _, steps = length_of_run(data, trainer)
     pairs = data.hparams.batch_size * trainer.accumulate_grad_batches
-    seconds = numbers(data.datasets["train"], "length").mean() * pairs * seconds_per_token
+    seconds = numeric_column(data.datasets["train"], "length").mean() * pairs * seconds_per_token
     return (
         f"about {duration(steps * seconds)} of training here, {seconds:.2f} s a step (measured over {TIMED_STEPS} "
         "steps; validation and replies come on top)"
@@ -132,7 +132,7 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
         yield from histogram(f"train, tokens of {side}", id_counts(train, f"{side}_ids"))
     yield ""
     for cut in ("prompt_cut", "completion_cut"):
-        count = int(numbers(train, cut).sum())
+        count = int(numeric_column(train, cut).sum())
         share = f"{count:,} ({count / len(train):.1%})"
         yield f"{cut.replace('_', 's ')} to fit data.max_length = {data.max_length}: {share}"
     yield f"padding in the first epoch's training batches: {padding(data):.1%} of their tokens"
@@ -167,7 +167,7 @@ def histogram(title: str, values: np.ndarray) -> Iterator[str]:
 
 def padding(data: PreferenceDataModule) -> float:
     """Share of padding among the tokens of the first epoch's training batches, on all devices together."""
-    lengths = numbers(data.datasets["train"], "length")
+    lengths = numeric_column(data.datasets["train"], "length")
     sampler = data.train_dataloader().sampler
     world = sampler.num_replicas
     batches = [batch[rank::world] for batch in sampler.global_batches() for rank in range(world)]

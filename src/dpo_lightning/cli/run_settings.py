@@ -41,7 +41,7 @@ def check_settings(settings: Namespace) -> None:
         if not isinstance(given, Namespace):
             raise UserError(f"{section} is '{given}': it must be a section, with settings of its own below it")
         if made:
-            check_given(section, given, made)
+            refuse_null(section, given, made)
     checkpoint = settings.get("checkpoint") or {}
     named = checkpoint.get("filename") or ""
     if named.startswith("/") or ".." in named.split("/"):
@@ -65,7 +65,7 @@ def check_settings(settings: Namespace) -> None:
     check_processes(trainer.get("accelerator"), trainer.get("devices"))
 
 
-def check_given(section: str, settings: Namespace, made: type) -> None:
+def refuse_null(section: str, settings: Namespace, made: type) -> None:
     """Refuses `null` for a setting that must have a value: the parser lets it pass where it stands in a file.
 
     Raises:

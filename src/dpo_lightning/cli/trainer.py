@@ -26,8 +26,8 @@ from dpo_lightning.callbacks.checkpoint_files import (
     check_resumable,
     checkpoint_folders,
     damage,
+    newest_complete,
     newest_first,
-    newest_whole,
     read_checkpoint,
     restoring,
     version,
@@ -46,9 +46,14 @@ from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.cli.download import download
 from dpo_lightning.cli.optimizers import completed, keep_given
 from dpo_lightning.cli.run_settings import check_settings
-from dpo_lightning.data.asking import Asking, checkpoint_asking, read_asking, settled_template
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.generated import MODEL_SETTINGS
+from dpo_lightning.data.prompt_format import (
+    PromptFormat,
+    checkpoint_prompt_format,
+    read_prompt_format,
+    resolved_template,
+)
 from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
@@ -56,7 +61,7 @@ from dpo_lightning.models.hardware import fastest_precision
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import load_config, tokenizer_name
 from dpo_lightning.models.sharding import check_strategy
-from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_place
+from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_location
 from dpo_lightning.storage.trust import TRUST, plain_settings
 from dpo_lightning.visible import one_line
 
@@ -68,7 +73,7 @@ class DPOCLI(LightningCLI):
     """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
 
     _logger_options: Mapping[str, Any] = MappingProxyType({})
-    _checkpoint_asking: Asking | None = None
+    _checkpoint_prompt_format: PromptFormat | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
@@ -110,10 +115,10 @@ class DPOCLI(LightningCLI):
         """Fills in what follows from the rest of the config: tokenizer, template, generating model, precision."""
         config = self.settings
         check_strategy(config.trainer.strategy)
-        asking, where = self._checkpoint_asking, config.get("ckpt_path")
-        if asking is None:
-            asking, where = read_asking(config.model.name_or_path), config.model.name_or_path
-        config.data.prompt_template = settled_template(config.data.prompt_template, asking, where)
+        prompt_format, where = self._checkpoint_prompt_format, config.get("ckpt_path")
+        if prompt_format is None:
+            prompt_format, where = read_prompt_format(config.model.name_or_path), config.model.name_or_path
+        config.data.prompt_template = resolved_template(config.data.prompt_template, prompt_format, where)
         if config.data.tokenizer is None:
             config.data.tokenizer = tokenizer_name(config.model.name_or_path)
         if config.data.rejected == "generated":
@@ -189,7 +194,7 @@ class DPOCLI(LightningCLI):
             check_resumable(checkpoint, path)
         saved = saved_settings(checkpoint, path)
         self._check_trust(settings, saved.get("name_or_path"), path)
-        self._checkpoint_asking = checkpoint_asking(checkpoint, path)
+        self._checkpoint_prompt_format = checkpoint_prompt_format(checkpoint, path)
         self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
         given = settings.model.as_dict()
         try:
@@ -218,7 +223,7 @@ class DPOCLI(LightningCLI):
             folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
         else:
             return "last"
-        path = newest_whole(folders, to_go_on=self.config.subcommand == "fit")
+        path = newest_complete(folders, to_go_on=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
         # No error for `fit`: so a job that is started again and again can be the same command each time.
@@ -265,7 +270,7 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
             save_config_kwargs={"overwrite": True},
         )
     except UserError as error:
-        raise with_place(error, args) from error
+        raise with_location(error, args) from error
 
 
 def run_trainer(args: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def numbers(data: "Dataset", name: str) -> np.ndarray:
+def numeric_column(data: "Dataset", name: str) -> np.ndarray:
     """A column of numbers or bools, [n], read straight from the table."""
     return selected(data, data.data.column(name).to_numpy())
 

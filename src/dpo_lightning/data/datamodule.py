@@ -14,16 +14,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from dpo_lightning.data import pipeline
-from dpo_lightning.data.asking import Asking, trained_asking
 from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch
 from dpo_lightning.data.chat import ChatTemplate, template_source, with_template
 from dpo_lightning.data.columns import with_column
 from dpo_lightning.data.encoding import MAX_LENGTH, SHORTEST, EncodedPair, check_tokenizer, load_tokenizer, pair_length
 from dpo_lightning.data.formats import RowOptions, check_templates, no_chat_template
-from dpo_lightning.data.generated import RejectedGenerator, generation_from, say_what_was_made
+from dpo_lightning.data.generated import RejectedGenerator, generation_from, log_generated
 from dpo_lightning.data.loaders import IndexedRows, collate_rows, make_loader
 from dpo_lightning.data.origins import Origin, check_ids, cuts, row_numbers
 from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.data.prompt_format import PromptFormat, trained_prompt_format
 from dpo_lightning.data.reading import OnBadRow, RowAccount
 from dpo_lightning.data.sources import open_source
 from dpo_lightning.data.splits import dataset_weights
@@ -134,10 +134,12 @@ class PreferenceDataModule(LightningDataModule):
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "PreferenceDataModule":
         """As Lightning's, but what runs code is never taken from the file: give it here.
 
+        `_instantiator` would have LightningCLI's parser make the module, which imports any class that a value names.
+
         Raises:
             UserError: the file's `format` is a function, or its generating model wants its own code to be run.
         """
-        data = super().load_from_checkpoint(*args, **{TRUST: False} | kwargs)
+        data = super().load_from_checkpoint(*args, **{TRUST: False, "_instantiator": None} | kwargs)
         if "format" not in kwargs and ":" in str(data.hparams.format):
             raise UserError(
                 f"the checkpoint's data.format is the function {data.hparams.format!r}: give format yourself"
@@ -249,7 +251,7 @@ class PreferenceDataModule(LightningDataModule):
             self.not_generated.append(name)
             return None
         replies, note = found
-        say_what_was_made(name, note, len(replies))
+        log_generated(name, note, len(replies))
         return replies
 
     @functools.cached_property
@@ -268,12 +270,12 @@ class PreferenceDataModule(LightningDataModule):
 
     # ------------------------------------------------------------------ what others ask of the data
 
-    def asking(self) -> Asking | None:
+    def prompt_format(self) -> PromptFormat | None:
         """How the training data ask the model; None where they are not loaded."""
         if "train" not in self._origins:
             return None
         formats = [self._formats[name] for name, _, _ in self._origins["train"].sources]
-        return trained_asking(formats, self.row_options, self.tokenizer.eos_token, self._given_template)
+        return trained_prompt_format(formats, self.row_options, self.tokenizer.eos_token, self._given_template)
 
     def check_vocabulary(self, size: int, model: str) -> None:
         """Raises UserError for the first token of the data that has no row in a model's embedding of `size` rows."""

@@ -209,7 +209,7 @@ class RejectedGenerator:
         return lines
 
 
-def say_what_was_made(name: str, note: dict[str, Any], pairs: int) -> None:
+def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
     """Tells what the replies to a data set are, and warns of what is wrong with them."""
     key = note["key"]
     rank_zero_info(

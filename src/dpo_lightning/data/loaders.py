@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch, PromptBatch, collate_columns, collate_prompts
-from dpo_lightning.data.columns import numbers
+from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.errors import UserError
 
@@ -161,7 +161,7 @@ def make_loader(
         trainer: whose rank it is; without one, all batches.
     """
     data = rows.datasets[rows.name]
-    lengths = numbers(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
+    lengths = numeric_column(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
     rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
     fixed = trainer is not None and trainer.overfit_batches > 0
     sampler_class = FixedBatchSampler if fixed else LengthGroupedBatchSampler

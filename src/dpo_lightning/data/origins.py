@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dpo_lightning.data.columns import numbers
+from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def row_numbers(data: "Dataset", positions: Sequence[int]) -> list[int]:
 
 def cuts(data: "Dataset", origin: Origin, max_length: int) -> str | None:
     """How many pairs were cut to fit `max_length` tokens, and where the first is; None where none was."""
-    prompts, completions = (numbers(data, name) for name in ("prompt_cut", "completion_cut"))
+    prompts, completions = (numeric_column(data, name) for name in ("prompt_cut", "completion_cut"))
     if not (prompts | completions).any():
         return None
     first = origin.where(data, np.flatnonzero(prompts | completions)[:1].tolist())[0]

@@ -11,9 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from dpo_lightning.data.asking import KEY as ASKING
-from dpo_lightning.data.asking import asking_of
 from dpo_lightning.data.batching import PairBatch, PromptBatch
+from dpo_lightning.data.prompt_format import KEY as PROMPT_FORMAT
+from dpo_lightning.data.prompt_format import prompt_format_of
 from dpo_lightning.dpo.cached_reference import add_reference_logps
 from dpo_lightning.dpo.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.dpo.half_precision import CONVERTED, check_trained_dtype, keep_inputs
@@ -28,7 +28,7 @@ from dpo_lightning.dpo.resume import Resume
 from dpo_lightning.dpo.throughput import Throughput
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.policy import base_model_name
-from dpo_lightning.models.sharding import check_strategy, whole
+from dpo_lightning.models.sharding import check_strategy, gathered
 from dpo_lightning.parsing import Range, check_settings
 from dpo_lightning.storage.states import check_amount
 
@@ -133,7 +133,7 @@ class DPOModule(PolicyModule):
     # ------------------------------------------------------------------ the step
 
     def _shared_step(self, batch: PairBatch, stage: str) -> Tensor:
-        self.settle_scoring(batch)
+        self.ensure_scoring(batch)
         reference = self.reference_logps(batch)
         policy = pair_logps(self.causal_lm, batch, self.scoring, sum_squares=self.loss.use_weighting)
         losses = self.loss(policy, reference, batch.weight, batch.margin)
@@ -198,7 +198,7 @@ class DPOModule(PolicyModule):
             if gradient_scaler(self.trainer) is not None:
                 self.log("train/skipped_steps", float(self.skipped.total))
             if self.grad_norm is not None:
-                self.log("train/grad_norm", whole(self.grad_norm))
+                self.log("train/grad_norm", gathered(self.grad_norm))
             if self.router_loss is not None:
                 self.log("train/router_loss", self.router_loss)
             self.log("train/pairs_per_second", self.throughput.read(), prog_bar=True)
@@ -232,7 +232,7 @@ class DPOModule(PolicyModule):
                 self.loss.check_columns(torch.tensor(pairs["weight"][:]), torch.tensor(pairs["margin"][:]))
         if self.reference_is_cached:
             first = range(min(len(data.datasets["train"]), data.hparams.batch_size))
-            self.settle_scoring(data.batch("train", first).to(self.device))
+            self.ensure_scoring(data.batch("train", first).to(self.device))
             start = {"model": self.hparams.name_or_path, "weights": self.start_digest}
             add_reference_logps(
                 self.trainer, self.causal_lm, self.scoring, start, lambda: self.reference or self.make_reference()
@@ -297,8 +297,8 @@ class DPOModule(PolicyModule):
         if self.hparams.sync_ref_model:
             checkpoint["reference"] = weights_to_save(self.reference)
         checkpoint["skipped_steps"] = self.skipped.total
-        if asking := asking_of(self.trainer):
-            checkpoint[ASKING] = asking._asdict()
+        if prompt_format := prompt_format_of(self.trainer):
+            checkpoint[PROMPT_FORMAT] = prompt_format._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads a reference that moves, and how many steps were skipped.

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dpo_lightning.data.batching import PairBatch
-from dpo_lightning.data.columns import numbers
+from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.cached_reference import is_cached
 from dpo_lightning.dpo.half_precision import AUTOCAST, full
@@ -115,7 +115,7 @@ class PolicyModule(LightningModule):
         if self.data is None or "train" not in self.data.datasets:
             return None
         bf16 = self.hparams.dtype == "bfloat16" or self.trainer.precision.startswith("bf16")
-        row_length = numbers(self.data.datasets["train"], "length").mean()
+        row_length = numeric_column(self.data.datasets["train"], "length").mean()
         return fastest_attention(self.trainer.strategy.root_device.type, bf16, row_length)
 
     def make_reference(self) -> Reference:
@@ -184,7 +184,7 @@ class PolicyModule(LightningModule):
             return PairLogps(batch.reference_logps, batch.sequence, batch.num_pairs)
         return self.reference.logps(batch, self.scoring)
 
-    def settle_scoring(self, batch: PairBatch) -> None:
+    def ensure_scoring(self, batch: PairBatch) -> None:
         """Finds out, once, how this model's log-probs are computed (see `choose_scoring`); on all ranks."""
         if self.scoring is not None:
             return

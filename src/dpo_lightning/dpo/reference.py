@@ -19,7 +19,7 @@ from dpo_lightning.data.batching import PairBatch
 from dpo_lightning.dpo.half_precision import full
 from dpo_lightning.dpo.logps import PairLogps, Scoring, pair_logps
 from dpo_lightning.errors import UserError, did_you_mean
-from dpo_lightning.models.sharding import placed_like, shard_of, whole
+from dpo_lightning.models.sharding import gathered, placed_like, shard_of
 from dpo_lightning.parsing import imported_function
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def move(reference: MovingReference, policy: nn.Module, alpha: float) -> None:
 
 def weights_to_save(reference: MovingReference) -> dict[str, Tensor]:
     """A reference's weights for a checkpoint, gathered where they are sharded. To be called on all ranks."""
-    return {name: whole(weight.detach()) for name, weight in reference.weights.items()}
+    return {name: gathered(weight.detach()) for name, weight in reference.weights.items()}
 
 
 @torch.no_grad()

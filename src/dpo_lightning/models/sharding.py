@@ -73,7 +73,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered on every rank, any other as it is. To be called on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -90,7 +90,7 @@ def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def gathered_state(model: nn.Module) -> dict[str, Tensor]:
     """A sharded model's weights by name, whole, on the CPU. To be called on all ranks; empty on all but the first."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

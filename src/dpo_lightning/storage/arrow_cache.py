@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.datasets import cache_folder, memory_mapped
 from dpo_lightning.models.hub import first_line
-from dpo_lightning.storage.locks import alone
+from dpo_lightning.storage.locks import exclusive
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +53,7 @@ def cached_dataset(
         return found
     folder = dataset_folder(fingerprint)
     try:
-        with alone(lock_file(folder), f"the data set {fingerprint}"):
+        with exclusive(lock_file(folder), f"the data set {fingerprint}"):
             if found := find_dataset(fingerprint):
                 return found
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_lightning.models.sharding import whole
+from dpo_lightning.models.sharding import gathered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,5 +58,5 @@ def weights_digest(model: nn.Module, leave_out: Callable[[str], bool] = lambda n
     for name, tensor in sorted(model.state_dict().items()):
         if not leave_out(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(gathered(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -45,7 +45,7 @@ def read_lines(path: Path) -> Lines:
     return lines._replace(rest=rest)
 
 
-def whole_lines(path: Path) -> list[dict[str, Any]]:
+def complete_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of our own, up to a line that a kill cut in half; raises as `read_lines` does."""
     return read_lines(path).objects
 

@@ -1,4 +1,4 @@
-"""A file -> one process at a time: others wait for it (`alone`), or are told that it is taken (`hold`).
+"""A file -> one process at a time: others wait for it (`exclusive`), or are told that it is taken (`hold`).
 
 The locks are the system's own, by filelock: it gives them back when a process ends, also by SIGKILL. So what a killed
 run left is resumed at once, and a lock file without a process means nothing.
@@ -24,7 +24,7 @@ _held: dict[str, FileLock] = {}
 
 
 @contextmanager
-def alone(path: Path, what: str, strategy: "Strategy | None" = None) -> Iterator[None]:
+def exclusive(path: Path, what: str, strategy: "Strategy | None" = None) -> Iterator[None]:
     """Runs its block in one process, or one run, at a time; the others wait for their turn, and say so once.
 
     Args:

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
-from dpo_lightning.storage.jsonl import append_lines, whole_lines
-from dpo_lightning.storage.locks import alone
+from dpo_lightning.storage.jsonl import append_lines, complete_lines
+from dpo_lightning.storage.locks import exclusive
 from dpo_lightning.storage.progress import with_progress
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run_shared_pass(
         return found
     folder = dataset_folder(task.fingerprint)
     partial = folder.with_name(folder.name + ".partial")
-    with alone(lock_file(partial), task.what, strategy):
+    with exclusive(lock_file(partial), task.what, strategy):
         if found := find_results(task.fingerprint, strategy):  # another run has made them meanwhile
             return found
         _make_shared(partial, task, strategy)
@@ -106,7 +106,7 @@ def _results(partial: Path) -> dict[int, Result]:
     known: dict[int, Result] = {}
     for path in sorted(partial.glob("*.jsonl")):
         try:
-            known |= {line["pair"]: line for line in whole_lines(path)}
+            known |= {line["pair"]: line for line in complete_lines(path)}
         except (ValueError, KeyError):
             continue  # a disk's fault: those rows are computed again
     return known

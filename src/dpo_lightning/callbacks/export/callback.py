@@ -18,12 +18,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dpo_lightning.callbacks.context import run_folder
 from dpo_lightning.callbacks.export.folder import Target
 from dpo_lightning.callbacks.export.model_card import model_card
-from dpo_lightning.data.asking import Asking, asking_of, write_asking
+from dpo_lightning.data.prompt_format import PromptFormat, prompt_format_of, write_prompt_format
 from dpo_lightning.dpo.reference import trained_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
 from dpo_lightning.models.policy import base_model_name
-from dpo_lightning.models.sharding import is_sharded, whole_state
+from dpo_lightning.models.sharding import gathered_state, is_sharded
 from dpo_lightning.parsing import Range, check_settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def export_policy(
     dtype: Dtype | None = None,
     max_shard_size: ShardSize = "5GB",
     data: Mapping[str, Any] | None = None,
-    asking: Asking | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> None:
     """Writes the policy so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
 
@@ -59,14 +59,14 @@ def export_policy(
         dtype: of the written weights; left out, as they are trained.
         max_shard_size: largest size of a weights file, such as "5GB"; more is split into several.
         data: settings of the datamodule, for the model card.
-        asking: how the model is to be asked; left out, as in the module's run.
+        prompt_format: how the model is to be asked; left out, as in the module's run.
 
     Raises:
         UserError: an unknown dtype or size, or the folder cannot be written, or holds what no export wrote.
     """
     check_options(dtype, max_shard_size)
     trainer = module._trainer
-    policy = whole_policy(module, merge)
+    policy = gathered_policy(module, merge)
     if policy is None:
         return
     if dtype and policy.dtype != getattr(torch, dtype):
@@ -79,9 +79,9 @@ def export_policy(
             policy.save_pretrained(partial, **({} if adapter else {"max_shard_size": max_shard_size}))
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_asking(partial, asking := asking or asking_of(trainer))
+        write_prompt_format(partial, prompt_format := prompt_format or prompt_format_of(trainer))
         has_chat_template = bool(tokenizer.chat_template)
-        card = model_card(module, data or {}, adapter, trainer, asking, has_chat_template)
+        card = model_card(module, data or {}, adapter, trainer, prompt_format, has_chat_template)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -106,7 +106,7 @@ def export_target(
     return Target(local_path(str(folder)), tuple(kept), chosen)
 
 
-def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftModel | None":
+def gathered_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftModel | None":
     """The policy with all its weights on this rank, its adapter merged on request; None on all ranks but the first.
 
     A sharded policy is gathered into one that is loaded anew, and so is one with quantized weights that an adapter is
@@ -115,7 +115,7 @@ def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftMod
     policy, state = module.policy, None
     merge = merge and hasattr(policy, "get_base_model")
     if is_sharded(policy):
-        state = whole_state(policy)
+        state = gathered_state(policy)
     elif merge and module.hparams.quantization:
         state = {name: weight.detach().cpu() for name, weight in trained_weights(policy).items()}
     if module.global_rank != 0:

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.data.asking import Asking
+from dpo_lightning.data.prompt_format import PromptFormat
 from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.judging.views import markdown_table, markdown_text, visible
 from dpo_lightning.models.hub import looks_local
@@ -44,7 +44,7 @@ def model_card(
     data: Mapping[str, Any],
     adapter: bool,
     trainer: Trainer | None = None,
-    asking: Asking | None = None,
+    prompt_format: PromptFormat | None = None,
     has_chat_template: bool = False,
 ) -> str:
     """The text of a README.md with the metadata that model hubs read.
@@ -53,16 +53,20 @@ def model_card(
         data: the datamodule's settings.
         adapter: the folder holds an adapter, not a complete model.
         trainer: of the run, for metrics and replies.
-        asking: how the model was trained to be asked, if that is known.
+        prompt_format: how the model was trained to be asked, if that is known.
         has_chat_template: whether the tokenizer beside it has one.
     """
     h = module.hparams
     base = public_name(h.name_or_path)
     replies = trainer and find_callback(trainer, RepliesCallback)
     example = replies.pairs[0].prompt if replies and replies.pairs else None
-    if asking and asking.prompt_template is not None:
-        example = example or asking.prompt_template.format_map(EXAMPLE)
-    given = [{"role": "user", "content": EXAMPLE["question"]}] if asking and asking.chat else example or "your prompt"
+    if prompt_format and prompt_format.prompt_template is not None:
+        example = example or prompt_format.prompt_template.format_map(EXAMPLE)
+    given = (
+        [{"role": "user", "content": EXAMPLE["question"]}]
+        if prompt_format and prompt_format.chat
+        else example or "your prompt"
+    )
     kind = "An adapter for" if adapter else "A model trained from"
     parts = [
         _metadata(base, dataset_weights(data.get("train_dataset")), adapter),
@@ -70,7 +74,7 @@ def model_card(
         f"{kind} {markdown_text(base)} with Direct Preference Optimization "
         "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) by dpo-lightning.",
         f"```python\n{USAGE.format(prompt=_literal(given))}\n```",
-        *([how_to_ask(asking, has_chat_template, example)] if asking else []),
+        *([how_to_ask(prompt_format, has_chat_template, example)] if prompt_format else []),
         "## Data\n\n" + _settings({name: data.get(name) for name in DATA}),
         "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer)),
     ]
@@ -81,29 +85,29 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def how_to_ask(asking: Asking, has_chat_template: bool, example: str | None) -> str:
+def how_to_ask(prompt_format: PromptFormat, has_chat_template: bool, example: str | None) -> str:
     """The section that tells a user of any other program what the model is to be given.
 
     Args:
         example: a prompt that is filled in.
     """
     parts = ["## How to ask"]
-    if asking.chat:
+    if prompt_format.chat:
         parts.append("It was trained on conversations as the tokenizer's chat template renders them: ask through it.")
-    elif asking.prompt_template is not None:
+    elif prompt_format.prompt_template is not None:
         parts += [
             "It was trained on prompts that are this template, filled in, with nothing before or after it:",
-            _fenced(asking.prompt_template),
+            _fenced(prompt_format.prompt_template),
             "In Python, exactly:",
-            f"```python\ntemplate = {_literal(asking.prompt_template)}\n```",
+            f"```python\ntemplate = {_literal(prompt_format.prompt_template)}\n```",
         ]
     else:
         parts.append("It was trained on prompts as they stand in its data: give it yours without anything around it.")
     if example:
         parts += ["A prompt that is filled in:", _fenced(example)]
-    if has_chat_template and not asking.chat:
+    if has_chat_template and not prompt_format.chat:
         parts.append("The tokenizer has a chat template, with which the model was **not** trained: do not use it.")
-    parts_of_reply = {"begins with": asking.completion_start, "ends with the token": asking.end_token}
+    parts_of_reply = {"begins with": prompt_format.completion_start, "ends with the token": prompt_format.end_token}
     if words := " and ".join(f"{verb} `{_literal(text)}`" for verb, text in parts_of_reply.items() if text):
         parts.append(f"A reply {words}.")
     return "\n\n".join(parts)

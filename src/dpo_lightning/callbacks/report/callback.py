@@ -20,7 +20,7 @@ from dpo_lightning.callbacks.report.history import Curve, History
 from dpo_lightning.callbacks.report.outcome import closing_line
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.callbacks.storyboard import settings
-from dpo_lightning.data.columns import numbers
+from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import Stopped
 from dpo_lightning.models.hardware import device_name, peak_memory
@@ -150,7 +150,7 @@ class ReportCallback(Callback):
         replies = find_callback(trainer, RepliesCallback)
         sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in data.datasets.items())
         train = data.datasets["train"]
-        cut = [int(numbers(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
+        cut = [int(numeric_column(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
         step, accumulated, batch_size = trainer.global_step, trainer.accumulate_grad_batches, data.hparams.batch_size
         epochs = step * batch_size * accumulated * trainer.world_size / len(train)
         weights, trained = (

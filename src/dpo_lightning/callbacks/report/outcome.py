@@ -24,7 +24,7 @@ def percent(share: float) -> str:
     return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
-def told(showings: Sequence[Showing]) -> list[str]:
+def judged_quantities(showings: Sequence[Showing]) -> list[str]:
     """The names of the results that were judged, the most telling first."""
     return results(dict.fromkeys(name for showing in reversed(showings) for name in showing.shares))
 
@@ -57,7 +57,7 @@ def closing_line(showings: Sequence[Showing], steps: int, paths: Mapping[str, ob
 
 
 def _summary(showings: Sequence[Showing], steps: int) -> str:
-    found = next(((name, found) for name in told(showings) if (found := change(showings, name))), None)
+    found = next(((name, found) for name in judged_quantities(showings) if (found := change(showings, name))), None)
     if found is None or len(showings) < 2:
         return f"trained for {steps} step{'s' * (steps != 1)}"
     (name, (values, where)), last = found, showings[-1]

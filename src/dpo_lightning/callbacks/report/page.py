@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
 from dpo_lightning.callbacks.report.history import Curve
-from dpo_lightning.callbacks.report.outcome import change, percent, told
+from dpo_lightning.callbacks.report.outcome import change, judged_quantities, percent
 from dpo_lightning.callbacks.report.templates import filled
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.quantities import marks, quantity, reply_charts
@@ -58,7 +58,7 @@ def render(run: Run) -> str:
 
 def _tiles(run: Run) -> list[Tile]:
     """What matters most: of replies before and after, of how many; of validations only what was measured, and when."""
-    changes = [(quantity(name).label, change(run.showings, name)) for name in told(run.showings)]
+    changes = [(quantity(name).label, change(run.showings, name)) for name in judged_quantities(run.showings)]
     tiles = [Tile(found.values, words, found.where) for words, found in changes if found]
     for name, words, as_text in (
         ("val/rewards/accuracies", "pairs with a positive margin", percent),

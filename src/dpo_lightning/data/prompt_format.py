@@ -29,7 +29,7 @@ LONGEST = 100_000  # characters of a template
 PLACES = ("context", "question")
 
 
-class Asking(NamedTuple):
+class PromptFormat(NamedTuple):
     """How a model was trained to be asked.
 
     With `chat`, by its tokenizer's chat template; else by `prompt_template`; with neither, by the prompt as it is.
@@ -45,7 +45,7 @@ class Asking(NamedTuple):
     @property
     def uses_schema(self) -> bool:
         """Whether a schema can be a part of the prompt."""
-        return self.chat or self.prompt_template is not None and "context" in places(self.prompt_template)
+        return self.chat or self.prompt_template is not None and "context" in placeholders(self.prompt_template)
 
     def prompt(self, question: str, schema: str, tokenizer: "PreTrainedTokenizerBase") -> str:
         """The prompt, as training makes it.
@@ -73,9 +73,9 @@ class Asking(NamedTuple):
             tokenizer.chat_template = self.chat_template
 
 
-def trained_asking(
+def trained_prompt_format(
     formats: Iterable[tuple[str, bool]], options: RowOptions, end_token: str, chat_template: str | None
-) -> Asking:
+) -> PromptFormat:
     """The way of asking that training data follow.
 
     Args:
@@ -85,35 +85,35 @@ def trained_asking(
     names, chats = zip(*formats, strict=True)
     said = ", ".join(dict.fromkeys(names))
     if any(chats):
-        return Asking(True, end_token=end_token, format=said, chat_template=chat_template)
+        return PromptFormat(True, end_token=end_token, format=said, chat_template=chat_template)
     if any(name in FORMATS and "question" in FORMATS[name].prompt_columns for name in names):
         start = next(iter(string.Formatter().parse(options.completion_template)), ("", None, None, None))[0]
-        return Asking(False, options.prompt_template, start, end_token, said)
-    return Asking(False, end_token=end_token, format=said)
+        return PromptFormat(False, options.prompt_template, start, end_token, said)
+    return PromptFormat(False, end_token=end_token, format=said)
 
 
-def asking_of(trainer: "Trainer | None") -> Asking | None:
+def prompt_format_of(trainer: "Trainer | None") -> PromptFormat | None:
     """The way of asking of a run; None where it has no training data of ours."""
     data = getattr(trainer, "datamodule", None)
-    return data.asking() if data is not None and hasattr(data, "asking") else None
+    return data.prompt_format() if data is not None and hasattr(data, "prompt_format") else None
 
 
-def settled_template(given: str | None, asking: Asking | None, where: str) -> str:
+def resolved_template(given: str | None, prompt_format: PromptFormat | None, where: str) -> str:
     """The template to ask with: the one that was given, else the one of training, else the usual one.
 
     Args:
         given: the user's setting.
-        asking: how the model was trained to be asked, if that is known.
+        prompt_format: how the model was trained to be asked, if that is known.
         where: what says so, for messages.
     """
-    trained = asking.prompt_template if asking else None
+    trained = prompt_format.prompt_template if prompt_format else None
     if trained is None:
         return given if given is not None else RowOptions().prompt_template
     if given is None:
-        rank_zero_info(f"data.prompt_template is {shown(trained)}, with which '{where}' was trained")
+        rank_zero_info(f"data.prompt_template is {quoted(trained)}, with which '{where}' was trained")
     elif given != trained:
         rank_zero_warn(
-            f"data.prompt_template is {shown(given)}, but '{where}' was trained with {shown(trained)} and may answer "
+            f"data.prompt_template is {quoted(given)}, but '{where}' was trained with {quoted(trained)} and may answer "
             "worse to another; leave data.prompt_template out to use that"
         )
     return trained if given is None else given
@@ -122,19 +122,19 @@ def settled_template(given: str | None, asking: Asking | None, where: str) -> st
 # ---------------------------------------------------------------------- file and checkpoint
 
 
-def write_asking(folder: Path, asking: Asking | None) -> None:
+def write_prompt_format(folder: Path, prompt_format: PromptFormat | None) -> None:
     """Writes the file into a model's folder, if the way of asking is known."""
-    if asking is not None:
-        values = {name: value for name, value in asking._asdict().items() if name != "chat_template"}
+    if prompt_format is not None:
+        values = {name: value for name, value in prompt_format._asdict().items() if name != "chat_template"}
         text = json.dumps({"written by": "dpo-lightning", **values}, indent=2)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_asking(folder: str) -> Asking | None:
+def read_prompt_format(folder: str) -> PromptFormat | None:
     """What a model's folder says, None where it says nothing.
 
     Raises:
-        UserError: the file cannot be read, or is not what `write_asking` writes.
+        UserError: the file cannot be read, or is not what `write_prompt_format` writes.
     """
     path = Path(folder).expanduser() / FILE
     if not path.exists():
@@ -142,15 +142,15 @@ def read_asking(folder: str) -> Asking | None:
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
             raise ValueError(f"it is no file of at most {LARGEST:,} bytes")
-        asking = checked(json.loads(path.read_bytes().decode("utf-8")))
-        return asking._replace(chat_template=None)  # the tokenizer beside has it
+        prompt_format = checked(json.loads(path.read_bytes().decode("utf-8")))
+        return prompt_format._replace(chat_template=None)  # the tokenizer beside has it
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"'{path}', which says how to ask the model, cannot be used: {first_line(error)}; mend it, or remove it"
         ) from error
 
 
-def checkpoint_asking(checkpoint: Mapping[str, Any], path: str) -> Asking | None:
+def checkpoint_prompt_format(checkpoint: Mapping[str, Any], path: str) -> PromptFormat | None:
     """What a checkpoint says, None where it says nothing.
 
     Raises:
@@ -163,7 +163,7 @@ def checkpoint_asking(checkpoint: Mapping[str, Any], path: str) -> Asking | None
         raise UserError(f"checkpoint '{path}' does not say rightly how to ask its model: {error}") from error
 
 
-def checked(values: Any) -> Asking:
+def checked(values: Any) -> PromptFormat:
     """An Asking from what was read; what it does not know is left out.
 
     Raises:
@@ -173,7 +173,7 @@ def checked(values: Any) -> Asking:
         raise ValueError(f"it is {type(values).__name__} where names with values belong")
     if not isinstance(values.get("chat"), bool):
         raise ValueError("its 'chat' is not true or false")
-    known = {name: values[name] for name in Asking._fields if values.get(name) is not None}
+    known = {name: values[name] for name in PromptFormat._fields if values.get(name) is not None}
     for name, value in known.items():
         if name != "chat" and not isinstance(value, str):
             raise ValueError(f"its '{name}' is {type(value).__name__} where text belongs")
@@ -184,31 +184,31 @@ def checked(values: Any) -> Asking:
     if "prompt_template" in known:
         if known["chat"]:
             raise ValueError("it has a 'prompt_template' though its 'chat' is true")
-        places(known["prompt_template"])
-    return Asking(**known)
+        placeholders(known["prompt_template"])
+    return PromptFormat(**known)
 
 
-def places(template: str) -> set[str]:
+def placeholders(template: str) -> set[str]:
     """The places of a template: of `question` and `context`, those that it has.
 
     Raises:
         ValueError: it has another one, or one with a format, a conversion, an attribute or an index.
     """
     if len(template) > LONGEST:
-        raise ValueError(f"the template {shown(template)} has more than {LONGEST:,} characters")
+        raise ValueError(f"the template {quoted(template)} has more than {LONGEST:,} characters")
     try:
         pieces = string.Formatter().parse(template)
         parsed = [(name, spec, conversion) for _, name, spec, conversion in pieces if name is not None]
     except ValueError as error:
-        raise ValueError(f"the template {shown(template)} is not valid: {error}") from error
+        raise ValueError(f"the template {quoted(template)} is not valid: {error}") from error
     for name, spec, conversion in parsed:
         if name not in PLACES or spec or conversion:
             raise ValueError(
-                f"the template {shown(template)} may have {{context}} and {{question}} in braces and nothing else"
+                f"the template {quoted(template)} may have {{context}} and {{question}} in braces and nothing else"
             )
     return {name for name, _, _ in parsed}
 
 
-def shown(template: str) -> str:
+def quoted(template: str) -> str:
     """A template on one line, for messages."""
     return repr(template if len(template) <= 200 else template[:200] + "…")  # repr escapes what terminals obey
