@@ -24,6 +24,7 @@ from dpo_lightning.parsing import OneLineErrorParser, SomeCount, check_settings
 from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELP = """A question and Enter asks it.
@@ -240,7 +241,7 @@ def show(replies: dict[str, Iterator[str]], stoppable: bool = False) -> None:
 
     console = Console()
     if console.is_terminal:
-        _show_columns(replies, stoppable)
+        _show_columns(replies, stoppable, console)
         return
     for name, pieces in replies.items():
         print(f"{name}: ", end="", flush=True)
@@ -262,7 +263,7 @@ def _each(pieces: Iterator[str], add: Callable[[str], None], stoppable: bool) ->
             pieces.close()
 
 
-def _show_columns(replies: dict[str, Iterator[str]], stoppable: bool) -> None:
+def _show_columns(replies: dict[str, Iterator[str]], stoppable: bool, console: "Console") -> None:
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -276,7 +277,7 @@ def _show_columns(replies: dict[str, Iterator[str]], stoppable: bool) -> None:
         columns.add_row(*texts.values())
         return columns
 
-    with Live(table(), refresh_per_second=10) as live:
+    with Live(table(), console=console, refresh_per_second=10) as live:
         for name, pieces in replies.items():
 
             def add(piece: str, text: Text = texts[name]) -> None:
