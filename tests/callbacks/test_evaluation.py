@@ -8,7 +8,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
 from dpo_lightning.callbacks.replies import answer
 from dpo_lightning.cli.entry import main
-from dpo_lightning.judging.judge import Judged, find_judges, verdicts
+from dpo_lightning.judging.judge import VerdictMeans, find_judges, verdicts
 from ranks import run_ranks
 
 NAMES = {"loss", "rewards/margins", "rewards/accuracies", "kl", "sql/valid", "sql/exact", "sql/execution",
@@ -42,11 +42,11 @@ def test_the_whole_split_is_judged(parts, quiet_trainer):
     from dpo_lightning.data.batching import collate_prompts
 
     replies = answer(trainer, module, collate_prompts(prompts, positions))
-    judged, judges = Judged(), find_judges("sql")
+    judged, judges = VerdictMeans(), find_judges("sql")
     judged.update(
         [verdicts(judges, *answered) for answered in zip(replies, data.pairs("test", positions), strict=True)]
     )
-    expected = {name: mean.item() for name, mean in judged.compute().items() if not mean.isnan()}
+    expected = {name: mean for name, mean in judged.compute().items() if not math.isnan(mean)}
     assert {name: logged[f"test/{name}"] for name in expected} == pytest.approx(expected)
 
 

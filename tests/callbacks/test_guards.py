@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.callbacks.guards import GuardsCallback, gone_wrong
+from dpo_lightning.callbacks.guards import GuardsCallback, reply_warnings
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.errors import UserError
@@ -133,7 +133,7 @@ def showings(*values):
     ],
 )
 def test_replies_that_go_wrong_are_told_from_those_that_start_badly(values, kinds):
-    found = gone_wrong(showings(*values))
+    found = reply_warnings(showings(*values))
     assert set(found) == kinds
     assert all(
         "lower model.learning_rate" in text and f"step {10 * (len(values) - 1)}" in text for text in found.values()

@@ -17,7 +17,7 @@ from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.judge import JUDGES, Judged, find_judges, repetition, verdicts
+from dpo_lightning.judging.judge import JUDGES, VerdictMeans, find_judges, repetition, verdicts
 from dpo_lightning.judging.quantities import QUANTITIES, TITLES, marks
 from dpo_lightning.models.generate import Reply
 from ranks import run_ranks
@@ -35,20 +35,19 @@ def test_repetition(token_ids, share):
 
 
 def judged(*replies):
-    metric = Judged()
-    metric.update([verdicts(find_judges([]), Reply("", *reply), PAIR) for reply in replies])
-    return metric
+    means = VerdictMeans()
+    means.update([verdicts(find_judges([]), Reply("", *reply), PAIR) for reply in replies])
+    return means
 
 
 def test_means_over_replies_merge_over_ranks():
-    """Two ranks with 2 and 1 replies; their sum-states added up as torchmetrics does when it synchronises."""
+    """Two ranks with 2 and 1 replies."""
     first, second = judged(([7] * 8, False), ([1, 2, 3, 4], True)), judged(([], True))
-    for name in first._defaults:
-        setattr(first, name, getattr(first, name) + getattr(second, name))
+    first.merge(second.totals)
     values = first.compute()
-    assert values["reply/eos_rate"] == torch.tensor(2 / 3)
-    assert values["reply/length"] == torch.tensor(4.0)
-    assert values["reply/repetition"].item() == pytest.approx(0.8 / 3)
+    assert values["reply/eos_rate"] == 2 / 3
+    assert values["reply/length"] == 4.0
+    assert values["reply/repetition"] == pytest.approx(0.8 / 3)
 
 
 def test_processes_need_not_have_seen_the_same_names():
@@ -56,13 +55,11 @@ def test_processes_need_not_have_seen_the_same_names():
 
     def rank(number):
         torch.distributed.init_process_group("gloo", rank=number, world_size=3)
-        metric = Judged()
-        metric.update(seen[number])
-        everywhere = {name: mean.item() for name, mean in metric.compute().items()}
-        alone = Judged(sync_on_compute=False)
-        alone.update(seen[number])
-        metric.update([{"b": 5.0}] if number == 2 else [])  # and goes on with its own replies
-        return everywhere, list(alone.compute()), metric.compute()["b"].item()
+        means = VerdictMeans()
+        means.update(seen[number])
+        everywhere, alone = means.gathered().compute(), list(means.compute())
+        means.update([{"b": 5.0}] if number == 2 else [])  # and goes on with its own replies
+        return everywhere, alone, means.gathered().compute()["b"]
 
     results = run_ranks(3, rank)
     for everywhere, _, later in results:

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from torchmetrics.utilities import dim_zero_sum
 
 from dpo_lightning.data.pair import PreferencePair
-from dpo_lightning.judging.judge import Judged, verdicts
+from dpo_lightning.judging.judge import VerdictMeans, verdicts
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings
 from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result, sql
 from dpo_lightning.judging.sql.sandbox import Sandbox
@@ -346,32 +344,30 @@ WANTED = "SELECT name FROM players WHERE goals > 9"
 
 
 def judged(*answered):
-    """The means of the verdicts on (reply, context) pairs, and the metric that made them."""
-    metric = Judged()
+    """The means of the verdicts on (reply, context) pairs, as they were added up."""
+    means = VerdictMeans()
     pairs = [PreferencePair("p", f" {WANTED}", "", context) for _, context in answered]
     replies = [Reply(text, [], True) for text, _ in answered]
-    metric.update([verdicts({"sql": sql}, reply, pair) for reply, pair in zip(replies, pairs, strict=True)])
-    return metric
+    means.update([verdicts({"sql": sql}, reply, pair) for reply, pair in zip(replies, pairs, strict=True)])
+    return means
 
 
 def test_means_weigh_replies_and_merge_over_ranks():
-    """Two ranks with 3 and 1 replies; their sum-states added up as torchmetrics does when it synchronises."""
+    """Two ranks with 3 and 1 replies."""
     replies = ["SELECT name FROM players WHERE goals >= 10", "Well,", WANTED.lower()]
     rank_0, rank_1 = [(reply, PLAYERS) for reply in replies], [("SELECT 1", "no table")]
     first, second, both = judged(*rank_0), judged(*rank_1), judged(*rank_0, *rank_1)
-    for name in first._defaults:
-        setattr(first, name, getattr(first, name) + getattr(second, name))
+    first.merge(second.totals)
     assert (
         first.compute()
         == both.compute()
         == {
-            "sql/valid": torch.tensor(2 / 3),
-            "sql/exact": torch.tensor(1 / 4),
-            "sql/execution": torch.tensor(2 / 3),
-            "sql/unjudged": torch.tensor(1 / 4),
+            "sql/valid": 2 / 3,
+            "sql/exact": 1 / 4,
+            "sql/execution": 2 / 3,
+            "sql/unjudged": 1 / 4,
         }
     )
-    assert set(first._reductions.values()) == {dim_zero_sum}
 
 
 def test_means_of_nothing_are_nan():

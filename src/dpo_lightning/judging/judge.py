@@ -1,18 +1,16 @@
-"""Reply + the pair that it answers -> verdicts, and what becomes of them over many replies.
+"""Judges of replies, and the means of their verdicts.
 
-A judge is one function that takes a `Reply` and the `PreferencePair` it answers and returns its verdicts by name: True
-or False, a number, or None where it cannot tell. Adding one is a function and a line in `JUDGES`; a user's own is a
-function named in YAML (`my_pkg.my_module:my_judge`). `QUANTITIES` says what verdicts are called where people read them.
+A judge is a function that takes a `Reply` and the `PreferencePair` it answers, and returns verdicts by name: True or
+False, a number, or None where it cannot tell. To add one, write the function and a line of `JUDGES`, or name your own
+in YAML (`my_pkg.my_module:my_judge`). `quantities.QUANTITIES` has the words for verdicts in reports and charts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
-import torchmetrics
 
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError, did_you_mean
@@ -27,7 +25,7 @@ NGRAM = 4
 
 
 def any_reply(reply: Reply, pair: PreferencePair) -> dict[str, Verdict]:
-    """What any reply shows, whatever it is about: it ended by itself, its tokens, how far it repeats itself."""
+    """Judges any reply, whatever it is about: whether it ended with EOS, its tokens, and how much it repeats itself."""
     return {
         "eos_rate": reply.stopped,
         "length": len(reply.token_ids),
@@ -36,7 +34,7 @@ def any_reply(reply: Reply, pair: PreferencePair) -> dict[str, Verdict]:
 
 
 def repetition(token_ids: Sequence[int]) -> float:
-    """The share of 4-grams that came before: [1, 2, 3, 4] -> 0.0, [7] * 8 -> 0.8, 0.0 below 4 tokens."""
+    """The share of 4-grams that repeat an earlier one: [7] * 8 -> 0.8; 0.0 for fewer than 4 tokens."""
     ngrams = [tuple(token_ids[start : start + NGRAM]) for start in range(len(token_ids) - NGRAM + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -45,12 +43,12 @@ JUDGES: dict[str, Judge] = {"sql": sql, "reply": any_reply}
 
 
 def find_judges(names: str | Sequence[str]) -> dict[str, Judge]:
-    """The judges of these names, and `reply`, which judges in every run, by the name that goes before their verdicts.
+    """The judges with these names and `reply`, which is part of every run, by the prefix of their verdicts.
 
     Raises:
-        UserError: there is none of a name, it cannot be imported, or two of them would share a name.
+        UserError: a name is unknown, a function cannot be imported, or two judges share a name.
     """
-    found: dict[str, Judge] = {}
+    judges: dict[str, Judge] = {}
     for name in [names] if isinstance(names, str) else names:
         if ":" not in name and name not in JUDGES:
             near = did_you_mean(name, JUDGES)
@@ -58,19 +56,19 @@ def find_judges(names: str | Sequence[str]) -> dict[str, Judge]:
                 f"replies.judge '{name}' is unknown: one of {', '.join(JUDGES)}, or my_module:my_judge{near}"
             )
         short = name.rpartition(":")[2]
-        if short in found or ":" in name and short in JUDGES:
+        if short in judges or ":" in name and short in JUDGES:
             raise UserError(f"replies.judge '{name}': there is another judge called {short}: rename the function")
-        found[short] = _checked(name, imported_function(name, "replies.judge")) if ":" in name else JUDGES[name]
-    return found | {"reply": any_reply}
+        judges[short] = _checked(name, imported_function(name, "replies.judge")) if ":" in name else JUDGES[name]
+    return judges | {"reply": any_reply}
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Judge:
-    """A user's function, which fails in one line, and only returns what can be averaged."""
+    """A user's function, with one-line errors and only verdicts that can be averaged."""
 
     def judge(reply: Reply, pair: PreferencePair) -> dict[str, Verdict]:
         try:
             verdicts = dict(function(reply, pair))
-        except Exception as error:  # whatever a user's function does
+        except Exception as error:  # a user's function may raise anything
             raise UserError(f"replies.judge '{name}' raised {type(error).__name__}: {error}") from error
         for key, verdict in verdicts.items():
             if not isinstance(key, str) or not isinstance(verdict, Real | None):
@@ -78,65 +76,50 @@ def _checked(name: str, function: Callable[..., Any]) -> Judge:
                     f"replies.judge '{name}' returned {key!r}: {verdict!r}: its verdicts are names with True, False, a "
                     "number, or None where it cannot tell"
                 )
-        return {
-            key: verdict if isinstance(verdict, bool | None) else float(verdict) if math.isfinite(verdict) else None
-            for key, verdict in verdicts.items()
-        }
+            if verdict is not None and not isinstance(verdict, bool):
+                verdicts[key] = float(verdict) if math.isfinite(verdict) else None
+        return verdicts
 
     return judge
 
 
 def verdicts(judges: Mapping[str, Judge], reply: Reply, pair: PreferencePair) -> dict[str, Verdict]:
-    """What all judges say of one reply: {"sql/valid": True, "sql/execution": None, "reply/length": 12, ...}."""
+    """All judges' verdicts on one reply: {"sql/valid": True, "sql/execution": None, "reply/length": 12, ...}."""
     return {f"{name}/{key}": verdict for name, judge in judges.items() for key, verdict in judge(reply, pair).items()}
 
 
-class Judged(torchmetrics.Metric):
-    """Means of verdicts by name, over the replies of all processes; nan where none of a name could be judged.
-
-    Args:
-        kwargs: of `torchmetrics.Metric`; `sync_on_compute=False` where all processes judge the same replies.
+class VerdictMeans:
+    """Means of verdicts by name, each over the replies that had that verdict.
 
     Attributes:
-        sums, counts: [names] float32, of the replies that could be judged.
+        totals: for each name the sum of the verdicts that are not None, and how many there are.
     """
 
-    full_state_update = False
+    def __init__(self) -> None:
+        self.totals: dict[str, tuple[float, int]] = {}
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.names: list[str] = []
-        self.add_state("sums", default=torch.zeros(0), dist_reduce_fx="sum")
-        self.add_state("counts", default=torch.zeros(0), dist_reduce_fx="sum")
+    def update(self, judged: Iterable[Mapping[str, Verdict]]) -> None:
+        """Adds the verdicts on more replies."""
+        for found in judged:
+            self.merge({name: (0.0, 0) if value is None else (float(value), 1) for name, value in found.items()})
 
-    def update(self, judged: Sequence[Mapping[str, Verdict]]) -> None:
-        """judged: the verdicts on each reply."""
-        self._rename(list(dict.fromkeys(chain(self.names, *judged))))
-        values = [[one[name] for one in judged if one.get(name) is not None] for name in self.names]
-        self.sums += torch.tensor([float(sum(known)) for known in values], device=self.device)
-        self.counts += torch.tensor([float(len(known)) for known in values], device=self.device)
+    def merge(self, totals: Mapping[str, tuple[float, int]]) -> None:
+        """Adds other replies' `totals`; the names may differ."""
+        for name, (total, count) in totals.items():
+            before, counted = self.totals.get(name, (0.0, 0))
+            self.totals[name] = (before + total, counted + count)
 
-    def compute(self) -> dict[str, torch.Tensor]:
-        """The means, each a scalar."""
-        return dict(zip(self.names, (self.sums / self.counts).unbind(), strict=True))
+    def gathered(self) -> "VerdictMeans":
+        """The means over the replies of all processes, each of which must call this."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        processes: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(processes, self.totals)
+        means = VerdictMeans()
+        for totals in processes:
+            means.merge(totals)
+        return means
 
-    def sync(self, *args: Any, should_sync: bool = True, **kwargs: Any) -> None:
-        """As Metric's, which adds up states by position, once all processes have the same names in the same order."""
-        if should_sync and torch.distributed.is_available() and torch.distributed.is_initialized():
-            names: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(names, self.names)
-            self._rename(list(dict.fromkeys(chain(*names))))
-        super().sync(*args, should_sync=should_sync, **kwargs)
-
-    def _rename(self, names: list[str]) -> None:
-        """Orders the states by `names`, which hold all of `self.names`; new ones are 0."""
-        index = torch.tensor([names.index(name) for name in self.names], dtype=torch.long, device=self.device)
-        for state in ("sums", "counts"):
-            known = getattr(self, state)
-            setattr(self, state, known.new_zeros(len(names)).index_copy(0, index, known))
-        self.names = names
-
-    def reset(self) -> None:
-        """Forgets all replies."""
-        super().reset()
-        self.names = []
+    def compute(self) -> dict[str, float]:
+        """The means, nan where no reply had a verdict."""
+        return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}

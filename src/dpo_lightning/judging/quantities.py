@@ -1,6 +1,6 @@
-"""What is judged of replies and what it is called wherever people read it: reports, charts, closing lines.
+"""The words for verdicts wherever people read them: reports, charts, closing lines.
 
-The keys are the names of logged metrics without what goes before them (`replies/`, `val/`, `test/`).
+Names are those of logged metrics without their prefix (`replies/`, `val/`, `test/`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 
 
 class Quantity(NamedTuple):
-    """A verdict's mean over many replies, and the verdict on one."""
+    """How a verdict is presented: its mean over many replies, and the verdict on one reply."""
 
-    label: str  # of the mean, where it stands alone
-    word: str | None = None  # of the verdict on one reply, and in charts that have a title; None: not told of one reply
-    share: bool = False  # in [0, 1], read as a percentage; of one reply it is yes or no
-    better: Literal["higher", "lower"] | None = "higher"  # None: neither, so it is not among a run's results
+    label: str  # of the mean, on its own
+    word: str | None = None  # for one reply, and in charts with a title; None: not reported for one reply
+    share: bool = False  # the mean is in [0, 1] and printed as a percentage; the verdict is yes or no
+    better: Literal["higher", "lower"] | None = "higher"  # None: neither, so it is no result of a run
 
 
 QUANTITIES = {
@@ -29,17 +29,17 @@ TITLES = {"sql": "SQL", "reply": "Replies"}  # of the charts with a judge's verd
 
 
 def quantity(name: str) -> Quantity:
-    """What is known of a name; of one that only a user's judge knows, that it is a number and the higher the better."""
+    """The entry for a name; a user's verdict without one counts as a number, and higher is better."""
     return QUANTITIES.get(name) or Quantity(name, name.rpartition("/")[2])
 
 
 def results(names: Iterable[str]) -> list[str]:
-    """Those of the names that tell how good a run's replies are, in their order."""
+    """The names that say how good a run's replies are, in the given order."""
     return [name for name in names if quantity(name).better]
 
 
 def reply_charts(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Charts of a judge's results: {"SQL: valid, exact": {"sql/valid": "valid", "sql/exact": "exact"}}."""
+    """A chart of each judge's results: {"SQL: valid, exact": {"sql/valid": "valid", "sql/exact": "exact"}}."""
     charts: dict[str, dict[str, str]] = {}
     for name in results(names):
         judge, _, verdict = name.partition("/")
@@ -48,6 +48,6 @@ def reply_charts(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def marks(verdicts: Mapping[str, bool | float | None]) -> list[tuple[str, bool]]:
-    """What one reply is and is not: {"sql/valid": True, "sql/exact": None, "reply/length": 9} -> [("valid", True)]."""
-    told = [(quantity(name), verdict) for name, verdict in verdicts.items() if verdict is not None]
-    return [(of.word, bool(verdict)) for of, verdict in told if of.word and (of.share or isinstance(verdict, bool))]
+    """The yes-or-no verdicts on one reply: {"sql/valid": True, "reply/length": 9} -> [("valid", True)]."""
+    known = [(quantity(name), verdict) for name, verdict in verdicts.items() if verdict is not None]
+    return [(kind.word, bool(value)) for kind, value in known if kind.word and (kind.share or isinstance(value, bool))]
