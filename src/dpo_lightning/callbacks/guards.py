@@ -230,7 +230,7 @@ def reply_warnings(history: Sequence[tuple[int, dict[str, float]]]) -> dict[str,
     lowest = min(shares["reply/repetition"] for shares in before)
     if now["reply/repetition"] > max(REPETITION, lowest + REPETITION_RISE):
         found["repetition"] = (
-            f"step {step}: replies repeat themselves, {now['reply/repetition']:.0%} of their 4-grams have occurred before "
+            f"step {step}: replies repeat themselves, {now['reply/repetition']:.0%} of their 4-grams came before "
             f"(lowest so far: {lowest:.0%}): the policy has gone too far; {remedy}"
         )
     return found

@@ -1,4 +1,4 @@
-"""A `fit` -> `report.html` in its run folder: collects while it runs, writes when it ends, however it ends."""
+"""Collects what happens during `fit` and writes `report.html` in the run's folder, however the run ends."""
 
 import platform
 import time
@@ -27,31 +27,30 @@ from dpo_lightning.models.hardware import device_name, peak_memory
 from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.states import check_amount, check_state
 
-MAX_MARGINS = 2000  # remembered of one validation
+MAX_MARGINS = 2000  # kept of each validation
 STATE = {"curves": {str: [(int, int | float)]}, "margins": {int: [float]}, "warnings": [str]}
 
 
 class ReportCallback(Callback):
-    """Writes `report.html` when a fit has ended: well, by Ctrl-C, or by an error.
+    """Writes `report.html` at the end of a fit, whether it finished, was interrupted or failed.
 
-    Curves are what was logged (a `History` listens in as one more logger), replies are the RepliesCallback's, and
-    warnings are those since the setup. A resumed run's report tells the whole run: checkpoints carry what was
-    collected.
+    Curves come from an additional logger (`History`), replies from the RepliesCallback, warnings are all those since
+    the setup. Checkpoints contain what was collected, so the report of a resumed run covers all of it.
     """
 
     def __init__(self) -> None:
         self._curves: dict[str, Curve] = {}
-        self._margins: dict[int, list[float]] = {}  # step -> of the first and of the last validation
-        self._val_pairs = 0  # of a validation
+        self._margins: dict[int, list[float]] = {}  # by step, of the first and the last validation
+        self._val_pairs = 0  # in each validation
         self._warnings: list[str] = []
-        self._earlier_seconds = 0.0  # of the runs that this one resumes
+        self._earlier_seconds = 0.0  # spent before the run was resumed
         self._began: float | None = None
         self._show_warning: Any = None
 
     # ------------------------------------------------------------------ collect
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts listening to warnings."""
+        """Starts collecting warnings."""
         if stage != "fit":
             return
         preference_data(trainer, self)
@@ -65,7 +64,7 @@ class ReportCallback(Callback):
         self._show_warning(message, *args, **kwargs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock and listens to what is logged."""
+        """Starts the clock and the collection of logged values."""
         self._device = trainer.strategy.root_device
         self._history = History(trainer.default_root_dir)
         self._history.curves = self._curves
@@ -73,16 +72,16 @@ class ReportCallback(Callback):
         self._began = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the margins of the first and of the newest validation."""
+        """Keeps the margins of the first and the latest validation."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        margins = pl_module.val_metrics.all_margins()  # on all ranks
+        margins = pl_module.val_metrics.all_margins()  # a collective call
         first = dict(list(self._margins.items())[:1])
         self._margins = first | {trainer.global_step: margins[:MAX_MARGINS].tolist()}
         self._val_pairs = len(margins)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was collected."""
+        """Everything collected so far."""
         return {
             "curves": self._curves,
             "margins": self._margins,
@@ -92,16 +91,16 @@ class ReportCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave.
+        """Loads what `state_dict` returned.
 
         Raises:
-            ValueError: it is not as that gave it.
+            ValueError: the state has another structure.
         """
         check_state(state_dict, STATE, "the report")
         for name in ("val_pairs", "seconds"):
             check_amount(state_dict.get(name, 0), f"the report's {name}")
         self._curves, self._margins = state_dict["curves"], state_dict["margins"]
-        self._val_pairs = state_dict.get("val_pairs", 0)  # checkpoints from before it was have none
+        self._val_pairs = state_dict.get("val_pairs", 0)  # missing in older checkpoints
         self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
         self._earlier_seconds = state_dict["seconds"]
 
@@ -111,27 +110,27 @@ class ReportCallback(Callback):
     # ------------------------------------------------------------------ write
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the report of a run that ended well, and says in one line how it ended and where things are."""
+        """Writes the report of a finished run, and prints its result and the paths of its files in one line."""
         steps, replies = trainer.global_step, find_callback(trainer, RepliesCallback)
         paths = _model_path(trainer) | self._end(trainer, pl_module, "Finished")
         if paths:
             rank_zero_info(closing_line(replies.showings if replies else [], steps, paths))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the report of a run that did not."""
+        """Writes the report of a run that was interrupted or failed."""
         by_hand = isinstance(exception, KeyboardInterrupt | Stopped)
         outcome = "Stopped by hand" if by_hand else f"Stopped by an error ({exception})"
         for name, path in self._end(trainer, pl_module, outcome).items():
             rank_zero_info(f"{name}: {path}")
 
     def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> dict[str, Path]:
-        """Writes the report; {"report": where it is}, or nothing where none was written."""
+        """Writes the report and returns its path as {"report": path}, or {} if none was written."""
         paths: dict[str, Path] = {}
         if self._show_warning is not None:
             warnings.showwarning, self._show_warning = self._show_warning, None
         if self._began is None:
-            return paths  # it ended before anything was trained
-        if self._history in trainer.loggers:  # no more, where writing the report is what failed
+            return paths  # the run failed before training began
+        if self._history in trainer.loggers:  # it is not, if writing the report failed before
             trainer.loggers.remove(self._history)
         if self._folder is not None and trainer.is_global_zero:
             path = self._folder / "report.html"
@@ -140,7 +139,7 @@ class ReportCallback(Callback):
                 with atomic_file(path) as partial:
                     partial.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
                 paths["report"] = path
-            except OSError as error:  # the training is what counts, or the error that ended it
+            except OSError as error:  # must not hide the trained model, or the error that stopped the run
                 rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
         self._began = None
         return paths
@@ -209,10 +208,10 @@ class ReportCallback(Callback):
 
 
 def optimized_by(trainer: Trainer, module: LightningModule) -> str:
-    """The optimizer with its learning rate, and the schedule of that."""
+    """The optimizer, its learning rate and its schedule, in words."""
     h = module.hparams
     if not trainer.optimizers:
-        return "none was made"
+        return "none was created"
     optimizer, schedule = trainer.optimizers[0], f"{h.lr_scheduler_type}, warm-up {h.warmup_steps}"
     if module.make_scheduler is not None:
         schedule = type(trainer.lr_scheduler_configs[0].scheduler).__name__
@@ -220,7 +219,7 @@ def optimized_by(trainer: Trainer, module: LightningModule) -> str:
 
 
 def _model_path(trainer: Trainer) -> dict[str, Path]:
-    """{"model": its exported folder}, or {"checkpoint": where it can be taken from}, of a run that keeps anything."""
+    """The path of the result: {"model": exported folder} or {"checkpoint": newest one}; {} if nothing is saved."""
     export = find_callback(trainer, ExportCallback)
     if trainer.fast_dev_run:
         return {}

@@ -1,7 +1,6 @@
-"""Numbers -> small SVG charts, for a page that must work alone: no scripts, no fonts, no libraries.
+"""Small SVG charts for a page without scripts, fonts and libraries.
 
-What a chart looks like is `chart.html.jinja`. Colours are the page's: series n is drawn in the CSS variable
-`--series-n`, lines and text in `currentColor`.
+The template `chart.html.jinja` draws them in the page's colours: series n in the CSS variable `--series-n`.
 """
 
 import math
@@ -11,20 +10,20 @@ from typing import Any
 from dpo_lightning.callbacks.report.templates import filled
 
 WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot, the left one at least
-CHARACTER = 9  # width of a tick label's character, at most
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot; wide labels enlarge the left one
+CHARACTER = 9  # largest width of a character in a tick label
 SERIES_COLOURS = 4
-MAX_POINTS = 300  # of a line; more would only make the page heavy
-LARGEST = 1e100  # that is drawn; no NaN, no infinity, nothing whose difference to another overflows
+MAX_POINTS = 300  # of a line; more would only make the file larger
+LARGEST = 1e100  # values from here on, NaN and infinity are not drawn: differences would overflow
 
 Points = Sequence[tuple[float, float]]
 
 
 def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, float] | None = None) -> str:
-    """A figure with a line for each named series of (x, y) points, or nothing where none can be drawn.
+    """A figure with a line for each named series of (x, y) points; "" if there is no point to draw.
 
     Args:
-        limits: of the y axis; left out, they fit the data.
+        limits: of the y axis; by default those of the data.
     """
     series = {name: _thinned([(x, y) for x, y in points if abs(y) < LARGEST]) for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
@@ -34,7 +33,7 @@ def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, fl
     ys = [y for points in series.values() for _, y in points]
     plot = Plot(ticks(min(xs), max(xs)), ticks(*(limits or (min(ys), max(ys)))))
     for number, (name, points) in enumerate(series.items()):
-        width = max(1.5, 4 - number)  # so that a line shows under another with the same values
+        width = max(1.5, 4 - number)  # keeps a line visible under another with the same values
         marks = [
             {"x": plot.x(x), "y": plot.y(y), "label": f"step {number_text(x)}: {number_text(y)}"} for x, y in points
         ]
@@ -43,7 +42,7 @@ def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, fl
 
 
 def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30) -> str:
-    """A figure with the distribution of each named series, all over the same bins, or nothing where there is none."""
+    """A figure with the distribution of each named series over the same bins; "" if there is no value to draw."""
     series = {name: [v for v in values if abs(v) < LARGEST] for name, values in series.items()}
     series = {name: values for name, values in series.items() if values}
     if not series:
@@ -62,7 +61,7 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that enclose low and high, evenly spaced: (0, 0.93) -> [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]."""
+    """Evenly spaced round numbers that enclose low and high: (0, 0.93) -> [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]."""
     if high - low < 1e-9 * max(1.0, abs(high)):
         space = abs(high) / 2 if abs(high) > 1e-100 else 1.0
         low, high = low - space, high + space
@@ -74,14 +73,14 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def number_text(value: float) -> str:
-    """A number short enough for an axis: 0.000025 -> 2.5e-5, 12000 -> 12000, 0.69314 -> 0.693."""
+    """A short form of a number for an axis: 0.000025 -> 2.5e-5, 12000 -> 12000, 0.69314 -> 0.693."""
     if value == int(value) and abs(value) < 1e6:
         return f"{value:.0f}"
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 class Plot:
-    """What a chart's template draws: axes, from the ticks of both, and series in SVG coordinates."""
+    """A chart in SVG coordinates, for the template: axes, which span their ticks, and series."""
 
     width, height, right = WIDTH, HEIGHT, WIDTH - RIGHT
 
@@ -94,22 +93,22 @@ class Plot:
         self.series: list[dict[str, Any]] = []
 
     def add(self, name: str, width: float = 0, points: Sequence[Any] = (), bars: Sequence[Any] = ()) -> None:
-        """A line through points of a width, or bars, in the next colour."""
+        """Adds a line of the given width through `points`, or `bars`, in the next colour."""
         colour = f"var(--series-{len(self.series) % SERIES_COLOURS})"
         self.series.append({"name": name, "colour": colour, "width": width, "points": points, "bars": bars})
 
     def x(self, value: float) -> float:
-        """How far to the right a value is."""
+        """The SVG coordinate of a value on the x axis."""
         share = (value - self._x_ticks[0]) / (self._x_ticks[-1] - self._x_ticks[0])
         return round(self.left + share * (self.right - self.left), 1)
 
     def y(self, value: float) -> float:
-        """How far down a value is."""
+        """The SVG coordinate of a value on the y axis."""
         share = (value - self._y_ticks[0]) / (self._y_ticks[-1] - self._y_ticks[0])
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     def bar(self, left: float, right: float, count: int) -> dict[str, Any]:
-        """A bar between two values of x."""
+        """A bar between two values on the x axis."""
         return {
             "x": self.x(left),
             "y": self.y(count),
@@ -120,6 +119,6 @@ class Plot:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Every n-th point, and the last one."""
-    every = math.ceil(len(points) / MAX_POINTS)
-    return points[::every] + ([points[-1]] if every > 1 and (len(points) - 1) % every else []) if points else []
+    """At most about `MAX_POINTS` evenly chosen points, with the last one."""
+    every = math.ceil(len(points) / MAX_POINTS) or 1
+    return points[:-1:every] + points[-1:]

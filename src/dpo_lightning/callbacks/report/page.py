@@ -1,7 +1,7 @@
-"""What a run was and did -> `report.html`: one file that needs no network, no scripts and nothing beside it.
+"""The report as HTML: one file that needs no network, no scripts and no other files.
 
-The page is `page.html.jinja`; here is what it shows. All text is escaped (`templates`), and a content security policy
-in the page forbids loading or running anything, should something still slip through.
+The layout is `page.html.jinja`; its contents are selected here. All text is escaped (`templates`), and as a second
+barrier the page's content security policy forbids to load or run anything.
 """
 
 import math
@@ -16,14 +16,14 @@ from dpo_lightning.callbacks.report.templates import filled
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.quantities import marks, quantity, reply_charts
 
-REPLIES = 5  # of a prompt: before, after, and some between
+REPLIES = 5  # to each prompt: the first, the last, and some between
 
 
 class Run(NamedTuple):
-    """All that the report tells."""
+    """The contents of a report."""
 
     title: str
-    outcome: str  # one sentence: finished, or stopped where and why
+    outcome: str  # one sentence: finished, or why and when it stopped
     facts: Mapping[str, str]  # what was trained on what
     settings: Mapping[str, object]
     curves: Mapping[str, Curve]
@@ -32,11 +32,11 @@ class Run(NamedTuple):
     showings: Sequence[Showing]
     costs: Mapping[str, str]
     warnings: Sequence[str]
-    val_pairs: int = 0  # pairs that each validation is about
+    val_pairs: int = 0  # pairs in each validation
 
 
 class Tile(NamedTuple):
-    """A number that matters, what it is, and of how many or since when."""
+    """A result, its label, and over how many questions or pairs it is."""
 
     value: str
     words: str
@@ -53,18 +53,18 @@ def render(run: Run) -> str:
         margins=histogram("Margins of pairs", run.margins),
         prompts=[prompt for number in range(len(run.pairs)) if (prompt := _prompt(run, number))],
     )
-    return str(page)  # to be put into no other page, where it would pass unescaped
+    return str(page)  # no longer Markup, which another template would not escape
 
 
 def _tiles(run: Run) -> list[Tile]:
-    """What matters most: of replies before and after, of how many; of validations only what was measured, and when."""
+    """The most important results: of the replies before and after training, then of the validations."""
     changes = [(quantity(name).label, change(run.showings, name)) for name in judged_quantities(run.showings)]
     tiles = [Tile(found.values, words, found.where) for words, found in changes if found]
     for name, words, as_text in (
         ("val/rewards/accuracies", "pairs with a positive margin", percent),
         ("val/loss", "validation loss", number_text),
     ):
-        # A point's step counts from 0.
+        # Lightning counts steps from 0.
         points = [(step + 1, value) for step, value in run.curves.get(name, []) if math.isfinite(value)]
         if points:
             ends = points[:1] + points[1:][-1:]
@@ -87,7 +87,7 @@ def _charts(curves: Mapping[str, Curve]) -> tuple[str, ...]:
     replies = [
         chart(
             title,
-            {f"replies/{name}": words[name] for name in words},
+            {f"replies/{name}": word for name, word in words.items()},
             share if all(quantity(name).share for name in words) else None,
         )
         for title, words in judged.items()
@@ -108,7 +108,7 @@ def _charts(curves: Mapping[str, Curve]) -> tuple[str, ...]:
 
 
 def _prompt(run: Run, number: int) -> dict[str, object] | None:
-    """One prompt with its replies before, during and after, and the wanted one; None where nothing was answered."""
+    """A prompt with its replies before, during and after training, and the wanted one; None without any reply."""
     answered = [showing for showing in run.showings if number < len(showing.texts)]
     if not answered:
         return None

@@ -1,4 +1,4 @@
-"""A template of this folder and values -> HTML in which whatever came from outside is text and nothing else."""
+"""Fills the templates of this folder; values that are no HTML of another template become plain text."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from dpo_lightning.visible import visible
 
 
 def _only_visible(value: Any) -> Any:
-    """What is put into a template, before it is escaped: HTML from a template stays, all else becomes visible text."""
+    """Prepares a value for escaping: HTML from a template stays as it is, all else becomes visible text."""
     return value if isinstance(value, Markup) else visible(str(value))
 
 
@@ -26,5 +26,5 @@ TEMPLATES = Environment(
 
 
 def filled(name: str, **values: Any) -> Markup:
-    """The HTML of a template with values in it; every value is made visible and escaped, but for such HTML itself."""
+    """The HTML of a template; values are made visible and escaped, except for HTML that this function returned."""
     return Markup(TEMPLATES.get_template(name).render(values))

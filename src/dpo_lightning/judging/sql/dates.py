@@ -1,6 +1,4 @@
-"""A condition on dates -> dates that satisfy it, and dates beside those: `strftime('%Y', day) = '2010'`."""
-
-from __future__ import annotations
+"""Dates that satisfy a condition such as `strftime('%Y', day) = '2010'`, and dates that just miss it."""
 
 import re
 from datetime import datetime, timedelta
@@ -11,16 +9,15 @@ _FIELDS |= {"%w": "(?P<weekday>[0-6])", "%j": "(?P<yearday>[0-9]{1,3})", "%F": "
 
 
 def dates_by_format(date_format: str, literal: int | float | str, operator: str) -> tuple[list[str], list[str]] | None:
-    """Dates for which `strftime(date_format, day) operator literal` holds, and dates beside them."""
+    """Dates for which `strftime(date_format, day) operator literal` holds, and these with their neighbours."""
     if len(date_format) > 20 or not 0 <= len(str(literal)) <= 20:
         return None
     parts = re.split("(%.)", date_format)
     if len(set(parts) & set(_FIELDS)) != sum(part in _FIELDS for part in parts):
         return None
     match = re.fullmatch("".join(_FIELDS.get(part, re.escape(part)) for part in parts), str(literal))
-    if not match or not match.groupdict():
+    if not match or not (field := match.lastgroup):
         return None
-    field = match.lastgroup
     try:
         dates = [_date_from(match.groupdict(), field, by) for by in (-1, 0, 1)]
     except (ValueError, OverflowError):
@@ -32,7 +29,7 @@ def dates_by_format(date_format: str, literal: int | float | str, operator: str)
 
 
 def _date_from(fields: dict[str, str], last: str, by: int) -> list[datetime]:
-    """Two dates with the fields, the last field moved by `by`."""
+    """Two dates with these fields, of which the last is changed by `by`."""
     if "date" in fields:
         return [datetime.fromisoformat(fields["date"]) + timedelta(days=by)]
     given = {name: int(value) for name, value in fields.items()}
@@ -55,9 +52,9 @@ def _date_from(fields: dict[str, str], last: str, by: int) -> list[datetime]:
 
 
 def dates_with(literal: str) -> tuple[list[str], list[str]] | None:
-    """Dates in and beside the year of `strftime('%Y', day) = '2010'` or the month of `day LIKE '2010-07-%'`.
+    """Dates in and around the year of `strftime('%Y', day) = '2010'` or the month of `day LIKE '2010-07-%'`.
 
-    Where the literal allows it, nothing but dates goes into a column of dates: queries may rely on that.
+    A column of dates is filled with dates alone where the literal allows it, since queries may rely on that.
     """
     year = re.fullmatch(r"%?([12][0-9]{3})-?%?", literal)
     month = re.fullmatch(r"(?:[12][0-9]{3}|%|____)?-?([0-9]{2})-?%?", literal)

@@ -1,7 +1,7 @@
-"""A reply as generated -> its one read query.
+"""Reads the one query of a reply as generated.
 
-Queries whose *compilation* explodes (CTEs that double each other) are refused by a look at their tokens: sqlite before
-3.41 cannot be interrupted while it compiles.
+Queries whose *compilation* explodes (CTEs that double each other) are recognised by their tokens and refused: sqlite
+before 3.41 cannot be interrupted while it compiles.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections import Counter
 from dpo_lightning.judging.sql.sandbox import MAX_QUERY_CHARS, MAX_SIBLINGS, QueryError
 from dpo_lightning.judging.sql.tokens import Token, cte_names, tokenize
 
-MAX_SELECTS = 16  # nested in each other; with MAX_EXPANSION it bounds what sqlite may unfold while compiling
+MAX_SELECTS = 16  # nested in each other; with MAX_EXPANSION this limits what sqlite expands while compiling
 MAX_EXPANSION = 4_000
 
-_SPACE = " \t\r\n\f"  # what sqlite skips; str.strip() would also take away what it refuses
+_SPACE = " \t\r\n\f"  # what sqlite skips; str.strip() would also remove what it refuses
 
 
 def read_query(reply: str) -> str:
-    """A reply as generated -> its one read query, without surrounding space and one closing `;`.
+    """The reply's one read query, without surrounding space and one closing `;`.
 
-    Raises QueryError for anything else: prose, writes, nothing, several statements, text over the limits.
+    Raises:
+        QueryError: the reply is anything else: prose, a write, empty, several statements, longer than the limit.
     """
     query = reply.strip(_SPACE).removesuffix(";").rstrip(_SPACE)
     if len(query) > MAX_QUERY_CHARS:
@@ -36,32 +37,32 @@ def read_query(reply: str) -> str:
 
 
 class _Level:
-    """The SELECTs strung together by UNION and its like between one pair of parentheses, or outside of all.
+    """The SELECTs that UNION and the like combine within one pair of parentheses, or outside of all.
 
-    sqlite copies a CTE or a flattened subquery wherever it is named. So a SELECT multiplies what is nested in
-    it by as often as it repeats one name, or names CTEs; siblings add up; and the CTEs of a WITH, which may
-    copy each other, multiply.
+    sqlite copies a CTE or a flattened subquery wherever it is named. A SELECT therefore multiplies what is nested in
+    it by the number of times it repeats one name, or names CTEs; siblings add up; the CTEs of a WITH, which may copy
+    each other, multiply.
     """
 
     def __init__(self, ctes: set[str]):
         self._ctes = ctes
         self._shared, self._added = 1, 0
-        self._nested, self._names = 0, Counter()
+        self._nested, self._names = 0, Counter[str]()
         self.mentioned: set[str] = set()
         self.selects = 0
 
     def begin_select(self) -> None:
         if self.selects:
             self._added += self._sibling()
-            self._nested, self._names = 0, Counter()
+            self._nested, self._names = 0, Counter[str]()
         self.selects += 1
 
     def name(self, name: str) -> None:
         self._names[name] += 1
         self.mentioned.add(name)
 
-    def take_in(self, inner: _Level) -> None:
-        """A pair of parentheses with SELECTs in it was closed in this level."""
+    def add_nested(self, inner: _Level) -> None:
+        """Adds a closed pair of parentheses that contains SELECTs."""
         if not self.selects:  # a CTE of this level's WITH
             self._shared *= inner.expansion
             return
@@ -80,7 +81,7 @@ class _Level:
 
 
 def _check_expansion(tokens: list[Token], ctes: set[str]) -> None:
-    """Refuse a query that could unfold into too many parts while sqlite compiles it."""
+    """Refuses a query that sqlite could expand into too many parts while it compiles."""
     outermost = _Level(ctes)
     levels, open_levels, selects, nested = [outermost], [], 0, 0
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
@@ -94,15 +95,15 @@ def _check_expansion(tokens: list[Token], ctes: set[str]) -> None:
         elif token.is_sign(")") and open_levels:
             if open_levels.pop():
                 inner = levels.pop()
-                levels[-1].take_in(inner)
+                levels[-1].add_nested(inner)
         elif token.is_word("select", "values"):
             selects += 1
             level.begin_select()
         elif token.kind in ("word", "quoted", "string") and not _is_syntax(token, following):
             level.name(token.name)
-    while len(levels) > 1:  # parentheses left open, which sqlite refuses
+    while len(levels) > 1:  # unclosed parentheses, which sqlite refuses
         inner = levels.pop()
-        levels[-1].take_in(inner)
+        levels[-1].add_nested(inner)
     if nested >= MAX_SELECTS or selects > MAX_SIBLINGS or outermost.expansion > MAX_EXPANSION:
         raise QueryError(
             f"too deeply nested: {selects} SELECTs, {nested} of them within others, whose repeated names "
@@ -114,6 +115,6 @@ _KEYWORDS = frozenset("and or not as on is in null case when then else end betwe
 
 
 def _is_syntax(token: Token, following: Token | None) -> bool:
-    """Whether the token names nothing that sqlite could copy: a keyword, or a qualifier."""
+    """Whether the token is a keyword or a qualifier, which name nothing that sqlite could copy."""
     qualifier = following is not None and following.is_sign(".")
     return qualifier or (token.kind == "word" and token.name in _KEYWORDS)
