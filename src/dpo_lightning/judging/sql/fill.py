@@ -1,11 +1,9 @@
-"""Random rows that tell queries apart: tables + queries -> fillings of the tables.
+"""Fills tables with random rows that distinguish queries.
 
-In the spirit of test-suite evaluation (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled
-Test Suites"): two queries mean the same when they agree on many small databases whose values lie around the
-queries' own literals. Values are therefore drawn from pools (see there), or are plain ones of the column's type.
+In the spirit of test-suite evaluation (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test
+Suites"): two queries mean the same if they agree on many small databases whose values lie around the queries' own
+literals. Values are therefore drawn from `pools`, or are ordinary ones of the column's type.
 """
-
-from __future__ import annotations
 
 import itertools
 import random
@@ -16,19 +14,20 @@ from dpo_lightning.judging.sql.pools import MAX_ROWS_PER_TABLE, Pool, Tables, Va
 from dpo_lightning.judging.sql.tokens import Token
 
 _END = Token("sign", ";", ";")
+Filling = dict[str, list[list[Value]]]  # rows by table
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one filling looks. `hit`, `miss` and `null` are the shares of cells drawn so; the rest is plain."""
+    """One kind of filling: the shares of hits, misses (see `pools`) and NULL among its cells; the rest is ordinary."""
 
     rows: int
     hit: float
     miss: float
     null: float
-    variety: int  # how many plain values a pool has
-    distinct: bool = False  # no value twice in a column: no ties, so ORDER BY and LIMIT are unambiguous
-    letters: bool = False  # plain texts are words, never numbers, which come before all words
+    variety: int  # ordinary values of a pool
+    distinct: bool = False  # no value twice in a column, so that ORDER BY and LIMIT have no ties
+    letters: bool = False  # ordinary texts are words, never numbers, which sort before all words
 
 
 STYLES = (
@@ -45,16 +44,16 @@ STYLES = (
 
 @dataclass
 class Plan:
-    """What the fillings are drawn from."""
+    """The source of the fillings."""
 
-    tables: Tables  # those that a query names
+    tables: Tables  # the ones that a query names
     pools: dict[str, Pool]  # by lower-case column name; comparable columns share one object
-    rows: int  # at least so many rows in a table: what LIMIT, OFFSET and HAVING COUNT(*) need
-    crowded: int  # how often the longer query names a table; joins of many tables need few rows each
+    rows: int  # minimum in a table, for LIMIT, OFFSET and HAVING COUNT(*)
+    crowded: int  # table names in the longer query; joins of many tables need few rows each
 
 
 def plan_fillings(tables: Tables, queries: list[list[Token]]) -> Plan:
-    """Read the queries' literals, comparisons and joins off their tokens."""
+    """Collects the queries' literals, comparisons and joins from their tokens."""
     mentions = [
         [
             token.name
@@ -71,17 +70,18 @@ def plan_fillings(tables: Tables, queries: list[list[Token]]) -> Plan:
     return Plan(named, pools, max(sizes, default=0), max(map(len, mentions), default=0))
 
 
-def draw_fillings(plan: Plan, count: int, seed: str) -> Iterator[dict[str, list[list[Value]]]]:
-    """`count` fillings, table name -> rows. The same seed gives the same ones."""
+def draw_fillings(plan: Plan, count: int, seed: str) -> Iterator[Filling]:
+    """Yields `count` fillings, the rows by table name; the same seed gives the same ones."""
     rng = random.Random(seed)
     for style in itertools.islice(itertools.cycle(STYLES), count):
         yield _draw_filling(plan, style, rng)
 
 
-def without_summed(plan: Plan, queries: list[list[Token]], seed: str) -> Iterator[dict[str, list[list[Value]]]]:
-    """A filling in which the columns that a query sums are NULL, where there are any: `sum` is NULL there, `total` 0.
+def without_summed(plan: Plan, queries: list[list[Token]], seed: str) -> Iterator[Filling]:
+    """Yields a filling in which the columns that a query sums, if any, are NULL: then `sum` is NULL and `total` 0.
 
-    Only those are, so that conditions still find rows: of no rows even `max(x)` and `ORDER BY x DESC LIMIT 1` differ.
+    All other columns are filled, so that conditions still find rows: on no rows `max(x)` and `ORDER BY x DESC LIMIT 1`
+    would differ as well.
     """
     summed = set()
     for tokens in queries:
@@ -106,14 +106,14 @@ def _plain_value(kind: str, letters: bool, rng: random.Random) -> Value:
         return rng.randint(0, 199) / 2
     if kind == "date":
         return f"20{rng.randint(8, 14):02d}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
-    # Texts, among them numbers: many data sets declare every column VARCHAR and then add them up.
+    # Texts, some of them numbers: many data sets declare every column VARCHAR and then sum them.
     if letters or rng.random() < 0.6:
         return rng.choice("abcdeABCDE") + rng.choice("fgh")
     return str(rng.randint(1, 120))
 
 
-def _draw_filling(plan: Plan, style: Style, rng: random.Random) -> dict[str, list[list[Value]]]:
-    plain = {}
+def _draw_filling(plan: Plan, style: Style, rng: random.Random) -> Filling:
+    plain: dict[int, list[Value]] = {}
     for pool in plan.pools.values():
         plain[id(pool)] = [_plain_value(pool.kind, style.letters, rng) for _ in range(style.variety)]
     rows = max(style.rows, min(3 * plan.rows, MAX_ROWS_PER_TABLE))

@@ -1,14 +1,13 @@
-"""The values that a query's columns are compared with, read off its tokens: tables + query -> a `Pool` per column.
+"""Collects the values for each column of the tables from the literals that queries compare it with.
 
-A pool's `hits` satisfy the conditions of a query (`year > 1990` -> 1991), so that its result is not empty; its `misses`
-nearly do (1990, 1989), so that `>` and `>=`, AND and OR, or another literal differ. Columns that a query compares with
-each other share a pool, as columns of one name do, so joins find partners.
+The `hits` of a column's `Pool` satisfy the conditions of a query (`year > 1990` -> 1991), so that its result is not
+empty; the `misses` nearly do (1990, 1989), so that `>` and `>=`, AND and OR, or another literal differ. Columns that a
+query compares with each other share a pool, as do columns of the same name, so that joins find partners.
 """
-
-from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dpo_lightning.judging.sql.dates import dates_by_format, dates_with
@@ -34,6 +33,7 @@ class Pool:
 
 
 def column_pools(tables: Tables) -> dict[str, Pool]:
+    """Empty pools by lower-case column name."""
     pools: dict[str, Pool] = {}
     for column in itertools.chain.from_iterable(tables.values()):
         pool = pools.setdefault(column.name.lower(), Pool(kind=_kind(column)))
@@ -42,7 +42,7 @@ def column_pools(tables: Tables) -> dict[str, Pool]:
 
 
 def _kind(column: Column) -> str:
-    """Which plain values suit a column, by its declared type; sqlite itself lets any value in."""
+    """The kind of values for a column, by its declared type; sqlite itself accepts any value."""
     for kind, words in (
         ("date", ("DATE", "TIME")),
         ("integer", ("INT", "BOOL", "SERIAL")),
@@ -54,20 +54,24 @@ def _kind(column: Column) -> str:
 
 
 def read_query_into(pools: dict[str, Pool], tokens: list[Token], sizes: list[int]) -> None:
-    """Give each literal to the column named last before it, and join columns around a `=` or an `IN (SELECT`.
+    """Adds each literal to the pool of the last column before it, and joins columns around a `=` or an `IN (SELECT`.
 
     That is right for `x > 3`, `x IN (3, 4)`, `x BETWEEN 3 AND 4`, `lower(x) LIKE '%a%'` and `avg(x) > 3`, and
-    harmless elsewhere: a literal too many only widens a pool. Literals before any column (`3 < x`) go to all.
+    harmless elsewhere, since a wrong literal only widens a pool. Literals before any column (`3 < x`) go to all.
+
+    Args:
+        sizes: receives the numbers that rows are counted with, as in LIMIT.
     """
-    column, operator, counting, patterns = None, "=", False, {}
+    column, operator, counting = "", "=", False
+    patterns: dict[str, list[str]] = {}
     calls_around = _date_calls(tokens)
-    dated = _date_formats(tokens, calls_around, pools)
-    of_format = None
+    formats = _date_formats(tokens, calls_around, pools)
+    date_format = ""
     for index, token in enumerate(tokens):
         following = tokens[index + 1] if index + 1 < len(tokens) else None
         calls = following is not None and following.is_sign("(")
         if token.is_word("limit", "offset") or (calls and token.is_word("count")):
-            counting, column = True, None
+            counting, column = True, ""
         elif token.is_word("and", "or", "where", "select", "order", "group", "having"):
             counting = False
         if token.is_sign("=", "==", "<", "<=", ">", ">=", "<>", "!=") or token.is_word("like", "glob"):
@@ -75,16 +79,18 @@ def read_query_into(pools: dict[str, Pool], tokens: list[Token], sizes: list[int
         elif token.is_word("in", "between"):
             operator = "="
         elif _is_column(token, following, pools):
-            if column is not None and _compares(tokens, index):
+            if column and _compares(tokens, index):
                 _join(pools, column, token.name)
             column, operator = token.name, "="
-            of_format = dated.get(index)
+            date_format = formats.get(index, "")
         elif (literal := _literal(token, tokens[index - 1] if index else None)) is not None:
-            if calls_around[index] and not (calls_around[index] in _DATE_CALLS and _DATE.match(str(literal))):
-                continue  # a format, a modifier, a place in a date
-            if of_format and not calls_around[index] and (found := dates_by_format(of_format, literal, operator)):
-                pools[column].hits += found[0]
-                pools[column].misses += found[1]
+            call = calls_around[index]
+            if call and not (call in _DATE_CALLS and _DATE.match(str(literal))):
+                continue  # a format, a modifier, a position in a date
+            known_format = column and date_format and not call
+            if known_format and (dates := dates_by_format(date_format, literal, operator)):
+                pools[column].hits += dates[0]
+                pools[column].misses += dates[1]
                 continue
             if counting and isinstance(literal, int):
                 sizes.append(min(literal, MAX_ROWS_PER_TABLE // 3))
@@ -103,7 +109,7 @@ _PART_CALLS = ("substr", "substring")
 
 
 def _date_calls(tokens: list[Token]) -> list[str]:
-    """For each token the call around it of a function of dates or of parts of texts; empty outside of all."""
+    """For each token the date or substring function whose arguments it is in; "" for none."""
     around, stack = [], [""]
     for index, token in enumerate(tokens):
         if token.is_sign(")") and len(stack) > 1:
@@ -117,22 +123,23 @@ def _date_calls(tokens: list[Token]) -> list[str]:
 
 
 def _date_formats(tokens: list[Token], around: list[str], pools: dict[str, Pool]) -> dict[int, str]:
-    """Places of the columns inside of calls on dates -> what the call makes of them, as strftime's format.
+    """By the index of each column in a call of a date function: the strftime format of the call's result.
 
-    A column of texts that a date is read from is one of dates. `'1990' = strftime('%Y', day)` works, too: the
-    columns that no literal follows do no harm.
+    A text column that a date is read from becomes one of dates. Columns that no literal follows, as in
+    `'1990' = strftime('%Y', day)`, do no harm.
     """
-    formats, found = "", {}
+    strftime = ""
+    formats: dict[int, str] = {}
     for index, token in enumerate(tokens):
         if token.is_word("strftime") and index + 2 < len(tokens):
-            formats = tokens[index + 2].text
+            strftime = tokens[index + 2].text
         following = tokens[index + 1] if index + 1 < len(tokens) else None
         if around[index] in _DATE_CALLS and _is_column(token, following, pools):
             if pools[token.name].kind == "text":
                 pools[token.name].kind = "date"
-            call = {"strftime": formats, "date": "%Y-%m-%d", "time": "%H:%M:%S", "datetime": "%Y-%m-%d %H:%M:%S"}
-            found[index] = call.get(around[index], "")
-    return found
+            call = {"strftime": strftime, "date": "%Y-%m-%d", "time": "%H:%M:%S", "datetime": "%Y-%m-%d %H:%M:%S"}
+            formats[index] = call.get(around[index], "")
+    return formats
 
 
 def _is_column(token: Token, following: Token | None, pools: dict[str, Pool]) -> bool:
@@ -141,7 +148,7 @@ def _is_column(token: Token, following: Token | None, pools: dict[str, Pool]) ->
 
 
 def _literal(token: Token, before: Token | None) -> int | float | str | None:
-    """The value of a literal; a double-quoted text that names no column is one to sqlite."""
+    """The value of a literal; to sqlite a double-quoted text that names no column is one."""
     if token.kind == "number":
         hexadecimal = token.name.startswith("0x")
         value = int(token.text, 16) % 2**62 if hexadecimal else float(token.text)
@@ -175,6 +182,8 @@ def _join(pools: dict[str, Pool], left: str, right: str) -> None:
 def _add_literal(pool: Pool, operator: str, literal: int | float | str) -> None:
     if len(pool.hits) >= MAX_LITERALS_PER_COLUMN:
         return
+    hits: Sequence[Value]
+    misses: Sequence[Value]
     dates = None
     if pool.kind == "date" and isinstance(literal, str):
         dates = dates_by_format("%Y-%m-%d", literal, operator) or dates_with(literal)
@@ -187,17 +196,18 @@ def _add_literal(pool: Pool, operator: str, literal: int | float | str) -> None:
         beside = {"<": [lower], "<=": [literal, lower], ">": [upper], ">=": [literal, upper]}
         beside |= dict.fromkeys(("<>", "!="), [lower, upper])
         hits = beside.get(operator, [literal])
-        misses = [literal, lower, upper]
+        similar: list[Value] = []
         if isinstance(literal, str):
-            misses += [literal.swapcase(), f" {literal} ", literal + "q", "q" + literal, literal[:-1]]
-        elif isinstance(literal, float):
-            misses += [int(literal)] if abs(literal) < 1e15 else []
+            similar = [literal.swapcase(), f" {literal} ", literal + "q", "q" + literal, literal[:-1]]
+        elif isinstance(literal, float) and abs(literal) < 1e15:
+            similar = [int(literal)]
+        misses = [literal, lower, upper, *similar]
     pool.hits += hits
     pool.misses += misses
 
 
 def _around_pattern(pattern: str) -> tuple[list[str], list[str]]:
-    """`%ab_` -> texts that match it; texts that match it no longer, or match a similar pattern."""
+    """Texts that match a pattern such as `%ab_`, and texts that do not, or match a similar pattern."""
     core = re.sub(r"[%*]", "", pattern).replace("_", "x").replace("?", "x")
     spread = re.sub(r"[%*]", "qu", pattern).replace("_", "y").replace("?", "y")
     return [core, spread], ["q" + core, core + "q", "q" + core + "q", core[:-1], core[1:], core.swapcase()]
