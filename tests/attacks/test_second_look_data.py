@@ -136,7 +136,7 @@ def test_a_file_of_very_many_columns_is_refused_in_a_short_line(tmp_path, comman
     ],
 )
 def test_a_sum_of_nothing_is_not_a_total_of_nothing(wanted, reply, same):
-    from dpo_lightning.judging.sql.judge import same_result
+    from sql_verdicts import same_result
 
     assert same_result(reply, wanted, "CREATE TABLE t (a INT, b TEXT)") is same
 

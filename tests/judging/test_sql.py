@@ -9,10 +9,12 @@ import pytest
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.judge import VerdictMeans, verdicts
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings
-from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result, sql
+from dpo_lightning.judging.sql.judge import sql
+from dpo_lightning.judging.sql.normalize import equivalent_text
 from dpo_lightning.judging.sql.sandbox import Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
 from dpo_lightning.models.generate import Reply
+from sql_verdicts import compiles, same_result
 
 WIKISQL = Path(__file__).parents[2] / ".." / "shared" / "data" / "wikisql-test.jsonl"
 

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result
+from dpo_lightning.judging.sql.normalize import equivalent_text
 from dpo_lightning.judging.sql.sandbox import MAX_QUERY_CHARS, QueryError, Sandbox
+from sql_verdicts import compiles, same_result
 
 CONTEXT = "CREATE TABLE t (x VARCHAR, y INTEGER); CREATE TABLE u (x VARCHAR, z REAL)"
 WANTED = "SELECT x FROM t WHERE y > 3"

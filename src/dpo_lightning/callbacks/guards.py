@@ -38,7 +38,7 @@ class BatchResult(NamedTuple):
 
 
 class GuardsCallback(Callback):
-    """Warns once of each problem that `learning_checks`, `preflight` and `_warn` find; stops the run at NaN.
+    """Warns once of each problem that `learning_checks`, `preflight` and the steps show; stops the run at NaN.
 
     No step waits for the device because of these checks. On one CPU process, each loss is checked after its step;
     elsewhere losses are collected on the device and checked together, every `log_every_n_steps` and before each
@@ -59,7 +59,7 @@ class GuardsCallback(Callback):
             fit_validation_to_epochs(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns of what will keep this run from teaching anything."""
+        """Warns of what would keep this run from teaching anything."""
         if not trainer.fast_dev_run:
             for warning in learning_checks.before_training(trainer):
                 rank_zero_warn(warning)

@@ -140,13 +140,11 @@ class ReplyWriter(BasePredictionWriter):
         trainer.datamodule.datasets["predict"] = self._all_prompts
         rank_zero_info(f"replies written to {self.output}")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Unlocks the file."""
         let_go(self._lock, remove=True)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unlocks the file."""
-        let_go(self._lock, remove=True)
+    on_exception = teardown  # after which Lightning does not call teardown
 
 
 def reply_digest(trainer: Trainer, module: LightningModule) -> str:

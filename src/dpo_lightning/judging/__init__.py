@@ -1,1 +1,1 @@
-"""Is a reply any good? Judges, the means of their verdicts and what they are called, and how replies are shown."""
+"""Judges of replies, the means of their verdicts and the words for them, and tables of replies."""

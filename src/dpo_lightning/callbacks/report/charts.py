@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dpo_lightning.callbacks.report.templates import filled
 
 WIDTH, HEIGHT = 440, 240
@@ -19,19 +21,19 @@ LARGEST = 1e100  # values from here on, NaN and infinity are not drawn: differen
 Points = Sequence[tuple[float, float]]
 
 
-def line_chart(title: str, series: Mapping[str, Points], limits: tuple[float, float] | None = None) -> str:
+def line_chart(title: str, series: Mapping[str, Points], share: bool = False) -> str:
     """A figure with a line for each named series of (x, y) points; "" if there is no point to draw.
 
     Args:
-        limits: of the y axis; by default those of the data.
+        share: the y axis is from 0 to 1, instead of fitting the data.
     """
-    series = {name: _thinned([(x, y) for x, y in points if abs(y) < LARGEST]) for name, points in series.items()}
-    series = {name: points for name, points in series.items() if points}
+    finite = {name: [(x, y) for x, y in points if abs(y) < LARGEST] for name, points in series.items()}
+    series = {name: _thinned(points) for name, points in finite.items() if points}
     if not series:
         return ""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    plot = Plot(ticks(min(xs), max(xs)), ticks(*(limits or (min(ys), max(ys)))))
+    plot = Plot(ticks(min(xs), max(xs)), ticks(0, 1) if share else ticks(min(ys), max(ys)))
     for number, (name, points) in enumerate(series.items()):
         width = max(1.5, 4 - number)  # keeps a line visible under another with the same values
         marks = [
@@ -48,15 +50,11 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30)
     if not series:
         return ""
     x_ticks = ticks(min(map(min, series.values())), max(map(max, series.values())))
-    low, width = x_ticks[0], (x_ticks[-1] - x_ticks[0]) / bins
-    counts = {name: [0] * bins for name in series}
-    for name, values in series.items():
-        for value in values:
-            counts[name][min(bins - 1, int((value - low) / width))] += 1
-    plot = Plot(x_ticks, ticks(0, max(map(max, counts.values()))))
-    for name, heights in counts.items():
-        edges = [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(heights) if count]
-        plot.add(name, bars=[plot.bar(*edge) for edge in edges])
+    counts = {name: np.histogram(values, bins, (x_ticks[0], x_ticks[-1])) for name, values in series.items()}
+    plot = Plot(x_ticks, ticks(0, max(int(heights.max()) for heights, _ in counts.values())))
+    for name, (heights, edges) in counts.items():
+        bars = zip(edges[:-1].tolist(), edges[1:].tolist(), heights.tolist(), strict=True)
+        plot.add(name, bars=[plot.bar(*bar) for bar in bars if bar[-1]])
     return filled("chart.html.jinja", title=title, plot=plot)
 
 
@@ -120,5 +118,4 @@ class Plot:
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most about `MAX_POINTS` evenly chosen points, with the last one."""
-    every = math.ceil(len(points) / MAX_POINTS) or 1
-    return points[:-1:every] + points[-1:]
+    return points[: -1 : math.ceil(len(points) / MAX_POINTS)] + points[-1:]

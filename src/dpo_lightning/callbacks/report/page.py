@@ -75,36 +75,28 @@ def _tiles(run: Run) -> list[Tile]:
     return tiles
 
 
-def _charts(curves: Mapping[str, Curve]) -> tuple[str, ...]:
-    def chart(title: str, names: Mapping[str, str], limits: tuple[float, float] | None = None) -> str:
-        return line_chart(title, {label: curves.get(name, []) for name, label in names.items()}, limits)
-
+def _charts(curves: Mapping[str, Curve]) -> list[str]:
     def both(metric: str) -> dict[str, str]:
         return {f"train/{metric}": "training", f"val/{metric}": "validation"}
 
-    share = (0.0, 1.0)
     judged = reply_charts(name.removeprefix("replies/") for name in curves if name.startswith("replies/"))
-    replies = [
-        chart(
-            title,
-            {f"replies/{name}": word for name, word in words.items()},
-            share if all(quantity(name).share for name in words) else None,
-        )
-        for title, words in judged.items()
+    shares = {title for title, words in judged.items() if all(quantity(name).share for name in words)}
+    charts = {title: {f"replies/{name}": word for name, word in words.items()} for title, words in judged.items()} | {
+        "Loss": both("loss"),
+        "Accuracy: pairs with a positive margin": both("rewards/accuracies"),
+        "Margin, chosen − rejected reward": both("rewards/margins"),
+        "Rewards in training": {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"},
+        "KL from the reference": both("kl"),
+        "Displaced: chosen less likely than before": both("rewards/displaced"),
+        "Learning rate": {"train/learning_rate": "learning rate"},
+        "Gradient norm": {"train/grad_norm": "before clipping"},
+        "Pairs per second": {"train/pairs_per_second": "training"},
+    }
+    shares |= {"Accuracy: pairs with a positive margin", "Displaced: chosen less likely than before"}
+    return [
+        line_chart(title, {label: curves.get(name, []) for name, label in names.items()}, title in shares)
+        for title, names in charts.items()
     ]
-    rewards = {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"}
-    return (
-        *replies,
-        chart("Loss", both("loss")),
-        chart("Accuracy: pairs with a positive margin", both("rewards/accuracies"), share),
-        chart("Margin, chosen − rejected reward", both("rewards/margins")),
-        chart("Rewards in training", rewards),
-        chart("KL from the reference", both("kl")),
-        chart("Displaced: chosen less likely than before", both("rewards/displaced"), share),
-        chart("Learning rate", {"train/learning_rate": "learning rate"}),
-        chart("Gradient norm", {"train/grad_norm": "before clipping"}),
-        chart("Pairs per second", {"train/pairs_per_second": "training"}),
-    )
 
 
 def _prompt(run: Run, number: int) -> dict[str, object] | None:

@@ -10,7 +10,6 @@ from itertools import chain
 
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings, without_summed
-from dpo_lightning.judging.sql.normalize import equivalent_text
 from dpo_lightning.judging.sql.query import read_query
 from dpo_lightning.judging.sql.sandbox import QueryError, Result, Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
@@ -23,41 +22,30 @@ MAX_SECONDS = 0.3  # of CPU time, after which the remaining fillings are skipped
 def sql(reply: Reply, pair: PreferencePair) -> dict[str, bool | None]:
     """Judges a reply to a pair whose context is CREATE TABLE statements. Without a context there are no verdicts.
 
-    - `valid`: the reply compiles; None if the context itself does not.
-    - `exact`: its text is the chosen completion's, after both are normalised.
-    - `execution`: its result is the chosen completion's (see `same_result`).
+    - `valid` and `execution`: see `validity_and_execution`.
+    - `exact`: the reply's text is the chosen completion's, after both are normalised.
     - `unjudged`: `execution` is None.
     """
     if not pair.context:
         return {}
+    from dpo_lightning.judging.sql.normalize import equivalent_text  # sqlglot takes 0.2 s to import
+
     wanted = pair.chosen.strip()
-    valid, same = _run(reply.text, wanted, pair.context)
+    valid, same = validity_and_execution(reply.text, wanted, pair.context)
     return {"valid": valid, "exact": equivalent_text(reply.text, wanted), "execution": same, "unjudged": same is None}
 
 
-def compiles(reply: str, context: str) -> bool | None:
-    """Whether the reply is one read query that sqlite compiles against the context's tables.
+def validity_and_execution(reply: str, wanted: str, context: str) -> tuple[bool | None, bool | None]:
+    """Two verdicts: whether the reply is valid, and whether it has the wanted query's result.
 
-    None if the context itself does not compile.
+    Valid is one read query that sqlite compiles against the context's tables. The results are compared on random
+    fillings of the tables: rows as multisets, and in order if the wanted query has an ORDER BY of its own; columns by
+    position, not by name; floats to nine digits. A filling on which the wanted result depends on the order in which
+    rows are stored (ties under ORDER BY ... LIMIT) decides only if that is so for all fillings.
+
+    Both are None if the context does not compile. The second is also None if the wanted query does not run, or if both
+    agree only on results that say nothing: no rows, or rows of 0 and NULL.
     """
-    return _run(reply, "", context)[0]
-
-
-def same_result(reply: str, wanted: str, context: str) -> bool | None:
-    """Whether the reply and the wanted query have the same result on random fillings of the tables.
-
-    Rows are compared as multisets, and in order if the wanted query has an ORDER BY of its own; columns by position,
-    not by name; floats to nine digits. A filling on which the wanted result depends on the order in which rows are
-    stored (ties under ORDER BY ... LIMIT) decides only if that is so for all fillings.
-
-    None if the context does not compile, the wanted query does not run, or both agree only on results that say
-    nothing: no rows, or rows of 0 and NULL.
-    """
-    return _run(reply, wanted, context)[1]
-
-
-def _run(reply: str, wanted: str, context: str) -> tuple[bool | None, bool | None]:
-    """The verdicts of `compiles` and `same_result`."""
     try:
         sandbox = Sandbox(context)
     except ValueError:

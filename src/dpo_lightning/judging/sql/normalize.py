@@ -5,19 +5,18 @@ parentheses, ASC and AS, table aliases, the qualifiers of a single table's colum
 schema is not used, so what only a schema can decide (`name` or `t.name` in a join) stays different.
 """
 
-from __future__ import annotations
-
 from functools import partial, reduce
-from typing import TYPE_CHECKING
+
+import sqlglot
+from sqlglot import exp
+from sqlglot.expressions import Expression
 
 from dpo_lightning.judging.sql.query import read_query
 from dpo_lightning.judging.sql.sandbox import QueryError
 from dpo_lightning.judging.sql.tokens import tokenize, without_blanks
 
-if TYPE_CHECKING:
-    from sqlglot.expressions import Expression
-
 MAX_CHARS = 2_000  # for which sqlglot takes up to about 25 ms
+RIGHT_OPERANDS = ("expression", "expressions", "low", "high")  # of a predicate
 MAX_DEPTH = 20  # of parentheses; sqlglot recurses
 MAX_SPACED = 20_000  # characters; normalising the spacing takes 250 bytes of memory for each
 
@@ -41,9 +40,6 @@ def _text(tree: Expression) -> str:
 
 def _normalized(text: str) -> Expression | None:
     """The query's normalised tree; None if the text is no query."""
-    import sqlglot  # takes 0.2 s, so only runs that judge SQL import it
-    from sqlglot import exp
-
     try:
         # sqlglot and sqlite disagree on where comments and blanks end.
         query = without_blanks(read_query(text))
@@ -84,24 +80,15 @@ def _depth(query: str) -> int:
 
 def _literals_from_double_quotes(tree: Expression) -> Expression:
     """`player = "Jo"` -> `player = 'Jo'`: on the right of a comparison, double quotes nearly always mean a string."""
-    from sqlglot import exp
-
     for column in list(tree.find_all(exp.Column)):
         quoted = isinstance(column.this, exp.Identifier) and column.this.quoted and not column.table
-        compared = isinstance(column.parent, exp.Predicate) and column.arg_key in (
-            "expression",
-            "expressions",
-            "low",
-            "high",
-        )
+        compared = isinstance(column.parent, exp.Predicate) and column.arg_key in RIGHT_OPERANDS
         if quoted and compared:
             column.replace(exp.Literal.string(column.name))
     return tree
 
 
 def _lower_names(tree: Expression) -> Expression:
-    from sqlglot import exp
-
     for name in tree.find_all(exp.Identifier):
         name.set("this", name.this.lower())
         name.set("quoted", False)
@@ -113,8 +100,6 @@ def _lower_names(tree: Expression) -> Expression:
 
 def _drop_parentheses(tree: Expression) -> Expression:
     """`(a) AND (b AND c)` -> `a AND b AND c`; precedence stays in the tree's structure."""
-    from sqlglot import exp
-
     for parentheses in list(tree.find_all(exp.Paren)):
         parentheses.replace(parentheses.this)
     for kind in (exp.And, exp.Or):
@@ -130,8 +115,6 @@ def _combine(kind: type[Expression], left: Expression, right: Expression) -> Exp
 
 
 def _plain_joins_and_orders(tree: Expression) -> Expression:
-    from sqlglot import exp
-
     for join in tree.find_all(exp.Join):
         kind = join.args.get("kind")
         if kind == "INNER" or (kind == "OUTER" and join.args.get("side")):  # LEFT OUTER JOIN is LEFT JOIN
@@ -145,8 +128,6 @@ def _plain_joins_and_orders(tree: Expression) -> Expression:
 
 def _rename_tables(tree: Expression) -> Expression:
     """Names tables by position, `t AS T1 JOIN u` -> 0.0, 0.1; a single table's columns need no qualifier."""
-    from sqlglot import exp
-
     positions: dict[int, dict[str, str]] = {}
     for number, select in enumerate(tree.find_all(exp.Select)):
         positions[id(select)] = {
@@ -175,8 +156,6 @@ def _sources(select: Expression) -> list[Expression]:
 
 def _drop_output_names(tree: Expression) -> Expression:
     """`SELECT count(*) AS n ... ORDER BY n` -> `SELECT count(*) ... ORDER BY count(*)`."""
-    from sqlglot import exp
-
     if not isinstance(tree, exp.Select):
         return tree
     for output in list(tree.expressions):
