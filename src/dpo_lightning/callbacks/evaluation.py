@@ -42,13 +42,7 @@ class EvaluationCallback(Callback):
             self._means = VerdictMeans()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PairBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Answers the prompts of a batch and judges the replies."""
         if trainer.state.fn in PREFIX:

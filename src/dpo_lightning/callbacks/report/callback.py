@@ -200,11 +200,9 @@ class ReportCallback(Callback):
         if (peak := peak_memory(self._device)) is not None:
             of = "of the process" if self._device.type == "cpu" else "on the GPU"
             costs["peak memory"] = f"{peak / 2**30:.2f} GiB {of}"
-        costs["machine"] = device_name(self._device)
-        versions = {"torch": torch, "lightning": lightning, "transformers": transformers}
-        costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
-        costs["versions"] += f", Python {platform.python_version()}"
-        return costs
+        versions = [f"{module.__name__} {module.__version__}" for module in (torch, lightning, transformers)]
+        python = f"Python {platform.python_version()}"
+        return costs | {"machine": device_name(self._device), "versions": ", ".join([*versions, python])}
 
 
 def optimized_by(trainer: Trainer, module: LightningModule) -> str:

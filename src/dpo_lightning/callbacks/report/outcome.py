@@ -11,10 +11,11 @@ ALL = "reply/eos_rate"  # every reply has this verdict, so its count is that of 
 
 
 class Change(NamedTuple):
-    """How a mean over the replies changed from the first to the last."""
+    """How a result changed from its first to its last value."""
 
+    label: str
     values: str  # "0% → 86%", or a single value if there is one or it stayed the same
-    where: str  # "on 96 questions", and since which step if not from the beginning
+    where: str  # "on 96 questions" or "of 8 validation pairs", and when
 
 
 def percent(share: float) -> str:
@@ -24,13 +25,13 @@ def percent(share: float) -> str:
     return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
-def judged_quantities(showings: Sequence[Showing]) -> list[str]:
-    """The names of the results that were judged, those of the last replies first."""
-    return results(dict.fromkeys(name for showing in reversed(showings) for name in showing.shares))
+def changes(showings: Sequence[Showing]) -> list[Change]:
+    """The change of each result that was judged, those of the last replies first."""
+    names = results(dict.fromkeys(name for showing in reversed(showings) for name in showing.shares))
+    return [change for name in names if (change := _change(showings, name))]
 
 
-def change(showings: Sequence[Showing], name: str) -> Change | None:
-    """How a mean changed; None if no replies were judged so."""
+def _change(showings: Sequence[Showing], name: str) -> Change | None:
     known = [showing for showing in showings if math.isfinite(showing.shares.get(name, math.nan))]
     if not known:
         return None
@@ -43,7 +44,7 @@ def change(showings: Sequence[Showing], name: str) -> Change | None:
         where.append("before training" if first.step == 0 else f"at step {first.step}")
     elif first.step:
         where.append(f"since step {first.step}")  # the verdict was missing before
-    return Change(" → ".join(values), ", ".join(where))
+    return Change(quantity(name).label, " → ".join(values), ", ".join(where))
 
 
 def closing_line(showings: Sequence[Showing], steps: int, paths: Mapping[str, object]) -> str:
@@ -57,12 +58,10 @@ def closing_line(showings: Sequence[Showing], steps: int, paths: Mapping[str, ob
 
 
 def _summary(showings: Sequence[Showing], steps: int) -> str:
-    changes = [
-        (quantity(name).label, found) for name in judged_quantities(showings) if (found := change(showings, name))
-    ]
-    if not changes or len(showings) < 2:
+    judged = changes(showings)
+    if not judged or len(showings) < 2:
         return f"trained for {steps} step{'s' * (steps != 1)}"
-    (label, (values, where)), last = changes[0], showings[-1]
+    (label, values, where), last = judged[0], showings[-1]
     asked = (last.counts or {}).get(ALL)
     if last.changed == 0 and asked:
         since = f"at step {showings[0].step}" if showings[0].step else "before training"

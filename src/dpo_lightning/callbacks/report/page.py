@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
 from dpo_lightning.callbacks.report.history import Curve
-from dpo_lightning.callbacks.report.outcome import change, judged_quantities, percent
+from dpo_lightning.callbacks.report.outcome import Change, changes, percent
 from dpo_lightning.callbacks.report.templates import filled
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.quantities import marks, quantity, reply_charts
@@ -35,14 +35,6 @@ class Run(NamedTuple):
     val_pairs: int = 0  # pairs in each validation
 
 
-class Tile(NamedTuple):
-    """A result, its label, and over how many questions or pairs it is."""
-
-    value: str
-    words: str
-    where: str
-
-
 def render(run: Run) -> str:
     """The page."""
     page = filled(
@@ -56,11 +48,10 @@ def render(run: Run) -> str:
     return str(page)  # no longer Markup, which another template would not escape
 
 
-def _tiles(run: Run) -> list[Tile]:
+def _tiles(run: Run) -> list[Change]:
     """The most important results: of the replies before and after training, then of the validations."""
-    changes = [(quantity(name).label, change(run.showings, name)) for name in judged_quantities(run.showings)]
-    tiles = [Tile(found.values, words, found.where) for words, found in changes if found]
-    for name, words, as_text in (
+    tiles = changes(run.showings)
+    for name, label, as_text in (
         ("val/rewards/accuracies", "pairs with a positive margin", percent),
         ("val/loss", "validation loss", number_text),
     ):
@@ -71,7 +62,7 @@ def _tiles(run: Run) -> list[Tile]:
             when = " and ".join(str(step) for step, _ in ends)
             of = f"of {run.val_pairs} validation pairs, " if run.val_pairs else ""
             where = f"{of}after {when} step{'s' * (when != '1')}"
-            tiles.append(Tile(" → ".join(as_text(value) for _, value in ends), words, where))
+            tiles.append(Change(label, " → ".join(as_text(value) for _, value in ends), where))
     return tiles
 
 
