@@ -3,9 +3,11 @@
 import inspect
 import re
 import shlex
+import sys
 import tomllib
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 
@@ -14,7 +16,11 @@ from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.inspect import InspectCLI
 from dpo_lightning.cli.trainer import DPOCLI, DownloadCLI, configured
+from dpo_lightning.dpo import losses
+from dpo_lightning.dpo.logps import FAST, pair_logps
 from dpo_lightning.dpo.module import NOT_SAVED
+from dpo_lightning.dpo.reference import REFERENCES, import_reference
+from dpo_lightning.models.policy import load_policy
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 READMES = sorted(REPO.glob("README*.md"))
@@ -87,6 +93,54 @@ def test_every_file_of_contributing_is_there():
     there = [path.relative_to(REPO).as_posix() for path in (*REPO.glob("src/**/*.py"), *REPO.glob("tests/**/*.py"))]
     for name in re.findall(r"[\w/]+\.py\b", (REPO / "CONTRIBUTING.md").read_text()):
         assert any(path.endswith(f"/{name}") or path == name for path in there) or (REPO / name).exists(), name
+
+
+CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text()
+
+
+def example(heading):
+    """The code under a heading of CONTRIBUTING.md."""
+    return re.search(rf"## {heading}\n.*?```python\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
+
+
+@pytest.fixture
+def contributed(tmp_path, monkeypatch):
+    """Writes code into a module of the user's own, `contributed`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "contributed", None)  # forgotten after the test
+    del sys.modules["contributed"]
+    return (tmp_path / "contributed.py").write_text
+
+
+def test_every_test_that_contributing_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", CONTRIBUTING))
+    tests = "".join(path.read_text() for path in REPO.glob("tests/**/test_*.py"))
+    assert len(named) == 4 and named <= set(re.findall(r"^def (test_\w+)", tests, re.M))
+
+
+def test_the_loss_of_contributing_is_the_packages():
+    assert example("A new loss") in inspect.getsource(losses)
+
+
+def test_a_new_format_is_one_function(contributed, tokenizer, write_rows):
+    contributed(example("A new data format"))
+    answers = [{"text": " Green.", "votes": 1}, {"text": " Blue.", "votes": 9}]
+    rows = write_rows([{"question": "Sky?", "answers": answers}])
+    data = PreferenceDataModule(tokenizer, rows, format="contributed:from_votes", val_size=0, test_size=0)
+    data.setup("fit")
+    assert data.pairs("train", [0])[0][:3] == ("Sky?", " Blue.", " Green.")
+
+
+def test_a_new_reference_is_one_function(contributed, model_folder, tokenizer, rows_file, quiet_trainer, monkeypatch):
+    contributed(example("A new kind of reference").replace("gpt2-large", str(model_folder)))
+    monkeypatch.setitem(REFERENCES, "contributed:larger_model", None)  # taken out again after the test
+    import_reference("contributed:larger_model")
+    module = DPOModule(str(model_folder), reference="contributed:larger_model")
+    data = PreferenceDataModule(tokenizer, rows_file, batch_size=4, val_size=4, test_size=0)
+    quiet_trainer(max_steps=1).fit(module, data)
+    batch = data.batch("train", range(4))
+    expected = pair_logps(load_policy(str(model_folder)), batch).sums
+    assert torch.equal(module.reference.logps(batch, FAST).sums, expected)
 
 
 def test_pre_commit_runs_what_make_lint_runs():
