@@ -1,6 +1,7 @@
 """Checkpoints are written whole or not at all, checked before they are loaded, and found again."""
 
 import errno
+import logging
 import os
 import resource
 import signal
@@ -198,6 +199,13 @@ def test_last_and_previous_are_kept(train, tmp_path):
 
 def test_minutes_alone_save_the_end(train):
     assert train(3) == [3, None]
+
+
+def test_lightning_adds_no_remark_to_what_is_saved(train, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        train(1)
+    assert "Trainer.fit" in caplog.text and "weights_only" not in caplog.text
 
 
 def test_settings_below_zero_are_refused():

@@ -134,7 +134,7 @@ class LastCheckpoint(Checkpoint):
             _also_name(Path(best._last_checkpoint_saved), self.path)
         trainer.strategy.barrier("LastCheckpoint")
         if not same:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
         self._step, self._saved = trainer.global_step, time.monotonic()
 
 
