@@ -1,7 +1,6 @@
 """Checkpoints that are complete or not there: written atomically, checked before they are loaded, found again."""
 
 import pickle
-import traceback
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import failed_restoring
 from dpo_lightning.models.hub import first_line, local_path
 from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.states import check_state
@@ -23,7 +23,6 @@ from dpo_lightning.storage.states import check_state
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 SETTINGS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 DATA_SETTINGS = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
-RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}  # Lightning's functions
 BEST = {  # of ModelCheckpoint's state
     "best_model_path": str,
     "best_model_score": torch.Tensor | None,
@@ -217,8 +216,7 @@ def restoring() -> Iterator[None]:
     except (UserError, MisconfigurationException, OSError):  # which say it better
         raise
     except Exception as error:
-        frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not RESTORING & set(frames):
+        if not failed_restoring(error):
             raise
         what = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dpo_lightning.callbacks.checkpoint_files import LAST, PREVIOUS, check_resumable, damage, newest_first
 from dpo_lightning.callbacks.context import find_callback, run_folder
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import last_save
 from dpo_lightning.parsing import Range, check_settings
 from dpo_lightning.storage.atomic import PARTIAL, atomic_file
 from dpo_lightning.storage.locks import hold, let_go
@@ -126,12 +127,12 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self._step or trainer.fast_dev_run:
             return
         best = find_callback(trainer, ModelCheckpoint)
-        same = best and best._last_global_step_saved == trainer.global_step and not best.save_weights_only
-        same = trainer.strategy.broadcast(same and Path(best._last_checkpoint_saved).is_file())
+        step, saved = last_save(best) if best and not best.save_weights_only else (0, "")
+        same = trainer.strategy.broadcast(step == trainer.global_step and Path(saved).is_file())
         if trainer.is_global_zero and self.path.exists():
             _also_name(self.path, self.path.with_name(PREVIOUS))
         if same and trainer.is_global_zero:  # the best is of this step: no need to write it twice
-            _also_name(Path(best._last_checkpoint_saved), self.path)
+            _also_name(Path(saved), self.path)
         trainer.strategy.barrier("LastCheckpoint")
         if not same:
             trainer.save_checkpoint(self.path)

@@ -129,7 +129,7 @@ class RunBar(ProgressBar):
     def _advance(self, done: int) -> None:
         if self._progress is None:
             return
-        task = self._progress._tasks[self._tasks[-1]]
+        task = self._progress.tasks[-1]
         self._progress.update(task.id, completed=done, head=task.description.format(done))
         if time.monotonic() - self._drawn >= SECONDS_BETWEEN_DRAWINGS or done == task.total:
             self._draw()

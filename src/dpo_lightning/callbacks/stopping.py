@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.errors import Stopped
+from dpo_lightning.internals.lightning import cluster_environment
 
 ENDING = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -32,7 +33,7 @@ class StoppingCallback(Callback):
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may
         signals = [*ENDING]
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             signals.append(environment.requeue_signal)
         self._before = {number: signal.signal(number, self._note) for number in signals}

@@ -57,6 +57,7 @@ from dpo_lightning.data.prompt_format import (
 from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import configured_section, leave_callbacks_out
 from dpo_lightning.models.hardware import fastest_precision
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import load_config, tokenizer_name
@@ -150,7 +151,7 @@ class DPOCLI(LightningCLI):
         """As LightningCLI's, with TensorBoard's hparams free for real metrics, a folder that is this run's alone, and
         refusals as UserError.
         """
-        trainer = self._get(self.config_init, "trainer")
+        trainer = configured_section(self, "trainer")
         if trainer.logger in (None, True):
             folder = trainer.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(
@@ -160,8 +161,7 @@ class DPOCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if trainer.enable_checkpointing is False:  # Lightning would refuse the run instead of leaving them out
-            keys = self._parser(self.subcommand).callback_keys
-            keys[:] = [key for key in keys if key not in ("checkpoint", "last")]
+            leave_callbacks_out(self, {"checkpoint", "last"})
         own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
         if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end

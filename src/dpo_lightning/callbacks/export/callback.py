@@ -21,6 +21,7 @@ from dpo_lightning.callbacks.export.model_card import model_card
 from dpo_lightning.data.prompt_format import PromptFormat, prompt_format_of, write_prompt_format
 from dpo_lightning.dpo.reference import trained_weights
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import attached_trainer
 from dpo_lightning.models.hub import local_path
 from dpo_lightning.models.policy import base_model_name
 from dpo_lightning.models.sharding import gathered_state, is_sharded
@@ -65,7 +66,7 @@ def export_policy(
         UserError: an unknown dtype or size, or the folder cannot be written, or holds what no export wrote.
     """
     check_options(dtype, max_shard_size)
-    trainer = module._trainer
+    trainer = attached_trainer(module)
     policy = gathered_policy(module, merge)
     if policy is None:
         return
