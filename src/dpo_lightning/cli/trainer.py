@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 from dpo_lightning.callbacks.checkpoint_files import (
     SETTINGS,
     AtomicCheckpointIO,
-    can_go_on,
     check_checkpoint,
     check_resumable,
     checkpoint_folders,
     damage,
-    newest_complete,
+    is_resumable,
     newest_first,
+    newest_undamaged,
     read_checkpoint,
     restoring,
     version,
@@ -223,7 +223,7 @@ class DPOCLI(LightningCLI):
             folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
         else:
             return "last"
-        path = newest_complete(folders, to_go_on=self.config.subcommand == "fit")
+        path = newest_undamaged(folders, resumable=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
         # No error for `fit`: so a job that is started again and again can be the same command each time.
@@ -237,7 +237,7 @@ class DPOCLI(LightningCLI):
         run, logs = path.absolute().parent.parent, Path(settings.trainer.default_root_dir or ".") / "lightning_logs"
         if self.config.subcommand != "fit" or run.parent != logs.absolute() or version(run) < 0:
             return
-        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and can_go_on(o))):
+        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and is_resumable(o))):
             rank_zero_info(f"{path} is not the newest checkpoint of its run: what follows from it gets its own folder")
             return
         # TensorBoard hides what a run that was killed had logged after its checkpoint: it comes again.
