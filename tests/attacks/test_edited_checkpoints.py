@@ -31,12 +31,12 @@ EDITS = {
     "settings a list": (lambda m: {"hyper_parameters": ["beta"]}, "its hyper_parameters is not a table"),
     "data a list": (lambda m: {"datamodule_hyper_parameters": [1]}, "its datamodule_hyper_parameters is not a table"),
     "unknown setting": (lambda m: {"settings": {"betaa": 0.2}}, "has the unknown setting 'betaa'"),
-    "wrong kind": (lambda m: {"settings": {"beta": "much"}}, "has a setting that this model cannot have"),
+    "wrong kind": (lambda m: {"settings": {"beta": "much"}}, "has a setting that does not fit"),
     "no value": (lambda m: {"settings": {"learning_rate": None}}, "has the setting learning_rate without a value"),
     "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype is '\x1b[2J\x9b2J'"),
     "of a name": (lambda m: {"state_dict": weights(m) | {"\x1b[2J": torch.zeros(1)}}, r"unknown weight \x1b[2J"),
     "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora.r is 'x'"),
-    "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that this model cannot have"),
+    "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that does not fit"),
     "wrong loss": (lambda m: {"settings": {"loss_options": {"ld_alpha": [1]}}}, "ld_alpha"),
 }
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoints import newest_checkpoint
-from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
+from dpo_lightning.callbacks.context import find_callback, optimized_by, preference_data, run_folder
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.callbacks.report.history import Curve, History
@@ -206,17 +206,6 @@ class ReportCallback(Callback):
         costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
         costs["versions"] += f", Python {platform.python_version()}"
         return costs
-
-
-def optimized_by(trainer: Trainer, module: LightningModule) -> str:
-    """The optimizer with its learning rate, and the schedule of that."""
-    h = module.hparams
-    if not trainer.optimizers:
-        return "none was made"
-    optimizer, schedule = trainer.optimizers[0], f"{h.lr_scheduler_type}, warm-up {h.warmup_steps}"
-    if module.make_scheduler is not None:
-        schedule = type(trainer.lr_scheduler_configs[0].scheduler).__name__
-    return f"{type(optimizer).__name__}, learning rate {optimizer.defaults.get('lr')}, {schedule}"
 
 
 def _model_path(trainer: Trainer) -> dict[str, Path]:
