@@ -51,18 +51,14 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of `--help` without a command."""
-    lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python cli.py COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]",
-            "",
-            "Direct Preference Optimization of causal language models.",
-            "",
-            *lines,
-            "",
-            "`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from.",
-        ]
-    )
+    commands = "\n".join(f"  {name:10}{command.help}" for name, command in COMMANDS.items())
+    return f"""usage: python cli.py COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+
+Direct Preference Optimization of causal language models.
+
+{commands}
+
+`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -108,14 +104,12 @@ def main(args: Sequence[str] | None = None) -> int:
             return 0  # or Lightning would kill the first process, which started this one
         print(visible(stopped(args, stop)), file=sys.stderr)
         return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED_EXIT
-    except SystemExit as end:
+    except (KeyboardInterrupt, SystemExit) as end:
         if type(end).__name__ == "SIGTERMException":  # Lightning's, outside of training steps; it would exit with 0
             print("ended by SIGTERM", file=sys.stderr)
             return TERMINATED_EXIT
-        if not isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends a run like this before its first step
+        # Lightning turns Ctrl-C before the first step into a SystemExit.
+        if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
             raise
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT

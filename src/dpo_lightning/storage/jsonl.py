@@ -45,11 +45,6 @@ def read_lines(path: Path) -> Lines:
     return lines._replace(rest=rest)
 
 
-def complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file's complete lines; raises as `read_lines` does."""
-    return read_lines(path).objects
-
-
 def could_be_half(rest: bytes, beginning: dict[str, Any]) -> bool:
     """Whether `rest` can be a line of ours that a kill cut short.
 

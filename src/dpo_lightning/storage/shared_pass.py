@@ -16,7 +16,7 @@ import pyarrow as pa
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import reason_of
 from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
-from dpo_lightning.storage.jsonl import append_lines, complete_lines
+from dpo_lightning.storage.jsonl import append_lines, read_lines
 from dpo_lightning.storage.locks import exclusive
 from dpo_lightning.storage.progress import progress
 
@@ -109,7 +109,7 @@ def _results(partial: Path) -> dict[int, Result]:
     known: dict[int, Result] = {}
     for path in sorted(partial.glob("*.jsonl")):
         try:
-            known |= {line["pair"]: line for line in complete_lines(path)}
+            known |= {line["pair"]: line for line in read_lines(path).objects}
         except (ValueError, KeyError):
             continue  # damaged on disk: those rows are computed again
     return known
