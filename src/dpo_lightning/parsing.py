@@ -1,4 +1,4 @@
-"""Command line and YAML files -> settings, or one line on what is wrong, where it stands, and what may be there."""
+"""Checks of settings from the command line and YAML files, with one-line errors that name what is allowed."""
 
 import difflib
 import importlib
@@ -31,9 +31,9 @@ KINDS = {
     "LRScheduler": "the class of a schedule, by its name in torch.optim.lr_scheduler or its path",
     "ReduceLROnPlateau": "the class of a schedule, by its name in torch.optim.lr_scheduler or its path",
 }
-MODULES = {"Optimizer": torch.optim, "LRScheduler": torch.optim.lr_scheduler}  # where such classes are named
-CLASSES = {int: Integral, float: Real, list: list | tuple, dict: Mapping}  # whose values count as of the type, too
-# What the same parser found wrong with an argument of a class that a setting names.
+MODULES = {"Optimizer": torch.optim, "LRScheduler": torch.optim.lr_scheduler}  # which have such classes
+CLASSES = {int: Integral, float: Real, list: list | tuple, dict: Mapping}  # wider types that are accepted
+# The parser's message on an argument of a class that a setting names.
 OF_A_CLASS = re.compile(
     r"Errors: - (?:there is no setting (?P<unknown>.*?)|(?P<wrong>\w+ is '.*?)|[^']* required: (?P<missing>\w+)) - "
 )
@@ -44,7 +44,7 @@ WRONG = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<why>.*)', re.DOTALL)
 
 
 class Range(NamedTuple):
-    """The values that a number may have, for `Annotated[int, Range(...)]`; several may follow each other."""
+    """The allowed values of a number, for `Annotated[int, Range(...)]` with one or more of them."""
 
     words: str  # behind "it must be "
     holds: Callable[[Any], bool]
@@ -60,14 +60,14 @@ SomeCount = Annotated[int, Range("at least 1", lambda count: count >= 1)]
 
 
 def check_settings(function: Callable[..., Any], values: Mapping[str, Any], prefix: str) -> None:
-    """Checks values against a signature's annotations, as jsonargparse does for the command line, and `Range` too.
+    """Checks values against a signature's annotations and their `Range`, as jsonargparse does on the command line.
 
     Args:
-        function: whose parameters the settings are; those without a value are not checked.
+        function: its parameters are the settings; those that are not in `values` are not checked.
         prefix: of the settings' names in messages, such as "data.".
 
     Raises:
-        UserError: the first value that is not allowed, and what is.
+        UserError: for the first value that is not allowed.
     """
     for name, kind in get_type_hints(function, include_extras=True).items():
         if name in values:
@@ -75,21 +75,21 @@ def check_settings(function: Callable[..., Any], values: Mapping[str, Any], pref
 
 
 def check_setting(name: str, value: Any, kind: Any) -> None:
-    """Raises UserError where a value is not of a kind: a type, `Literal`, `Annotated` with `Range`, or a union."""
+    """Raises UserError if a value does not match a type, `Literal`, `Annotated` with `Range`, or a union."""
     if wanted := _mismatch(value, kind):
         given = "null" if value is None else repr(value)
         raise UserError(f"{name} is {given}: it must be {wanted}")
 
 
 def _mismatch(value: Any, kind: Any) -> str:
-    """What a value of a kind must be, in words; "" where it is that."""
+    """What a value must be, in words; "" if it matches the type."""
     origin, options = get_origin(kind), get_args(kind)
     if kind is Any or kind is NoneType and value is None:
         return ""
     if origin in (Union, UnionType):
         wanted = [_mismatch(value, option) for option in options]
-        words = [words for words, option in zip(wanted, options, strict=True) if option is not NoneType]
-        return " or ".join(words) if all(wanted) else ""
+        allowed = [words for words, option in zip(wanted, options, strict=True) if option is not NoneType]
+        return " or ".join(allowed) if all(wanted) else ""
     if origin is Literal:
         return "" if value in options else f"one of {', '.join(options)}{did_you_mean(value, options)}"
     if origin is Annotated:
@@ -111,22 +111,22 @@ def _mismatch(value: Any, kind: Any) -> str:
 
 
 class OneLineErrorParser(LightningArgumentParser):
-    """A parser whose errors are one line instead of the error and all usage, and that takes whole names only."""
+    """A parser with errors of one line instead of the error and the usage, and without abbreviated names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        """Raises UserError with what the message says, in the user's words."""
+        """Raises UserError with the message in plain words."""
         raise UserError(explained(" ".join(message.split()), list(option_names(self)))) from ex
 
 
 def explained(message: str, names: Collection[str]) -> str:
-    """What jsonargparse's message says, in words that do not need to know Python.
+    """jsonargparse's message in words that need no knowledge of Python.
 
     Args:
         message: on one line.
-        names: of all settings there are.
+        names: of all settings.
     """
     if message.startswith("unrecognized arguments: "):
         given = message.removeprefix("unrecognized arguments: ").split()
@@ -137,7 +137,7 @@ def explained(message: str, names: Collection[str]) -> str:
     if "accept" in message and (found := re.search(r"[Oo]ption '([\w.+]+)'", message)):
         group = re.match(r"Group '([^']+)'", message)
         return no_such_setting(f"{group[1]}.{found[1]}" if group else found[1], names)
-    if found := re.match(r"argument ([\w.]+) --> ([\w.]+): ", message):  # a setting that jsonargparse fills in itself
+    if found := re.match(r"argument ([\w.]+) --> ([\w.]+): ", message):  # a linked setting, which jsonargparse fills in
         return no_such_setting(found[2], [found[1]])
     if found := WRONG.match(message):
         return wrong_value(found["key"], found["why"]) or message
@@ -145,16 +145,16 @@ def explained(message: str, names: Collection[str]) -> str:
 
 
 def no_such_setting(key: str, names: Collection[str], dashes: str = "") -> str:
-    """That there is no setting of this name, and which one may have been meant."""
+    """The message about an unknown setting, with a similar one if there is any."""
     last = key.rpartition(".")[2]
-    same = [name for name in names if name.rpartition(".")[2] == last]  # it stands in another section
+    same = [name for name in names if name.rpartition(".")[2] == last]  # in another section
     near = same[:1] or difflib.get_close_matches(key, names, n=1, cutoff=0.7)
     hint = f"did you mean {dashes}{near[0]}?" if near else "`COMMAND --help` lists them all"
     return f"there is no setting {dashes}{key}: {hint}"
 
 
 def wrong_value(key: str, why: str) -> str | None:
-    """What a setting was given and what it may be, where jsonargparse's words are understood; else None."""
+    """The message about a wrong value and the allowed ones; None if jsonargparse's message is not understood."""
     if found := OF_A_CLASS.search(why):
         if found["unknown"]:
             return f"there is no setting {key}.{found['unknown']}"
@@ -186,17 +186,17 @@ def wrong_value(key: str, why: str) -> str | None:
 
 
 def config_files(args: Sequence[str]) -> list[str]:
-    """The configuration files that a command line names, in their order; settings written out in it are no file."""
+    """The configuration files of a command line, in their order, without settings that are given as YAML text."""
     after = [value for option, value in zip(args, args[1:], strict=False) if option in ("--config", "-c")]
     named = after + [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
     return [name for name in named if Path(name).exists() or not re.search(r"[\n{]|: ", name)]
 
 
 def check_config_files(args: Sequence[str]) -> None:
-    """Reads the files that a command line names.
+    """Checks the configuration files of a command line.
 
     Raises:
-        UserError: one is not there, no text, no valid YAML, has a name twice, or has no sections; with file and line.
+        UserError: with file and line; one is missing, not text, not YAML, has a name twice, or has no sections.
     """
     for name in config_files(args):
         node = composed(name)
@@ -205,21 +205,21 @@ def check_config_files(args: Sequence[str]) -> None:
         if not isinstance(node, yaml.MappingNode):
             kind = "a list" if isinstance(node, yaml.SequenceNode) else "a text"
             raise UserError(
-                f"{name}, line {node.start_mark.line + 1}: here begins {kind}, where sections such as `model:` belong"
+                f"{name}, line {node.start_mark.line + 1}: this is {kind}, but it must be sections such as `model:`"
             )
         check_names(name, node)
 
 
 def composed(name: str) -> yaml.Node | None:
-    """A YAML file's nodes, which know their lines; None where it is empty.
+    """A YAML file's nodes, which have line numbers; None if it is empty.
 
     Raises:
-        UserError: it cannot be read, or is no YAML.
+        UserError: it cannot be read, or is not YAML.
     """
     path = Path(name)
     if path.is_dir():
-        inside = ", ".join(sorted(file.name for file in path.glob("*.yaml"))) or "it has none"
-        raise UserError(f"--config {name} is a folder: name a .yaml file in it ({inside})")
+        files = ", ".join(sorted(file.name for file in path.glob("*.yaml"))) or "it has none"
+        raise UserError(f"--config {name} is a folder: name a .yaml file in it ({files})")
     if not path.exists():
         beside = [str(file) for file in path.parent.glob("*") if file.is_file()] if path.parent.is_dir() else []
         raise UserError(f"--config {name}: no such file{did_you_mean(name, beside)}")
@@ -234,21 +234,21 @@ def composed(name: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark or yaml.Mark(name, 0, 0, 0, None, 0)
         tab = content.decode().split("\n")[mark.line].lstrip(" ").startswith("\t")
-        hint = "; indent with blanks, a tab is not allowed" if tab else ""
+        hint = "; indent with spaces, tabs are not allowed" if tab else ""
         raise UserError(f"{name}, line {mark.line + 1}: this is not valid YAML: {error.problem}{hint}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{name} is not valid YAML: {error}") from error
 
 
 def check_names(file: str, node: yaml.MappingNode) -> None:
-    """Raises UserError where a name stands twice in a section: YAML would take the last without a word."""
+    """Raises UserError for a name that is twice in a section: YAML would silently use the last one."""
     lines: dict[str, int] = {}
     for key, value in node.value:
         if key.value in lines and key.value != "<<":
             first = lines[key.value]
             raise UserError(
-                f"{file}, line {key.start_mark.line + 1}: '{key.value}' is there twice (first in line {first}): "
-                "leave one out"
+                f"{file}, line {key.start_mark.line + 1}: '{key.value}' is given twice (first in line {first}): "
+                "remove one"
             )
         lines[str(key.value)] = key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
@@ -256,28 +256,28 @@ def check_names(file: str, node: yaml.MappingNode) -> None:
 
 
 def with_location(error: UserError, args: Sequence[str]) -> UserError:
-    """An error of a run with this command line, with file and line in front where a file gives the setting at fault."""
+    """A run's error, with file and line in front if the setting at fault comes from a configuration file."""
     found = re.match(r"(?:there is no setting |unknown )?(data format|[a-z_]+(?:\.\w+)+|\w+(?= is ))", str(error))
     key = {"data format": "data.format"}.get(found[1], found[1]) if found else ""
-    given = []  # on the command line, for this setting or one below it
+    given = []  # values on the command line of this setting and those below it
     for arg, after in zip(args, [*args[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
         if re.fullmatch(rf"--{re.escape(key)}(\..*|\+)?", name):
             given.append(value if equals else after)
     if any(value in str(error) for value in given):
-        return error  # no file is to blame
+        return error  # not from a file
     for file in reversed(config_files(args)):
         if (nodes := setting(key, composed(file))) is None:
             continue
-        named, given_there = nodes
-        # Of a setting that the command line gives too, the file's value is at fault only where the message shows it.
-        if not given or isinstance(given_there, yaml.ScalarNode) and f"'{given_there.value}'" in str(error):
-            return UserError(f"{file}, line {named.start_mark.line + 1}: {error}")
+        key_node, value_node = nodes
+        # If the command line gives the setting as well, the file is at fault only if the message has its value.
+        if not given or isinstance(value_node, yaml.ScalarNode) and f"'{value_node.value}'" in str(error):
+            return UserError(f"{file}, line {key_node.start_mark.line + 1}: {error}")
     return error
 
 
 def setting(key: str, node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | None:
-    """The nodes of the name and of the value of a setting such as "model.beta"; None where it is not given."""
+    """The nodes of the key and the value of a setting such as "model.beta"; None if it is not given."""
     for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
         if name.value == key:
             return name, value
@@ -290,7 +290,7 @@ def setting(key: str, node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | N
 
 
 def imported_function(name: str, setting: str) -> Callable[..., Any]:
-    """The function that a setting names as `package.module:function`; the working directory is searched, too.
+    """Imports the function that a setting names as `package.module:function`, also from the working directory.
 
     Raises:
         UserError: it cannot be imported.
@@ -298,10 +298,10 @@ def imported_function(name: str, setting: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does; the console script does not
+        sys.path.insert(0, here)  # as with `python -m`; console scripts do not have it
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever the module does when it is run
+    except Exception as error:  # importing a module can fail in any way
         raise UserError(f"{setting} '{name}' cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"{setting} '{name}' is {type(function).__name__}, not a function")

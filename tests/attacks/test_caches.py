@@ -100,7 +100,7 @@ def test_no_folder_is_renamed_while_its_file_is_mapped(fit, monkeypatch):
 
     monkeypatch.setattr(os, "rename", look)
     fit()
-    assert len([name for name in seen if name.startswith("writing-")]) == 4, "rows, pairs, log-probs of two splits"
+    assert len([name for name in seen if name.endswith(".partial")]) == 4, "rows, pairs, log-probs of two splits"
 
 
 # ---------------------------------------------------------------------- several runs at once

@@ -159,7 +159,7 @@ def test_a_model_of_bare_prompts_gets_the_line_as_it_is(model_folder, asked, cap
     run = trained(model_folder, "plain")
     assert texts(run / "huggingface", asked(run, "  two blanks before \n")) == ["  two blanks before "]
     said = capsys.readouterr().err
-    assert "the line that is typed is the prompt" in said and "a schema has no part" in said
+    assert "each line is used as a prompt" in said and "do not use a schema" in said
 
 
 @pytest.fixture

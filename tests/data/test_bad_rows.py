@@ -206,4 +206,4 @@ def test_a_damaged_cache_is_made_anew(tokenizer, rows_file, tmp_path, monkeypatc
     for path in tmp_path.rglob("rows.arrow"):
         path.write_bytes(path.read_bytes()[:500])
     assert load(tokenizer, rows_file).datasets["train"]["chosen_ids"][:] == before
-    assert not list(tmp_path.rglob("writing-*"))
+    assert not list(tmp_path.rglob("*.partial"))

@@ -127,7 +127,7 @@ def test_an_older_checkpoint_gets_a_folder_of_its_own_and_the_newest_does_not(wh
 
 def test_last_without_any_checkpoint_starts_a_run(fit, tmp_path, caplog):
     assert fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", "1") == 0
-    assert "there is no checkpoint yet, so the run starts at its beginning" in caplog.text
+    assert "there is no checkpoint yet, so the run starts from the beginning" in caplog.text
 
 
 # ---------------------------------------------------------------------- the parts

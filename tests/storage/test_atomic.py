@@ -74,7 +74,7 @@ def test_a_failure_leaves_a_folder_as_it_was_and_no_parents(tmp_path, old):
 def test_what_came_while_it_was_written_stays(tmp_path, name):
     folder = tmp_path / "folder"
     write(folder, "old")
-    with pytest.raises(UserError, match=f"folder/{name}' came while .* was written: nothing is replaced"):
+    with pytest.raises(UserError, match=f"folder/{name}' appeared while .* was written: nothing is replaced"):
         with atomic_folder(folder, MANIFEST):
             (folder / name).write_text("mine")
     assert (folder / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -41,6 +41,17 @@ def batches_per_epoch(trainer: Trainer, data: PreferenceDataModule) -> int:
     """Training batches of an epoch on each device; unlike Lightning's own number, known before the first epoch."""
     batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def optimized_by(trainer: Trainer, module: LightningModule) -> str:
+    """The optimizer with its learning rate, and the schedule of that."""
+    h = module.hparams
+    if not trainer.optimizers:
+        return "none was made"
+    optimizer, schedule = trainer.optimizers[0], f"{h.lr_scheduler_type}, warm-up {h.warmup_steps}"
+    if module.make_scheduler is not None:
+        schedule = type(trainer.lr_scheduler_configs[0].scheduler).__name__
+    return f"{type(optimizer).__name__}, learning rate {optimizer.defaults.get('lr')}, {schedule}"
 
 
 def tensorboard_writer(trainer: Trainer) -> "SummaryWriter | None":

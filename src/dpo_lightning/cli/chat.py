@@ -1,13 +1,14 @@
-"""`chat`: questions from the keyboard or a pipe -> replies of reference and policy, side by side, as they come.
+"""The command `chat`: asks the reference and the policy questions, and streams their replies side by side.
 
-A question becomes the prompt that the model was trained with (`dpo_lightning.data.prompt_format`). Replies go to
-stdout and everything else to stderr, so that what is piped out is replies alone.
+A question becomes a prompt as in training (`dpo_lightning.data.prompt_format`). Replies go to stdout and everything
+else to stderr, so that a pipe gets only replies.
 """
 
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import torch
@@ -27,16 +28,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HELP = """A question and Enter asks it.
-/schema CREATE TABLE ...  the schema of the questions that follow; without a text, none
+HELP = """Type a question and press Enter.
+/schema CREATE TABLE ...  the schema for the next questions; without a text, none
 /help                     this text
-exit, quit, Ctrl-D        end; Ctrl-C stops a reply, and ends where none is on its way"""
+exit, quit, Ctrl-D        end; Ctrl-C stops a reply, or ends if there is none"""
 ENDS = ("exit", "quit", "/exit", "/quit")
 Stream = Callable[[str], Iterator[str]]  # prompt -> pieces of the reply
 
 
 class Speaker(NamedTuple):
-    """A model that answers, as `switch` leaves it."""
+    """A model that replies while the context of `switch` is active."""
 
     name: str
     model: "PreTrainedModel"
@@ -60,12 +61,12 @@ def chat(
     """Answers questions from the keyboard or a pipe, one a line.
 
     Args:
-        model: folder of a run, or that `fit` or `export` wrote, or a hub id.
-        reference: model to compare with; left out, of an adapter its base model, else none.
+        model: folder of a run, folder that `fit` or `export` wrote, or a hub id.
+        reference: model to compare with; by default the base model of an adapter, else none.
         schema: the {context} of the questions; `/schema TEXT` changes it.
-        prompt_template: the prompt, from {context} and {question}; left out, the one that the model was trained with
-            or, where its folder does not say, the tokenizer's chat template or the one that training uses by default.
-        max_new_tokens: longest reply.
+        prompt_template: the prompt, from {context} and {question}; by default that of the model's training or, if its
+            folder does not have it, the tokenizer's chat template, else the default of training.
+        max_new_tokens: length limit of a reply.
         trust_remote_code: run a hub model's own Python code.
     """
     check_settings(chat, locals(), "--")
@@ -79,26 +80,24 @@ def chat(
     if trained:
         trained.fit_out(tokenizer)
     prompt_format = prompt_format or assumed_prompt_format(tokenizer)
-    prompt_format.prompt("probe", "", tokenizer)  # a chat template that fails is said before the first question
+    prompt_format.prompt("probe", "", tokenizer)  # a broken chat template is reported before the first question
     for line in remarks(model, prompt_format, trained, given=prompt_template is not None):
         note(line)
-    replies = {s.name: lambda prompt, s=s: s.answer(prompt, max_new_tokens, prompt_format.chat) for s in speakers}
+    replies: dict[str, Stream] = {
+        s.name: partial(s.answer, max_new_tokens=max_new_tokens, chat=prompt_format.chat) for s in speakers
+    }
     converse(replies, lambda question, schema: prompt_format.prompt(question, schema, tokenizer), schema, sys.stdin)
 
 
 def run_chat(args: Sequence[str]) -> None:
-    """`chat` with its arguments, the command's name first."""
+    """Runs `chat` with its arguments, the command's name first."""
     from jsonargparse import auto_cli
 
     auto_cli(chat, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
 
 
 def load_speakers(model: str, reference: str | None, trust_remote_code: bool) -> list[Speaker]:
-    """The reference, if there is one, and the policy.
-
-    Raises:
-        UserError: one of them cannot be loaded.
-    """
+    """Loads the reference, if there is one, and the policy, in this order; UserError if one cannot be loaded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
 
@@ -122,13 +121,13 @@ def stream(
     max_new_tokens: int,
     chat: bool = False,
 ) -> Iterator[str]:
-    """The pieces of a greedy reply as they are generated; who stops listening stops the generation.
+    """The pieces of a greedy reply as they are generated; closing the iterator stops the generation.
 
     Args:
-        chat: the prompt is a chat template's, which has its special tokens already.
+        chat: a chat template has rendered the prompt, so it has its special tokens already.
 
     Raises:
-        UserError: the prompt is nothing to the tokenizer.
+        UserError: the prompt has no tokens.
     """
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
@@ -147,7 +146,7 @@ def stream(
         try:
             mask, criteria = torch.ones_like(ids), StoppingCriteriaList([stop])
             generate(model, ids, mask, tokenizer, max_new_tokens, stopping_criteria=criteria, streamer=pieces)
-        except Exception as error:  # raised again where the pieces are read
+        except Exception as error:  # raised again in the reader's thread
             errors.append(error)
             pieces.end()
 
@@ -163,15 +162,14 @@ def stream(
 
 
 def converse(replies: dict[str, Stream], render: Callable[[str, str], str], schema: str, lines: TextIO) -> None:
-    """Reads lines until their end and shows every model's reply to each.
+    """Reads questions and shows every model's reply to each.
 
-    At a keyboard Ctrl-C stops the reply that is on its way, and ends the conversation where none is; lines from a
-    pipe it ends in any case.
+    At a keyboard, Ctrl-C stops a reply, or ends the conversation if there is none; with a pipe it always ends it.
 
     Args:
-        replies: who answers, in the order of the columns.
-        render: question and schema -> prompt.
-        lines: what is typed or piped in.
+        replies: the models' functions by name, in the order of the columns.
+        render: (question, schema) -> prompt.
+        lines: the keyboard or a pipe.
     """
     typed = lines.isatty()
     _prepare(lines, typed)
@@ -188,7 +186,7 @@ def converse(replies: dict[str, Stream], render: Callable[[str, str], str], sche
         elif command == "/help":
             print(HELP)
         elif line.startswith("/"):
-            note(f"{command} is no command: /help lists them")
+            note(f"{command} is not a command: /help lists them")
         else:
             with suppress(KeyboardInterrupt) if typed else nullcontext():
                 prompt = render(line, schema)
@@ -196,32 +194,32 @@ def converse(replies: dict[str, Stream], render: Callable[[str, str], str], sche
 
 
 def _prepare(lines: TextIO, typed: bool) -> None:
-    """Line editing and history for a keyboard; bytes that are no UTF-8 are kept apart instead of being an error."""
+    """Line editing and history for a keyboard; invalid UTF-8 becomes surrogates instead of an error."""
     if typed:
-        with suppress(ImportError):  # Windows has none, and a console that edits
+        with suppress(ImportError):  # not on Windows, whose console has both
             import readline  # noqa: F401  # input() uses it from now on
     if hasattr(lines, "reconfigure"):
         lines.reconfigure(errors="surrogateescape", **({} if typed else {"encoding": "utf-8-sig"}))
 
 
 def _lines(lines: TextIO, typed: bool) -> Iterator[str]:
-    """The lines without their ends. What cannot be asked is said: too long ones are left out, bad bytes replaced."""
+    """The lines without their ends; with a note each, too long ones are skipped and invalid bytes replaced."""
     number = 0
     while line := _next_line(lines, typed):
         number += 1
         if len(line) > MAX_CELL:
-            note(f"line {number} has more than {MAX_CELL:,} characters and is left out")
+            note(f"line {number} has more than {MAX_CELL:,} characters and is skipped")
             while line and not line.endswith("\n"):
                 line = lines.readline(MAX_CELL)
             continue
-        whole = "".join("\N{REPLACEMENT CHARACTER}" if "\ud800" <= c <= "\udfff" else c for c in line)
-        if whole != line:
-            note(f"line {number} has bytes that are no UTF-8: \N{REPLACEMENT CHARACTER} stands for each of them")
-        yield whole.rstrip("\r\n")
+        valid = "".join("\N{REPLACEMENT CHARACTER}" if "\ud800" <= c <= "\udfff" else c for c in line)
+        if valid != line:
+            note(f"line {number} has bytes that are not UTF-8: each is replaced by \N{REPLACEMENT CHARACTER}")
+        yield valid.rstrip("\r\n")
 
 
 def _next_line(lines: TextIO, typed: bool) -> str:
-    """The next line with its newline, "" at the end."""
+    """The next line with its newline; "" at the end."""
     if not typed:
         return lines.readline(MAX_CELL + 1)
     try:
@@ -232,10 +230,10 @@ def _next_line(lines: TextIO, typed: bool) -> str:
 
 
 def show(replies: dict[str, Iterator[str]], stoppable: bool = False) -> None:
-    """Prints replies while they come: side by side on a terminal, else one after the other.
+    """Prints replies as they are generated: side by side on a terminal, else one after the other.
 
     Args:
-        stoppable: Ctrl-C ends the reply that is coming, and the next one follows.
+        stoppable: whether Ctrl-C stops the current reply only, so that the next one follows.
     """
     from rich.console import Console
 
@@ -250,7 +248,7 @@ def show(replies: dict[str, Iterator[str]], stoppable: bool = False) -> None:
 
 
 def _each(pieces: Iterator[str], add: Callable[[str], None], stoppable: bool) -> None:
-    """Adds the pieces of a reply as visible text until its end or, if it is stoppable, Ctrl-C."""
+    """Adds the pieces of a reply as visible text, up to its end or to Ctrl-C if it is stoppable."""
     try:
         for piece in pieces:
             add(visible(piece))

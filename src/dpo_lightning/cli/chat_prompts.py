@@ -1,4 +1,4 @@
-"""A name and a template from the command line -> the folder to load, and how its model is asked; for `chat`."""
+"""For `chat`: the folder of the model that an argument names, and the format of its prompts."""
 
 import sys
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def model_folder(name: str, option: str) -> str:
-    """The folder or hub id to load for what was given; of a run's folder, the model that it wrote.
+    """The folder or hub id to load for an argument; for a run's folder, the model that the run exported.
 
     Raises:
-        UserError: it is a checkpoint, another file, or a run's folder without a model.
+        UserError: it is a checkpoint, another file, or a run's folder without an exported model.
     """
     path = Path(name).expanduser()
     if path.suffix == ".ckpt" and path.exists():
@@ -44,52 +44,51 @@ def model_folder(name: str, option: str) -> str:
 
 
 def check_template(prompt_format: PromptFormat | None, where: str) -> None:
-    """Raises UserError for a template that does not ask the question, or has more than plain places."""
+    """Raises UserError for a template without {question}, or with more than plain placeholders."""
     if prompt_format is None or prompt_format.prompt_template is None:
         return
     try:
-        found = placeholders(prompt_format.prompt_template)
+        names = placeholders(prompt_format.prompt_template)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    if "question" not in found:
+    if "question" not in names:
         raise UserError(f"{where}: the template {quoted(prompt_format.prompt_template)} does not have {{question}}")
 
 
 def assumed_prompt_format(tokenizer: "PreTrainedTokenizerBase") -> PromptFormat:
-    """The usual way to ask a model of which no more is known than its tokenizer."""
+    """The usual prompt format of a model about which only its tokenizer is known."""
     if tokenizer.chat_template:
         return PromptFormat(chat=True)
     return PromptFormat(chat=False, prompt_template=RowOptions().prompt_template)
 
 
 def remarks(model: str, prompt_format: PromptFormat, trained: PromptFormat | None, given: bool) -> Iterator[str]:
-    """What the user is to know of how the model is asked, a line each.
+    """Notes for the user on the format of the prompts, one a line.
 
     Args:
-        prompt_format: how it is asked.
-        trained: how it was trained to be asked, if that is known.
-        given: the user chose the template.
+        prompt_format: the one in use.
+        trained: the one in training, if known.
+        given: whether the user gave the template.
     """
     if trained is None and not given:
-        assumed = way(prompt_format)
-        yield f"it is not known how '{model}' was trained to be asked (no {FILE} in it); assumed is {assumed}"
+        yield f"the prompt format of '{model}' is unknown (it has no {FILE}): using {description(prompt_format)}"
     elif trained is not None and given and (trained.chat or trained.prompt_template != prompt_format.prompt_template):
-        yield f"'{model}' was trained with {way(trained)}, and may answer worse to --prompt_template"
+        yield f"'{model}' was trained with {description(trained)}: --prompt_template may make its replies worse"
     elif trained is not None and not given:
-        yield f"'{model}' is asked as it was trained, with {way(trained)}"
+        yield f"prompts are as in the training of '{model}': {description(trained)}"
     if not prompt_format.uses_schema:
-        yield "a schema has no part in this"
+        yield "these prompts do not use a schema"
 
 
-def way(prompt_format: PromptFormat) -> str:
-    """A way of asking in words."""
+def description(prompt_format: PromptFormat) -> str:
+    """A prompt format in words."""
     if prompt_format.chat:
         return "the tokenizer's chat template"
     if prompt_format.prompt_template is None:
-        return "bare prompts: the line that is typed is the prompt, as it is"
+        return "bare prompts: each line is used as a prompt, unchanged"
     return f"the template {quoted(prompt_format.prompt_template)}"
 
 
 def note(text: str) -> None:
-    """Says something that is no reply."""
+    """Prints something other than a reply, to stderr."""
     print(visible(text), file=sys.stderr, flush=True)

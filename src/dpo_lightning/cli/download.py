@@ -1,6 +1,6 @@
-"""Names in a configuration -> folders that the same run can use without a network (configs/local.yaml).
+"""Saves what a configuration names to folders that the same run can use without a network (configs/local.yaml).
 
-A later download replaces a folder only where an earlier one wrote all that is in it (`atomic_folder`).
+A download replaces an existing folder only if an earlier one wrote all its content (`atomic_folder`).
 """
 
 import os
@@ -20,7 +20,7 @@ from dpo_lightning.storage.atomic import atomic_folder, foreign
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-LISTING = ".dpo-lightning-download.json"  # the manifest of each folder
+MANIFEST = ".dpo-lightning-download.json"
 
 
 def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[str, Path]]:
@@ -32,11 +32,11 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
         output_dir: folder to write into.
 
     Yields:
-        What was written ("tokenizer", "model", "dataset") and where.
+        The kind ("tokenizer", "model", "dataset") and the folder of each.
 
     Raises:
-        UserError: a name that cannot be loaded, a folder that cannot be written, or one that is there already and was
-            not written by an earlier download. All folders are looked at before the first is written.
+        UserError: a name cannot be loaded, a folder cannot be written, or exists and was not written by an earlier
+            download. All folders are checked before the first is written.
     """
     from transformers import AutoModelForCausalLM
 
@@ -46,7 +46,7 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
     wanted: list[tuple[str, str, Any]] = [("tokenizer", data.tokenizer, load_tokenizer)]
     wanted += [("dataset", name, load_dataset_named) for name in sorted({n.partition(":")[0] for n in datasets})]
     wanted += [("model", model, lambda name: from_hub_or_folder("model", name, AutoModelForCausalLM.from_pretrained))]
-    wanted = [(kind, name, load) for kind, name, load in wanted if not Path(name).is_file()]  # these are here already
+    wanted = [(kind, name, load) for kind, name, load in wanted if not Path(name).is_file()]  # not files
     folders = [Path(output_dir) / kind / path_below(name) for kind, name, _ in wanted]
     for folder in folders:
         _check_ours(folder)
@@ -57,24 +57,24 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
 
 
 def _check_ours(folder: Path) -> None:
-    """Raises UserError where a folder holds what no download wrote, or what was changed since."""
-    if os.path.lexists(folder) and (found := foreign(folder, LISTING)):
+    """Raises UserError if a folder has content that no download wrote, or that was changed since."""
+    if os.path.lexists(folder) and (found := foreign(folder, MANIFEST)):
         raise UserError(
-            f"'{folder}' is there already, and '{found}' in it is not as a download wrote it: move it away, or give "
+            f"'{folder}' already exists, and '{found}' in it is not as a download wrote it: move it away, or give "
             "another --output_dir"
         )
 
 
 def _write(kind: str, folder: Path, save: Callable[[str], Any]) -> None:
     try:
-        with atomic_folder(folder, LISTING) as partial:
+        with atomic_folder(folder, MANIFEST) as partial:
             save(str(partial))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{kind} cannot be written to '{folder}': {reason_of(error)}") from error
 
 
 def path_below(name: str) -> Path:
-    """A name as a path that stays in the folder it is joined to: a hub id keeps its owner, a path its last part."""
+    """A name as a relative path without `..`: a hub id keeps its owner, a path only its last part."""
     path = Path(name)
     outside = path.is_absolute() or not path.parts or ".." in path.parts or name.count("/") > 1
     return Path(os.path.basename(os.path.abspath(name)) or "root") if outside else path

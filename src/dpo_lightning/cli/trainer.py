@@ -1,4 +1,4 @@
-"""The commands themselves: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download`."""
+"""The commands `fit`, `validate`, `test` and `predict`, which LightningCLI runs, and `download`."""
 
 import re
 import sys
@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 from dpo_lightning.callbacks.checkpoint_files import (
     SETTINGS,
     AtomicCheckpointIO,
-    can_go_on,
     check_checkpoint,
     check_resumable,
     checkpoint_folders,
     damage,
-    newest_complete,
+    is_resumable,
     newest_first,
+    newest_undamaged,
     read_checkpoint,
     restoring,
     version,
@@ -45,7 +45,7 @@ from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.cli.download import download
 from dpo_lightning.cli.optimizers import completed, keep_given
-from dpo_lightning.cli.run_settings import check_settings
+from dpo_lightning.cli.run_settings import check_run_settings
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.generated import MODEL_SETTINGS
 from dpo_lightning.data.prompt_format import (
@@ -57,6 +57,7 @@ from dpo_lightning.data.prompt_format import (
 from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import configured_section, leave_callbacks_out
 from dpo_lightning.models.hardware import fastest_precision
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import load_config, tokenizer_name
@@ -65,26 +66,27 @@ from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_l
 from dpo_lightning.storage.trust import TRUST, plain_settings
 from dpo_lightning.visible import one_line
 
-# Those without settings.
+# Callbacks without settings.
 CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
 
 
 class DPOCLI(LightningCLI):
-    """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
+    """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked settings."""
 
+    config: Namespace
     _logger_options: Mapping[str, Any] = MappingProxyType({})
     _checkpoint_prompt_format: PromptFormat | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
+        """Adds the callbacks as sections of the configuration, and our defaults."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "step{step}",
                 "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": False,  # the next one's task
-                "checkpoint.enable_version_counter": False,  # a resumed run writes the same files again
+                "checkpoint.save_last": False,  # LastCheckpoint does
+                "checkpoint.enable_version_counter": False,  # a resumed run replaces its files
             }
         )
         parser.add_lightning_class_args(LastCheckpoint, "last")
@@ -95,15 +97,15 @@ class DPOCLI(LightningCLI):
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As LightningCLI's, and checks what Lightning itself would fall over later."""
+        """Parses as LightningCLI does, and checks settings that Lightning would fail on later."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         settings = self.config[command] if command else self.config
-        check_settings(settings)
+        check_run_settings(settings)
         if settings.optimizer:
             given = parser.parse_args(args, defaults=False)
             self._optimizer_given = (given[command] if command else given).optimizer.get("init_args") or Namespace()
-        if ":" in (settings.model.reference or ""):  # before a checkpoint is read: its names are not imported
+        if ":" in (settings.model.reference or ""):  # now, as nothing is imported that a checkpoint names
             import_reference(settings.model.reference)
 
     @property
@@ -134,23 +136,25 @@ class DPOCLI(LightningCLI):
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
 
     def instantiate_classes(self) -> None:
-        """As LightningCLI's, once the model is known to be there: a wrong name is said before data are read."""
+        """Checks that the model exists, before data are read, then does as LightningCLI."""
         load_config(self.settings.model.name_or_path, self.settings.model.trust_remote_code)
         try:
             super().instantiate_classes()
         except UserError:
             raise
         except ValueError as error:
-            missing = re.search(r"Requirement '([^']+)' not met", str(error))  # as Lightning's loggers say it
+            missing = re.search(r"Requirement '([^']+)' not met", str(error))  # the words of Lightning's loggers
             if missing:
                 raise UserError(f"trainer.logger needs a missing package: pip install '{missing[1]}'") from error
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As LightningCLI's, with TensorBoard's hparams free for real metrics, a folder that is this run's alone, and
-        refusals as UserError.
+        """Adds our logger, checkpoint files and progress bar, unless the user gives others.
+
+        Raises:
+            UserError: Lightning refuses the settings.
         """
-        trainer = self._get(self.config_init, "trainer")
+        trainer = configured_section(self, "trainer")
         if trainer.logger in (None, True):
             folder = trainer.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(
@@ -159,26 +163,25 @@ class DPOCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        if trainer.enable_checkpointing is False:  # Lightning would refuse the run instead of leaving them out
-            keys = self._parser(self.subcommand).callback_keys
-            keys[:] = [key for key in keys if key not in ("checkpoint", "last")]
+        if trainer.enable_checkpointing is False:  # with them, Lightning would refuse the run
+            leave_callbacks_out(self, {"checkpoint", "last"})
         own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
         if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
-            kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end
+            kwargs["callbacks"] = [*own, RunBar()]  # first, so that its line is complete when others print
         try:
-            made = super().instantiate_trainer(**kwargs)
+            instance = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
-        made.loggers = [with_own_folder(logger) for logger in made.loggers]
-        return made
+        instance.loggers = [with_own_folder(logger) for logger in instance.loggers]
+        return instance
 
     def _parse_ckpt_path(self) -> None:
-        """Finds the checkpoint that `--ckpt_path` means, and takes over its model's settings, as Lightning's does.
+        """Finds the checkpoint that `--ckpt_path` means, and uses its model settings, as Lightning does.
 
-        Those of them alone that are plain values: what runs code (`trust`) is never taken from a file.
+        Only plain values are used, nothing that runs code (`storage.trust`).
 
         Raises:
-            UserError: it is not there, damaged, of another model, or was edited into what is no checkpoint of ours.
+            UserError: it is missing, damaged, of another model, or edited.
         """
         settings = self.config.get("subcommand") and self.config[self.config.subcommand]
         if not settings or not settings.get("ckpt_path"):
@@ -200,14 +203,14 @@ class DPOCLI(LightningCLI):
         try:
             self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
         except UserError as error:
-            raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
+            raise UserError(f"--ckpt_path '{path}' has a setting that does not fit: {error}") from error
         taken = self.config[self.config.subcommand].model.as_dict()
         if changed := [f"{key} = {value!r}" for key, value in taken.items() if value != given.get(key)]:
             rank_zero_info(f"model settings taken from {path}: {', '.join(changed)}")
 
     @staticmethod
     def _check_trust(settings: Namespace, name: Any, path: str) -> None:
-        """Trust that was given to one model is not given to the one that a checkpoint names."""
+        """Raises UserError if the user trusts one model's code, but the checkpoint names another model."""
         trusting = settings.model[TRUST] or settings.data[TRUST] or (settings.data.generation or {}).get(TRUST)
         if trusting and name not in (None, settings.model.name_or_path):
             raise UserError(
@@ -216,36 +219,36 @@ class DPOCLI(LightningCLI):
             )
 
     def _find_last(self, settings: Namespace) -> str | None:
-        """The newest whole checkpoint of the newest run; "last" where only its own logger knows its folder."""
+        """The newest usable checkpoint of the newest run; "last" if only the run's logger knows its folder."""
         if settings.checkpoint.dirpath:
             folders = [Path(settings.checkpoint.dirpath)]
         elif settings.trainer.logger in (None, True):
             folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
         else:
             return "last"
-        path = newest_complete(folders, to_go_on=self.config.subcommand == "fit")
+        path = newest_undamaged(folders, resumable=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
-        # No error for `fit`: so a job that is started again and again can be the same command each time.
-        place = " or ".join(f"'{folder.parent if folder.name == 'checkpoints' else folder}'" for folder in folders)
-        nothing = f"there is no checkpoint yet{f' in {place}' if place else ''}, so the run starts at its beginning"
-        rank_zero_info(f"--ckpt_path last: {path or nothing}")
-        return path and str(path)
+        # Not an error for `fit`, so that a job which is started repeatedly can use the same command each time.
+        paths = " or ".join(f"'{folder.parent if folder.name == 'checkpoints' else folder}'" for folder in folders)
+        none = f"there is no checkpoint yet{f' in {paths}' if paths else ''}, so the run starts from the beginning"
+        rank_zero_info(f"--ckpt_path last: {path or none}")
+        return str(path) if path else None
 
     def _resume_in_its_folder(self, settings: Namespace, path: Path, step: int) -> None:
-        """Lets the run that goes on from its newest checkpoint keep its folder; from an older one it gets a new one."""
+        """Keeps a run's folder if it resumes from its newest checkpoint; from an older one it gets a new folder."""
         run, logs = path.absolute().parent.parent, Path(settings.trainer.default_root_dir or ".") / "lightning_logs"
         if self.config.subcommand != "fit" or run.parent != logs.absolute() or version(run) < 0:
             return
-        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and can_go_on(o))):
-            rank_zero_info(f"{path} is not the newest checkpoint of its run: what follows from it gets its own folder")
+        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and is_resumable(o))):
+            rank_zero_info(f"{path} is not the newest checkpoint of its run: the resumed run gets a new folder")
             return
-        # TensorBoard hides what a run that was killed had logged after its checkpoint: it comes again.
+        # TensorBoard hides what a killed run had logged after its checkpoint, as it is logged again.
         self._logger_options = {"version": version(run), "purge_step": step + 1}
 
 
 class DownloadCLI(DPOCLI):
-    """The same configuration without a Trainer command, and where to download to."""
+    """The configuration of a run, with the option of `download`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `output_dir`."""
@@ -254,8 +257,8 @@ class DownloadCLI(DPOCLI):
 
 
 def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
-    """Parses a configuration and, with `run`, runs the Trainer command in it."""
-    # Not as an argument: Lightning starts the processes of further devices with this process's own command line.
+    """Parses a configuration and, with `run`, runs its Trainer command."""
+    # Not as an argument: Lightning starts the processes of further devices with this process's command line.
     sys.argv[1:] = args
     check_config_files(args)
     try:
@@ -274,11 +277,7 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
 
 
 def run_trainer(args: Sequence[str]) -> None:
-    """`fit`, `validate`, `test`, `predict`.
-
-    Raises:
-        UserError: Lightning refuses what is asked of it, or what the package's own code raises.
-    """
+    """Runs `fit`, `validate`, `test` or `predict`; what Lightning refuses becomes a UserError."""
     try:
         with restoring():
             configured(DPOCLI, args, run=True)
@@ -287,17 +286,17 @@ def run_trainer(args: Sequence[str]) -> None:
     except ValueError as error:
         if "(ckpt_path=" not in str(error) or isinstance(error, UserError):
             raise
-        raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no best, or no hpc
+        raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no "best" or "hpc" checkpoint
 
 
 def run_download(args: Sequence[str]) -> None:
-    """`download`: the tokenizer, model and data sets that a configuration names, for use without a network."""
+    """Runs `download`: saves the tokenizer, model and data sets that a configuration names."""
     config = configured(DownloadCLI, args[1:], run=False).config
     for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
         print(one_line(f"{kind} written to {name}"))
 
 
 def saved_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """A checkpoint's settings of DPOModule that may be used: plain values alone (`trust`)."""
+    """A checkpoint's settings of DPOModule, if they are plain values (`storage.trust`)."""
     known = {name: value for name, value in signature(DPOModule).parameters.items() if name not in NOT_SAVED}
     return plain_settings(checkpoint[SETTINGS], known, f"--ckpt_path '{path}'")

@@ -1,7 +1,7 @@
-"""A file or a folder that is written as a whole or not at all: beside its place first, then renamed.
+"""Files and folders that are written completely or not at all: under another name first, then renamed.
 
-A crash, a full disk or a kill while it is written leaves what was there before. A folder's manifest, the SHA-256 of
-each of its files, tells what we wrote from what is the user's, which is never replaced.
+After a crash, a full disk or a kill the former content is still there. A folder's manifest, with the SHA-256 of each
+file, tells what we have written from the user's files, which are never replaced.
 """
 
 import json
@@ -15,64 +15,64 @@ from pathlib import Path
 from dpo_lightning.errors import UserError
 from dpo_lightning.storage.digests import file_digest
 
-PARTIAL = ".partial"  # how names end of what is being written, or was when its process was killed
+PARTIAL = ".partial"  # ending of names until all is written
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A name beside `path`: the file that the block makes there takes the place of `path`, flushed to the disk.
+    """A temporary name beside `path`: the file that the block writes there is flushed to disk and replaces `path`.
 
     Raises:
-        OSError: it cannot be written; a file that was there before is as it was.
+        OSError: it cannot be written; an existing file is unchanged.
     """
     partial = beside(path, PARTIAL)
     try:
         yield partial
         _flush(partial)
         partial.replace(path)
-        _flush(path.parent)  # so that the rename survives a power cut, too
+        _flush(path.parent)  # so that the rename survives a power cut
     finally:
-        with suppress(OSError):  # of a folder that cannot be written: then there is no such file
+        with suppress(OSError):  # in a folder that cannot be written, where there is no such file
             partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(folder: Path, manifest: str | None = None) -> Iterator[Path]:
-    """A fresh folder beside `folder`, whose place it takes once the block has ended.
+    """A new folder beside `folder`, which replaces it when the block ends.
 
     Args:
-        manifest: a file of the folder that lists the others. A folder that is there already is replaced if its own
-            manifest lists all that is in it, unchanged (`foreign`). Without a manifest none is replaced.
+        manifest: name of a file in the folder that lists the others. An existing folder is replaced only if its
+            manifest lists all its content, unchanged (`foreign`); without `manifest` none is replaced.
 
     Raises:
-        UserError: something came into the folder that is not in its manifest.
-        OSError: it cannot be written. As after any error in the block, what was there before is as it was.
+        UserError: the folder has got content that is not in its manifest.
+        OSError: it cannot be written. After this and any other error in the block the folder is unchanged.
     """
     partial, old = beside(folder, PARTIAL), beside(folder, ".old")
-    made = [parent for parent in folder.parents if not parent.exists()]
+    created = [parent for parent in folder.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
         if manifest:
             _write_manifest(partial, manifest)
             if os.path.lexists(folder):
-                folder.rename(old)  # before it is looked at, so that nothing can come in between
+                folder.rename(old)  # before the check, so that nothing can be added in between
                 if found := foreign(old, manifest):
-                    raise UserError(f"'{folder / found}' came while '{folder}' was written: nothing is replaced")
+                    raise UserError(f"'{folder / found}' appeared while '{folder}' was written: nothing is replaced")
         partial.rename(folder)
     except BaseException:
         if os.path.lexists(old):
             old.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # the first one that others have put something into
-            for parent in made:
+        with suppress(OSError):  # a folder in which others have put something stays
+            for parent in created:
                 parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def foreign(folder: Path, manifest: str) -> str | None:
-    """The first thing in a folder that is not as its manifest lists it, "." where it is no folder, else None."""
+    """The first file or folder that is not as the manifest lists it, or None; "." if `folder` is not a folder."""
     if folder.is_symlink() or not folder.is_dir():
         return "."
     files = _listed(folder / manifest)
@@ -92,12 +92,12 @@ def foreign(folder: Path, manifest: str) -> str | None:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A name beside a path that nobody else has."""
+    """A unique name beside a path."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{ending}")
 
 
 def _flush(path: Path) -> None:
-    """Makes the disk hold what a file or folder holds, where the system can."""
+    """Flushes a file or folder to disk, on systems that can."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -107,7 +107,7 @@ def _flush(path: Path) -> None:
 
 
 def _listed(manifest: Path) -> dict[str, str]:
-    """Files and their SHA-256, as a manifest lists them; none where it cannot be read."""
+    """The files in a manifest with their SHA-256; empty if it cannot be read."""
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         return {str(name): str(digest) for name, digest in files.items()}

@@ -1,7 +1,7 @@
-"""A long computation over the rows of a data set -> its results on disk: made once, by all processes together.
+"""A long computation over the rows of a data set that all processes share, with its results in the cache.
 
-Until it is complete, each process appends its results as JSON lines to a file of its own in a folder called
-`.partial`, so that a pass that was killed continues where it stopped and loses at most the batch it was in.
+Until it is complete, each process appends its results as JSON lines to its own file in a folder that ends in
+`.partial`, so that a killed pass continues where it stopped and loses at most one batch.
 """
 
 import shutil
@@ -14,41 +14,42 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.models.hub import reason_of
 from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
-from dpo_lightning.storage.jsonl import append_lines, complete_lines
+from dpo_lightning.storage.jsonl import append_lines, read_lines
 from dpo_lightning.storage.locks import exclusive
-from dpo_lightning.storage.progress import with_progress
+from dpo_lightning.storage.progress import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from lightning.pytorch.strategies import Strategy
 
 Result = dict[str, Any]  # of a row: plain JSON, with its position in the data set as "pair"
-WRITTEN_ROWS = 1000  # at a time
+WRITTEN_ROWS = 1000  # rows of results that are written to the cache at a time
 
 
 class SharedPass(NamedTuple):
-    """What is computed, and how it is kept."""
+    """What is computed, and in which form it is kept."""
 
-    fingerprint: str  # of everything that the results depend on
-    sizes: np.ndarray  # [n] of the rows: the longest are computed first
+    fingerprint: str  # of everything on which the results depend
+    sizes: np.ndarray  # [n], length of each row: the longest are computed first
     schema: pa.Schema  # of the data set of the results
     compute: Callable[[Iterator[list[int]]], Iterator[list[Result]]]  # batches of positions -> their results
     columns: Callable[[list[Result]], Columns]  # results of successive rows -> columns of `schema`
     note: Callable[[list[Result]], dict[str, Any]]  # all results -> the note that is kept with the data set
-    what: str  # is computed, for messages: "the rejected completions of rows.jsonl"
-    unknown: str  # the error where a row, {row}, counted from 1, has no result
-    setting: str  # which asked for it, for messages: "data.rejected is generated"
-    remedy: str = ""  # other than sharing the folder: ", or set model.reference: online"
+    what: str  # what is computed, for messages: "the rejected completions of rows.jsonl"
+    unknown: str  # the error for a row without a result, {row}, counted from 1
+    setting: str  # the reason for the pass, for messages: "data.rejected is generated"
+    remedy: str = ""  # besides sharing the folder: ", or set model.reference: online"
 
 
 def run_shared_pass(
     task: SharedPass, batch_size: int, description: str, strategy: "Strategy"
 ) -> tuple["Dataset", dict[str, Any]]:
-    """The results of a pass and their note; computed where they are not on disk yet. To be called on all processes.
+    """The results of a pass and their note, computed first if the cache does not have them. Call it on all processes.
 
     Args:
-        batch_size: rows that are computed at a time.
+        batch_size: number of rows that are computed at a time.
         description: of the progress bar.
 
     Raises:
@@ -59,16 +60,16 @@ def run_shared_pass(
     folder = dataset_folder(task.fingerprint)
     partial = folder.with_name(folder.name + ".partial")
     with exclusive(lock_file(partial), task.what, strategy):
-        if found := find_results(task.fingerprint, strategy):  # another run has made them meanwhile
+        if found := find_results(task.fingerprint, strategy):  # another run has computed them meanwhile
             return found
         _make_shared(partial, task, strategy)
-        missing = _missing(task, partial)  # on every process before any of them writes: they must share out the same
+        missing = _missing(task, partial)  # read by all before any writes, so that they divide the same rows
         strategy.barrier("results read")
         longest_first = missing[np.argsort(-task.sizes[missing].astype(np.int64), kind="stable")]
         if len(share := longest_first[strategy.global_rank :: strategy.world_size]):
             with tempfile.NamedTemporaryFile(dir=partial, suffix=".jsonl", delete=False) as file:
-                batches = with_progress(share, batch_size, description, strategy.is_global_zero)
-                for results in task.compute(batches):
+                batches = (share[start : start + batch_size].tolist() for start in range(0, len(share), batch_size))
+                for results in task.compute(progress(batches, description, len(share), "pairs")):
                     append_lines(Path(file.name), results)
         strategy.barrier("results computed")
         if len(missing := _missing(task, partial)):
@@ -77,22 +78,24 @@ def run_shared_pass(
         if strategy.is_global_zero:
             _complete(task, partial)
         strategy.barrier("results complete")
-        return find_dataset(task.fingerprint)
+        found = find_dataset(task.fingerprint)
+        assert found is not None  # it was just written
+        return found
 
 
 def find_results(fingerprint: str, strategy: "Strategy") -> tuple["Dataset", dict[str, Any]] | None:
-    """A complete pass, if all processes see it: all must go the same way, or one would wait for the others forever."""
+    """The results and note of a complete pass, if all processes find them: else all compute, so that none waits."""
     found = find_dataset(fingerprint)
     return found if strategy.reduce_boolean_decision(found is not None, all=True) else None
 
 
 def _make_shared(partial: Path, task: SharedPass, strategy: "Strategy") -> None:
-    """Makes the folder of the results so far, which all processes must see."""
+    """Creates the folder of partial results, which all processes must see."""
     if strategy.is_global_zero:
         try:
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{task.what} cannot be kept in {partial}: {error.strerror or error}") from error
+            raise UserError(f"{task.what} cannot be kept in {partial}: {reason_of(error)}") from error
     strategy.barrier("results prepared")
     if not strategy.reduce_boolean_decision(partial.is_dir(), all=True):
         raise UserError(
@@ -102,13 +105,13 @@ def _make_shared(partial: Path, task: SharedPass, strategy: "Strategy") -> None:
 
 
 def _results(partial: Path) -> dict[int, Result]:
-    """The results so far by the position of their row."""
+    """The results so far by the positions of their rows."""
     known: dict[int, Result] = {}
     for path in sorted(partial.glob("*.jsonl")):
         try:
-            known |= {line["pair"]: line for line in complete_lines(path)}
+            known |= {line["pair"]: line for line in read_lines(path).objects}
         except (ValueError, KeyError):
-            continue  # a disk's fault: those rows are computed again
+            continue  # damaged on disk: those rows are computed again
     return known
 
 
@@ -118,7 +121,7 @@ def _missing(task: SharedPass, partial: Path) -> np.ndarray:
 
 
 def _complete(task: SharedPass, partial: Path) -> None:
-    """Makes the data set of all results, in the order of the rows."""
+    """Writes all results, in the order of the rows, to the cache."""
     known = _results(partial)
     results = [known[position] for position in range(len(task.sizes))]
     batches = (results[start : start + WRITTEN_ROWS] for start in range(0, len(results), WRITTEN_ROWS))

@@ -1,6 +1,6 @@
-"""Folder to export to -> whether it may be written, and a way to write it in which nothing of the user's is lost.
+"""Checks whether a folder may be written by an export, and writes it without loss of the user's files.
 
-A folder that is there already is replaced only where a previous export wrote all that is in it (`atomic_folder`).
+An existing folder is replaced only if a previous export wrote all its content (`atomic_folder`).
 """
 
 import os
@@ -22,9 +22,9 @@ class Target(NamedTuple):
     """A folder to write.
 
     Attributes:
-        folder: where to.
-        kept: folders that it must not be, hold or lie in, with what they are for the message.
-        chosen: the user named it; else it is the run's own, which may lie in what the user keeps a run in.
+        folder: its path.
+        kept: folders that it must not equal, contain or lie in, each after its description for messages.
+        chosen: the user named it; otherwise it is the run's own, which may lie in a folder of `kept`.
     """
 
     folder: Path
@@ -32,9 +32,7 @@ class Target(NamedTuple):
     chosen: bool = True
 
     def check(self) -> None:
-        """Raises:
-        UserError: writing it would replace or mix with something that no export wrote.
-        """
+        """Raises UserError if writing it would replace, or mix with, anything that no export wrote."""
         try:
             reason = self._refusal()
         except OSError as error:
@@ -49,25 +47,25 @@ class Target(NamedTuple):
             return "it is a file"
         folder, here = self.folder.resolve(), Path.cwd()
         if _lies_in(here, folder):
-            return "it is the working directory or holds it"
-        for what, kept in self.kept:
+            return "it is the working directory or contains it"
+        for name, kept in self.kept:
             kept = kept.expanduser().resolve()
             if _lies_in(kept, folder):
-                return f"it is or holds {what} '{kept}'"
+                return f"it is or contains {name} '{kept}'"
             if self.chosen and _lies_in(folder, kept) and not _lies_in(here, kept):
-                return f"it lies in {what} '{kept}'"
+                return f"it lies in {name} '{kept}'"
         parent = next(parent for parent in folder.parents if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             return f"nothing can be written in '{parent}'"
         found = foreign(folder, MANIFEST) if folder.is_dir() else None
-        return found and f"it holds '{found}', which is not as an export left it, and nothing is deleted"
+        return found and f"it contains '{found}', which is not as an export left it, and nothing is deleted"
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """A fresh folder to write into, which becomes this one once all of it is written.
+        """A new folder to write into, which becomes this one when the block ends.
 
         Raises:
-            UserError: as `check`, or the folder cannot be written.
+            UserError: as in `check`, or the folder cannot be written.
         """
         self.check()
         try:
@@ -78,6 +76,6 @@ class Target(NamedTuple):
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, also under another name of it (letters' case, a mount)."""
+    """Whether a path is a folder or lies in it, under whatever name (other case of letters, a mount)."""
     exists = folder.exists()
     return any(one == folder or exists and one.exists() and one.samefile(folder) for one in (path, *path.parents))

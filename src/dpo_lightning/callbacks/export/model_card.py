@@ -1,4 +1,4 @@
-"""A run -> the README.md of its exported model: what it was made from and how, how to ask it, how it answers."""
+"""The README.md of an exported model: its origin and training, how to prompt it, and how it replies."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import lightning
 import transformers
 from lightning.pytorch import Trainer
 
-from dpo_lightning.callbacks.context import find_callback
+from dpo_lightning.callbacks.context import find_callback, optimized_by
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.prompt_format import PromptFormat
 from dpo_lightning.data.splits import dataset_weights
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 REPLIES = 3  # in the card
 SETTINGS = (
-    "loss_type loss_weights loss_options beta label_smoothing learning_rate lr_scheduler_type warmup_steps "
-    "weight_decay lora quantization sync_ref_model"
-).split()  # of the module, left out where they are unset
+    "loss_type loss_weights loss_options beta label_smoothing lora quantization sync_ref_model"
+).split()  # of the module, left out if they are unset
+OPTIMIZATION = "learning_rate lr_scheduler_type warmup_steps weight_decay".split()  # what the user may have replaced
 DATA = (
     "train_dataset val_dataset format rejected prompt_template completion_template max_length batch_size seed".split()
 )
@@ -51,10 +51,10 @@ def model_card(
 
     Args:
         data: the datamodule's settings.
-        adapter: the folder holds an adapter, not a complete model.
+        adapter: the folder has an adapter, not a complete model.
         trainer: of the run, for metrics and replies.
-        prompt_format: how the model was trained to be asked, if that is known.
-        has_chat_template: whether the tokenizer beside it has one.
+        prompt_format: of the training prompts, if known.
+        has_chat_template: whether the exported tokenizer has one.
     """
     h = module.hparams
     base = public_name(h.name_or_path)
@@ -62,7 +62,7 @@ def model_card(
     example = replies.pairs[0].prompt if replies and replies.pairs else None
     if prompt_format and prompt_format.prompt_template is not None:
         example = example or prompt_format.prompt_template.format_map(EXAMPLE)
-    given = (
+    prompt = (
         [{"role": "user", "content": EXAMPLE["question"]}]
         if prompt_format and prompt_format.chat
         else example or "your prompt"
@@ -73,10 +73,10 @@ def model_card(
         f"# {markdown_text(Path(base).name)}, DPO",
         f"{kind} {markdown_text(base)} with Direct Preference Optimization "
         "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) by dpo-lightning.",
-        f"```python\n{USAGE.format(prompt=_literal(given))}\n```",
+        f"```python\n{USAGE.format(prompt=_literal(prompt))}\n```",
         *([how_to_ask(prompt_format, has_chat_template, example)] if prompt_format else []),
         "## Data\n\n" + _settings({name: data.get(name) for name in DATA}),
-        "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer)),
+        "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer, module)),
     ]
     if metrics := _metrics(trainer):
         parts.append("## Metrics\n\n" + markdown_table(("metric", "value"), metrics))
@@ -86,10 +86,10 @@ def model_card(
 
 
 def how_to_ask(prompt_format: PromptFormat, has_chat_template: bool, example: str | None) -> str:
-    """The section that tells a user of any other program what the model is to be given.
+    """The section on how to prompt the model from any other program.
 
     Args:
-        example: a prompt that is filled in.
+        example: a prompt with its template filled in.
     """
     parts = ["## How to ask"]
     if prompt_format.chat:
@@ -114,7 +114,7 @@ def how_to_ask(prompt_format: PromptFormat, has_chat_template: bool, example: st
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is, of a folder or file of this machine only its own name."""
+    """A hub id unchanged; of a local folder or file only its last name."""
     local = looks_local(name) or Path(name).expanduser().exists()
     return Path(name).expanduser().resolve().name if local else name
 
@@ -152,11 +152,13 @@ def _settings(values: Mapping[str, Any]) -> str:
     return markdown_table(("setting", "value"), rows)
 
 
-def _run(trainer: Trainer | None) -> dict[str, Any]:
+def _run(trainer: Trainer | None, module: "DPOModule") -> dict[str, Any]:
     versions = {"lightning": lightning.__version__, "transformers": transformers.__version__}
     if trainer is None:
-        return versions
+        return {name: module.hparams.get(name) for name in OPTIMIZATION} | versions
     return {
+        "optimizer": optimized_by(trainer, module),
+        "weight decay": trainer.optimizers[0].defaults.get("weight_decay") if trainer.optimizers else None,
         "optimizer steps": trainer.global_step,
         "batches per step": trainer.accumulate_grad_batches,
         "devices": trainer.world_size,

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoints import newest_checkpoint
-from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
+from dpo_lightning.callbacks.context import find_callback, optimized_by, preference_data, run_folder
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.callbacks.report.history import Curve, History
@@ -203,17 +203,6 @@ class ReportCallback(Callback):
         versions = [f"{module.__name__} {module.__version__}" for module in (torch, lightning, transformers)]
         python = f"Python {platform.python_version()}"
         return costs | {"machine": device_name(self._device), "versions": ", ".join([*versions, python])}
-
-
-def optimized_by(trainer: Trainer, module: LightningModule) -> str:
-    """The optimizer, its learning rate and its schedule, in words."""
-    h = module.hparams
-    if not trainer.optimizers:
-        return "none was created"
-    optimizer, schedule = trainer.optimizers[0], f"{h.lr_scheduler_type}, warm-up {h.warmup_steps}"
-    if module.make_scheduler is not None:
-        schedule = type(trainer.lr_scheduler_configs[0].scheduler).__name__
-    return f"{type(optimizer).__name__}, learning rate {optimizer.defaults.get('lr')}, {schedule}"
 
 
 def _model_path(trainer: Trainer) -> dict[str, Path]:
