@@ -216,7 +216,7 @@ def test_fused_only_where_it_is_known():
     def fused(kind):
         return make_optimizer(kind, torch.nn.Linear(2, 2), 1e-3, 0.0).defaults.get("fused")
 
-    assert fused(None) and fused(torch.optim.SGD)
+    assert fused(torch.optim.AdamW) and fused(torch.optim.SGD)
     assert not fused(torch.optim.RMSprop) and not fused(functools.partial(torch.optim.Adam, foreach=True))
 
 
