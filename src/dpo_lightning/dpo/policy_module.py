@@ -106,10 +106,9 @@ class PolicyModule(LightningModule):
         trainer = attached_trainer(self)
         if self.start_digest is not None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        model, new_adapter = self.policy if self._untrained else self.load_policy(), self.hparams.lora is not None
-        self.start_digest = weights_digest(
-            without_adapter(model), leave_out=lambda name: new_adapter and "lora_" in name
-        )
+        model = without_adapter(self.policy if self._untrained else self.load_policy())
+        new_adapter = self.hparams.lora is not None
+        self.start_digest = weights_digest(model, leave_out=lambda name: new_adapter and "lora_" in name)
 
     @property
     def reference_is_cached(self) -> bool:
