@@ -44,7 +44,7 @@ class Scoring(NamedTuple):
     shared: bool = True  # a pair's prompt is read once
     gathered: bool = True  # the head runs only at predicting positions; else the model's own full logits are used
     window: int | None = None  # sliding window of the model or of some of its layers, in tokens
-    reason: str = ""  # why the fast way is not used
+    reason: str = ""  # why it is not the fast way
 
 
 FAST = Scoring()
@@ -67,7 +67,7 @@ def pair_logps(
 
 
 def compute_pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scoring, sum_squares: bool) -> PairLogps:
-    """`pair_logps` of a model whose weights are not sharded, or have been gathered."""
+    """`pair_logps` of a model whose weights are all there."""
     if not scoring.shared:
         batch = to_separate(batch)
     inputs = _inputs(model, batch, scoring.window)

@@ -86,6 +86,6 @@ def float32_products() -> Iterator[None]:
 
 
 # The mean difference per token, relative to 1 + |log-prob|, that two ways of scoring may have. Measured: 2e-7 in
-# float32, 1e-5 to 3e-4 in TF32, 1e-3 in bfloat16. A wrong mask differs at least thirty times as much as TF32 does in the
-# same model: 5e-4 in an untrained one, up to 0.1 in others.
+# float32, 1e-5 to 3e-4 in TF32, 1e-3 in bfloat16. A wrong mask differs at least thirty times as much as TF32 does in
+# the same model: 5e-4 in an untrained one, up to 0.1 in others.
 NOISE, NOISE_IN_16_BITS = 4e-4, 1e-2
