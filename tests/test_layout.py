@@ -82,11 +82,6 @@ TO_MOVE = {
     "data.datamodule",
     "data.loaders",
     "data.sources",
-    "dpo.cached_reference",
-    "dpo.module",
-    "dpo.reference",
-    "dpo.reference_adapter",
-    "dpo.resume",
 }
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import math
 import os
 import re
 import sys
@@ -54,9 +55,14 @@ class Range(NamedTuple):
         return self.words
 
 
-Seed = Annotated[int, Range(f"from 0 to {2**32 - 1}", lambda seed: 0 <= seed < 2**32)]  # what numpy takes
+Finite = Annotated[float, Range("a finite number", math.isfinite)]
+Positive = Annotated[float, Range("above 0", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[float, Range("0 or more", lambda value: 0 <= value < math.inf)]
+Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
+PositiveShare = Annotated[float, Range("above 0 and at most 1", lambda value: 0 < value <= 1)]
 Count = Annotated[int, Range("0 or more", lambda count: count >= 0)]
-SomeCount = Annotated[int, Range("at least 1", lambda count: count >= 1)]
+AtLeast1 = Annotated[int, Range("at least 1", lambda count: count >= 1)]
+Seed = Annotated[int, Range(f"from 0 to {2**32 - 1}", lambda seed: 0 <= seed < 2**32)]  # what numpy takes
 
 
 def check_settings(function: Callable[..., Any], values: Mapping[str, Any], prefix: str) -> None:

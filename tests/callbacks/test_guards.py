@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 import warnings
@@ -115,6 +116,12 @@ def test_displacement_is_said_once_with_its_remedy(fit):
 def test_displacement_during_warmup_is_not_said(fit, module):
     module.hparams.warmup_steps = 100
     assert fit(At(3, change_weights), max_steps=10) == []
+
+
+def test_a_schedule_of_ones_own_has_no_warmup(fit, module):
+    module.hparams.warmup_steps = 100
+    module.make_scheduler = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)
+    assert any("likelihood displacement" in warning for warning in fit(At(3, change_weights), max_steps=10))
 
 
 def showings(*values):

@@ -253,7 +253,7 @@ def test_settings_without_meaning_are_refused(loss_type, settings, message):
 
 
 def test_settings_that_stand_beside_the_options_are_not_taken_among_them():
-    with pytest.raises(UserError, match="loss_options has 'beta': it stands beside loss_options, as model.beta"):
+    with pytest.raises(UserError, match="loss_options has 'beta': set model.beta instead"):
         PreferenceLoss(options={"beta": 0.2})
 
 

@@ -176,10 +176,11 @@ def test_a_checkpoint_names_no_class_to_import(setting, name, model_folder, tmp_
 
 @pytest.fixture
 def fit(model_folder, tokenizer, rows_file, quiet_trainer):
-    def call(ckpt_path=None, module=None, callbacks=(), max_steps=3, **settings):
+    def call(ckpt_path=None, module=None, callbacks=(), max_steps=3, sanity=0, **settings):
         module = module or DPOModule(str(model_folder), learning_rate=1e-3, warmup_steps=0, **settings)
         data = PreferenceDataModule(tokenizer, rows_file, batch_size=4, val_size=4, test_size=0)
-        trainer = quiet_trainer(max_steps=max_steps, callbacks=list(callbacks), log_every_n_steps=1)
+        options = {"log_every_n_steps": 1, "num_sanity_val_steps": sanity}
+        trainer = quiet_trainer(max_steps=max_steps, callbacks=list(callbacks), **options)
         trainer.fit(module, data, ckpt_path=ckpt_path)
         return trainer
 
@@ -216,7 +217,7 @@ def test_fused_only_where_it_is_known():
     def fused(kind):
         return make_optimizer(kind, torch.nn.Linear(2, 2), 1e-3, 0.0).defaults.get("fused")
 
-    assert fused(None) and fused(torch.optim.SGD)
+    assert fused(torch.optim.AdamW) and fused(torch.optim.SGD)
     assert not fused(torch.optim.RMSprop) and not fused(functools.partial(torch.optim.Adam, foreach=True))
 
 
@@ -224,6 +225,15 @@ def test_a_plateau_moves_the_rate_once_a_validation(fit):
     plateau = functools.partial(ReduceLROnPlateau, monitor="val/loss", patience=0, factor=0.5, threshold=1e9)
     trainer = fit(optimizer=torch.optim.SGD, lr_scheduler=plateau, max_steps=11)  # one epoch, one validation
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 1
+
+
+def test_a_misspelt_validation_metric_is_refused_before_training(fit):
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pytest.fail("training started")
+
+    with pytest.raises(UserError, match=r"lr_scheduler.monitor is 'val/los': .*; did you mean 'val/loss'"):
+        fit(lr_scheduler=functools.partial(ReduceLROnPlateau, monitor="val/los"), sanity=1, callbacks=[Watch()])
 
 
 def test_callbacks_are_restored_before_loops_and_the_module_brings_its_own(fit, tmp_path):

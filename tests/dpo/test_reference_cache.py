@@ -135,7 +135,7 @@ def test_a_cache_in_the_format_of_earlier_versions_is_left_and_computed_anew(fit
     before.mkdir(parents=True)
     remove(root)
     again = fit()
-    assert f"computed once and kept, because '{before}' is of an earlier version" in caplog.text
+    assert f"computed once and kept, because '{before}' was written by an earlier version" in caplog.text
     assert before.exists() and torch.equal(weights(good), weights(again))
 
 

@@ -163,7 +163,9 @@ def last_good(trainer: Trainer) -> str:
 
 
 def warmup_steps(trainer: Trainer, module: LightningModule) -> float:
-    """Optimizer steps of warm-up."""
+    """Optimizer steps of warm-up; 0 with a schedule of the user's own, of which it is not known."""
+    if module.make_scheduler is not None:
+        return 0
     steps = module.hparams.warmup_steps
     return steps if steps >= 1 else steps * trainer.estimated_stepping_batches
 

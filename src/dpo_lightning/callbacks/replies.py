@@ -16,7 +16,7 @@ from dpo_lightning.judging.judge import Verdict, VerdictMeans, find_judges, verd
 from dpo_lightning.judging.quantities import marks, quantity
 from dpo_lightning.judging.views import markdown_table, show_replies
 from dpo_lightning.models.generate import Reply
-from dpo_lightning.parsing import Count, SomeCount, check_settings
+from dpo_lightning.parsing import AtLeast1, Count, check_settings
 from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.states import check_state
 
@@ -64,7 +64,7 @@ class RepliesCallback(Callback):
     def __init__(
         self,
         every_n_steps: Count = 50,
-        num_prompts: SomeCount = 16,
+        num_prompts: AtLeast1 = 16,
         num_shown: Count = 4,
         judge: str | list[str] = "sql",
     ) -> None:

@@ -21,7 +21,7 @@ from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.generate import generate, prompt_room
 from dpo_lightning.models.policy import load_policy, tokenizer_name
-from dpo_lightning.parsing import OneLineErrorParser, SomeCount, check_settings
+from dpo_lightning.parsing import AtLeast1, OneLineErrorParser, check_settings
 from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def chat(
     reference: str | None = None,
     schema: str = "",
     prompt_template: str | None = None,
-    max_new_tokens: SomeCount = 64,
+    max_new_tokens: AtLeast1 = 64,
     trust_remote_code: bool = False,
 ) -> None:
     """Answers questions from the keyboard or a pipe, one a line.

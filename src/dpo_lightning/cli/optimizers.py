@@ -1,4 +1,4 @@
-"""`optimizer` as LightningCLI has it, a class and its arguments, with the run's own learning rate and weight decay."""
+"""`--optimizer` of LightningCLI, a class and its arguments, completed with the run's learning rate and weight decay."""
 
 import importlib
 
@@ -6,27 +6,27 @@ from jsonargparse import Namespace
 
 from dpo_lightning.dpo.optimization import missing_arguments
 
-OF_THE_RUN = ("lr", "weight_decay", "relative_step")  # a class's own defaults of these suit other tasks
+SET_BY_THE_RUN = ("lr", "weight_decay", "relative_step")  # an optimizer's own defaults of these suit other tasks
 
 
-def keep_given(optimizer: Namespace, given: Namespace) -> None:
-    """Takes the class's defaults out that stand for the run's own settings, so that no written config fixes them.
+def drop_defaults(optimizer: Namespace, given: Namespace) -> None:
+    """Removes the class's defaults of `SET_BY_THE_RUN`, so that they neither apply nor end up in a saved config.
 
     Args:
         optimizer: as parsed, with all defaults of the class.
         given: the arguments that the user gives.
     """
-    for name in OF_THE_RUN:
+    for name in SET_BY_THE_RUN:
         if name not in given:
             optimizer.init_args.pop(name, None)
 
 
-def completed(optimizer: Namespace, model: Namespace) -> Namespace:
-    """The optimizer with all that it trains with: `model.learning_rate` and so on, where it does not say otherwise."""
+def with_run_settings(optimizer: Namespace, model: Namespace) -> Namespace:
+    """A copy of the optimizer in which `model.learning_rate` and the like fill in what the user does not give."""
     module, _, name = optimizer.class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
-    known = {name: value for name, value in optimizer.init_args.items() if value is not None}
-    made = optimizer.clone()
-    for name, value in missing_arguments(kind, known, model.learning_rate, model.weight_decay).items():
-        made.init_args[name] = value
-    return made
+    given = {name: value for name, value in optimizer.init_args.items() if value is not None}
+    result = optimizer.clone()
+    for name, value in missing_arguments(kind, given, model.learning_rate, model.weight_decay).items():
+        result.init_args[name] = value
+    return result

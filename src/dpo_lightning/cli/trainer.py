@@ -44,7 +44,7 @@ from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.cli.download import download
-from dpo_lightning.cli.optimizers import completed, keep_given
+from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
 from dpo_lightning.cli.run_settings import check_run_settings
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.generated import MODEL_SETTINGS
@@ -130,8 +130,8 @@ class DPOCLI(LightningCLI):
             config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
             rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
         if config.optimizer:
-            keep_given(config.optimizer, self._optimizer_given)
-            config.model.optimizer = completed(config.optimizer, config.model)
+            drop_defaults(config.optimizer, self._optimizer_given)
+            config.model.optimizer = with_run_settings(config.optimizer, config.model)
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
 

@@ -1,8 +1,4 @@
-"""model + PairBatch -> PairLogps: one forward, the LM head only where a completion token is predicted.
-
-Whether a model may read a pair's prompt once (the shared layout of `batching`) is decided here too: from its
-config, and by one comparison with ordinary forwards on real pairs (`choose_scoring`).
-"""
+"""model + PairBatch -> PairLogps: one forward pass, with the LM head only where a completion token is predicted."""
 
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,7 +39,7 @@ class PairLogps(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How log-probs are computed for a model: the fast way unless it is known or found to be wrong."""
+    """How to compute the log-probs of a model: the fast way, unless that is known or found to be wrong for it."""
 
     shared: bool = True  # a pair's prompt is read once
     gathered: bool = True  # the head runs only at predicting positions; else the model's own full logits are used
@@ -57,13 +53,13 @@ FAST = Scoring()
 def pair_logps(
     model: "PreTrainedModel", batch: PairBatch, scoring: Scoring = FAST, sum_squares: bool = False
 ) -> PairLogps:
-    """Log-probabilities of every completion token, with gradients where the model has them.
+    """Log-probabilities of all completion tokens, with gradients if the model has them.
 
     Args:
         model: a causal LM of transformers (with adapters injected or not), dropout off.
         batch: shared pairs on the model's device.
-        scoring: what `choose_scoring` found for this model.
-        sum_squares: also give `log_sum_squares`, at the price of a second pass through the head without gradients.
+        scoring: what `shared_prompt.choose_scoring` returned for this model.
+        sum_squares: also compute `log_sum_squares`, by a second pass through the head without gradients.
     """
     # Of a sharded model the weights are gathered first (`dpo_lightning.models.sharding.shard`).
     compute = getattr(model, "sharded_pair_logps", None)
@@ -112,9 +108,9 @@ def _for_attention(model: "PreTrainedModel", mask: Tensor) -> Tensor:
 
 
 def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
-    """Who attends to whom, bool [B, 1, T, T] (True = attends): causal, to the prompt and to one's own segment.
+    """The attention mask, bool [B, 1, T, T] (True = attends): causal, to the prompt and to the token's own segment.
 
-    Padding attends to itself too, since a row of the mask without a True would make the softmax NaN.
+    Padding attends to itself, because the softmax of a row without any True would be NaN.
     """
     width = segment_ids.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segment_ids.device).tril_()
@@ -123,9 +119,9 @@ def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
 
 
 def within_window(position_ids: Tensor, window: int) -> Tensor:
-    """Which keys are fewer than `window` positions before their query, bool [B, 1, T, T].
+    """The keys that are fewer than `window` positions before their query, bool [B, 1, T, T].
 
-    Counted on position ids, which run on from the prompt in both completions, not on columns.
+    Counted in position ids, which continue from the prompt in both completions, not in columns.
     """
     return (position_ids[:, :, None] - position_ids[:, None, :] < window)[:, None]
 

@@ -1,15 +1,16 @@
-"""DPOModule: PairBatch -> loss, with the policy's optimizer, schedule and checkpoint.
+"""DPOModule: PairBatch -> loss and metrics, with the policy's optimizer, schedule and checkpoint.
 
-The step is the same in training, validation and testing: log-probs of policy and reference, their loss, metrics.
+Training, validation and testing share one step: log-probs under policy and reference, then loss and metrics.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim import AdamW
 
 from dpo_lightning.data.batching import PairBatch, PromptBatch
 from dpo_lightning.data.prompt_format import KEY as PROMPT_FORMAT
@@ -18,7 +19,6 @@ from dpo_lightning.dpo.cached_reference import add_reference_logps
 from dpo_lightning.dpo.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.dpo.half_precision import CONVERTED, check_trained_dtype, keep_inputs
 from dpo_lightning.dpo.logps import pair_logps
-from dpo_lightning.dpo.losses import NotNegative
 from dpo_lightning.dpo.metrics import PairMetrics
 from dpo_lightning.dpo.optimization import PlateauSchedule, make_optimizer, make_scheduler
 from dpo_lightning.dpo.policy_module import PolicyModule
@@ -27,52 +27,51 @@ from dpo_lightning.dpo.reference import check_reference, load_weights, move, wei
 from dpo_lightning.dpo.resume import Resume
 from dpo_lightning.dpo.throughput import Throughput
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import attached_trainer
 from dpo_lightning.models.policy import base_model_name
 from dpo_lightning.models.sharding import check_strategy, gathered
-from dpo_lightning.parsing import Range, check_settings
+from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, check_settings
 from dpo_lightning.storage.states import check_amount
 
 if TYPE_CHECKING:
     from dpo_lightning.models.generate import Reply
 
-AtLeast1 = Annotated[int, Range("at least 1", lambda number: number >= 1)]
-MovedShare = Annotated[float, Range("above 0 and at most 1", lambda share: 0 < share <= 1)]
 IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
-NOT_SAVED = ("optimizer", "lr_scheduler")  # settings that are functions: no file names one
-BROUGHT = (Resume, PlateauSchedule)  # callbacks
+NOT_SAVED = ("optimizer", "lr_scheduler")  # settings that are functions, which no checkpoint may name
+OWN_CALLBACKS = (Resume, PlateauSchedule)  # every run of the module has them
 
 
 class DPOModule(PolicyModule):
-    """Direct Preference Optimization of a causal LM against a frozen reference, or none where the loss uses none.
+    """Direct Preference Optimization of a causal language model.
 
     Args:
         name_or_path: model to train, a hub id or a local folder.
-        beta: strength of the KL constraint; smaller lets the policy go further from the reference.
-        loss_type: a loss of `dpo_lightning.dpo.losses` or several.
-        loss_weights: a weight for each loss; left out, 1 each.
-        label_smoothing: share of pairs taken to be labelled wrongly, of the losses that have it (docs/losses.md).
-        loss_options: parameters of the chosen losses and f-divergence, LD-DPO, WPO (see `PreferenceLoss`).
+        beta: strength of the KL constraint; a smaller value lets the policy move further from the reference.
+        loss_type: one or several losses of `dpo_lightning.dpo.losses`.
+        loss_weights: a weight for each loss; 1 each by default.
+        label_smoothing: share of pairs assumed to be labelled wrongly, for losses that have it (docs/losses.md).
+        loss_options: other parameters of the losses, f-divergence, LD-DPO and WPO (see `PreferenceLoss`).
         learning_rate: peak learning rate.
-        weight_decay: on matrices only (not on biases, norms).
+        weight_decay: of matrices only, not of biases and norms.
         warmup_steps: optimizer steps of linear warm-up; below 1, a share of all steps.
         lr_scheduler_type: after the warm-up, `linear` or `cosine` down to 0, or `constant`.
-        reference: `online` scores every batch with the reference too, `cached` scores all pairs once before training
-            and keeps the log-probs on disk for later epochs and runs; left out, cached if there is more than one epoch.
-            Or another kind of `dpo_lightning.dpo.reference`.
-        lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); left out, all weights train.
-        gradient_checkpointing: less memory for about a third more time.
-        attn_implementation: `eager` or `sdpa`; left out, what is faster here (`hardware.fastest_attention`).
+        reference: `online` scores each batch with the reference when it is trained on; `cached` scores all pairs once
+            before training and keeps the log-probs on disk for later epochs and runs; or another kind of
+            `dpo_lightning.dpo.reference`. By default cached if there is more than one epoch.
+        lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); by default all weights train.
+        gradient_checkpointing: uses less memory and about a third more time.
+        attn_implementation: `eager` or `sdpa`; by default the faster one here (`hardware.fastest_attention`).
         dtype: of the weights in memory; float32 is right for mixed precision. 16 bits only under an adapter.
         quantization: `4bit` or `8bit` weights under an adapter, by bitsandbytes.
-        router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; left out, what its config asks for.
+        router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; by default that of its config.
         sync_ref_model: let the reference follow the policy (TR-DPO).
-        ref_model_mixup_alpha: share of the policy in the reference when it is moved; 1 makes it the policy.
-        ref_model_sync_steps: optimizer steps between two moves.
+        ref_model_mixup_alpha: weight of the policy in each update of the reference; 1 replaces the reference.
+        ref_model_sync_steps: optimizer steps between two updates of the reference.
         max_new_tokens: longest reply that `predict` and `test` generate.
         trust_remote_code: run a hub model's own Python code.
-        optimizer: what makes the optimizer of parameter groups, a class or a function; left out, AdamW. No checkpoint
-            holds it: give it again to resume.
-        lr_scheduler: what makes a schedule of the optimizer, in place of `warmup_steps` and `lr_scheduler_type`.
+        optimizer: a class or function that makes the optimizer from parameter groups; AdamW by default. It is in no
+            checkpoint, so give it again to resume.
+        lr_scheduler: makes a schedule from the optimizer, instead of `warmup_steps` and `lr_scheduler_type`.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class DPOModule(PolicyModule):
         quantization: Literal["4bit", "8bit"] | None = None,
         router_aux_loss_coef: float | None = None,
         sync_ref_model: bool = False,
-        ref_model_mixup_alpha: MovedShare = 0.6,
+        ref_model_mixup_alpha: PositiveShare = 0.6,
         ref_model_sync_steps: AtLeast1 = 512,
         max_new_tokens: AtLeast1 = 64,
         trust_remote_code: bool = False,
@@ -108,19 +107,19 @@ class DPOModule(PolicyModule):
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.loss = PreferenceLoss(loss_type, loss_weights, beta, label_smoothing, loss_options)
         check_reference(reference, sync_ref_model, self.loss.needs_reference)
-        alone = not self.loss.needs_reference
-        self.train_metrics, self.val_metrics = PairMetrics(alone), PairMetrics(alone, keep_margins=True)
-        self.test_metrics = PairMetrics(alone)
+        reference_free = not self.loss.needs_reference
+        self.train_metrics, self.test_metrics = PairMetrics(reference_free), PairMetrics(reference_free)
+        self.val_metrics = PairMetrics(reference_free, keep_margins=True)
         self.grad_norm: Tensor | None = None
         self.router_loss: Tensor | None = None
         self.skipped, self.throughput = SkippedSteps(), Throughput()
         self._logged_step = 0
 
     def configure_callbacks(self) -> list[Callback]:
-        """What the module needs of Lightning. The first of all hooks: what cannot work is refused before data are read.
+        """The callbacks of `OWN_CALLBACKS`. As the first hook of a run, it also refuses what cannot work.
 
         Raises:
-            UserError: a strategy that is not supported, or weights that would be trained in 16 bits.
+            UserError: the strategy is not supported, or weights would be trained in 16 bits.
         """
         check_strategy(self.trainer.strategy)
         keep_inputs(self.trainer)
@@ -128,14 +127,14 @@ class DPOModule(PolicyModule):
         adapter = h.lora is not None or base_model_name(h.name_or_path) != h.name_or_path
         if self.trainer.state.fn == TrainerFn.FITTING and not adapter:
             check_trained_dtype([CONVERTED.get(self.trainer.precision, torch.float32), getattr(torch, h.dtype)])
-        return [kind() for kind in BROUGHT if not any(isinstance(there, kind) for there in self.trainer.callbacks)]
+        return [own() for own in OWN_CALLBACKS if not any(isinstance(other, own) for other in self.trainer.callbacks)]
 
     # ------------------------------------------------------------------ the step
 
     def _shared_step(self, batch: PairBatch, stage: str) -> Tensor:
-        self.ensure_scoring(batch)
+        scoring = self.ensure_scoring(batch)
         reference = self.reference_logps(batch)
-        policy = pair_logps(self.causal_lm, batch, self.scoring, sum_squares=self.loss.use_weighting)
+        policy = pair_logps(self.causal_lm, batch, scoring, sum_squares=self.loss.use_weighting)
         losses = self.loss(policy, reference, batch.weight, batch.margin)
         rewards = self.loss.rewards(policy, reference)
         getattr(self, f"{stage}_metrics").update(losses.detach(), rewards, policy, reference)
@@ -145,11 +144,11 @@ class DPOModule(PolicyModule):
         return losses.mean() + policy.router_loss
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Mean loss of a batch, over all ranks once the gradients are averaged."""
+        """Mean loss of the batch; averaging gradients over ranks makes it the mean over all ranks' pairs."""
         return self._shared_step(batch, "train") * self._rank_weight(batch)
 
     def _rank_weight(self, batch: PairBatch) -> Tensor | float:
-        """A rank's pairs as a multiple of the mean: ranks' gradients are averaged, whatever number each has."""
+        """This rank's pairs relative to the mean over ranks, because gradients are averaged without weights."""
         ranks = self.trainer.world_size
         if ranks == 1:
             return 1.0
@@ -179,13 +178,13 @@ class DPOModule(PolicyModule):
     # ------------------------------------------------------------------ logging
 
     def on_train_start(self) -> None:
-        """From here on the policy is not its reference. A resumed run has logged the step that it goes on from."""
+        """Marks the policy as trained, and the step that a run resumes from as logged."""
         unscale_before_clipping(self.trainer)
         self._untrained = False
         self._logged_step = self.global_step
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        """Starts the clock of an optimizer step at its first batch."""
+        """Counts the batch for `train/pairs_per_second`."""
         self.throughput.batch(batch.num_pairs * self.trainer.world_size)
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
@@ -193,7 +192,7 @@ class DPOModule(PolicyModule):
         step = self.global_step
         if step % self.trainer.log_every_n_steps == 0 and step != self._logged_step:
             self._logged_step = step
-            if (rate := self.trainer.optimizers[0].param_groups[0]["lr"]) is not None:  # Adafactor can go without
+            if (rate := self.trainer.optimizers[0].param_groups[0]["lr"]) is not None:  # Adafactor may have none
                 self.log("train/learning_rate", float(rate))
             if gradient_scaler(self.trainer) is not None:
                 self.log("train/skipped_steps", float(self.skipped.total))
@@ -205,11 +204,11 @@ class DPOModule(PolicyModule):
             self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the metrics of the whole validation split."""
+        """Logs the metrics of the validation split."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs the metrics of the whole test split."""
+        """Logs the metrics of the test split."""
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
@@ -221,52 +220,50 @@ class DPOModule(PolicyModule):
     # ------------------------------------------------------------------ optimization
 
     def on_fit_start(self) -> None:
-        """Readies the reference and the policy, which is loaded in eval mode, where gradient checkpointing is off.
+        """Checks the data's weights and margins, and adds reference log-probs to the data if they are to be cached.
 
         Raises:
-            UserError: weights or margins of the data that the loss cannot use.
+            UserError: the loss cannot use these weights or margins.
         """
         data = self.data
         for pairs in data.datasets.values() if data else ():
             if "weight" in pairs.column_names:
                 self.loss.check_columns(torch.tensor(pairs["weight"][:]), torch.tensor(pairs["margin"][:]))
         if self.reference_is_cached:
+            assert data is not None
             first = range(min(len(data.datasets["train"]), data.hparams.batch_size))
             self.ensure_scoring(data.batch("train", first).to(self.device))
-            start = {"model": self.hparams.name_or_path, "weights": self.start_digest}
-            add_reference_logps(
-                self.trainer, self.causal_lm, self.scoring, start, lambda: self.reference or self.make_reference()
-            )
-        self.policy.train()
+            add_reference_logps(self)
+        self.policy.train()  # it is loaded in eval mode, in which gradient checkpointing is off
 
     @property
     def schedule_needs_length(self) -> bool:
-        """Whether the learning rate depends on how long the run is."""
+        """Whether the learning rate depends on the length of the run."""
         h = self.hparams
         return self.make_scheduler is None and (h.lr_scheduler_type != "constant" or 0 < h.warmup_steps < 1)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimizer and schedule that are set: left out, AdamW, and warm-up and decay over all steps of the run."""
+        """The chosen optimizer and schedule; by default AdamW, with warm-up and decay over all steps of the run."""
         h, steps = self.hparams, self.trainer.estimated_stepping_batches
-        optimizer = make_optimizer(self.make_optimizer, self.policy, h.learning_rate, h.weight_decay)
+        optimizer = make_optimizer(self.make_optimizer or AdamW, self.policy, h.learning_rate, h.weight_decay)
         scheduler = make_scheduler(self.make_scheduler, optimizer, h.lr_scheduler_type, h.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps, and stops the clock: validation and replies, which come between steps, are not counted.
+        """Steps, frees the gradients, and updates a reference that follows the policy.
 
-        A step that the gradient scaler skips counts as one, for `max_steps` and for the moves of the reference; only
-        the learning rate's schedule waits (`lr_scheduler_step`).
+        A step that the gradient scaler skips counts for `max_steps` and for updates of the reference. Only the learning
+        rate's schedule waits (`lr_scheduler_step`).
         """
         with self.skipped.counting(self.trainer):
             super().optimizer_step(*args, **kwargs)
         if self.skipped.in_a_row:
-            self.grad_norm = None  # there is none: its gradients overflowed
-        # Lightning would keep the gradients until the next forward pass is over, on top of all its activations.
+            self.grad_norm = None  # the gradients overflowed
+        # Lightning would keep the gradients until after the next forward pass, beside all its activations.
         self.optimizers(use_pl_optimizer=False).zero_grad()
-        # Not when the batch has ended: the checkpoint of this step is written before that.
+        # Not in on_train_batch_end, which comes after the checkpoint of this step.
         if self.hparams.sync_ref_model and (self.global_step + 1) % self.hparams.ref_model_sync_steps == 0:
-            move(self.reference, self.policy, self.hparams.ref_model_mixup_alpha)
+            move(self.moving_reference, self.policy, self.hparams.ref_model_mixup_alpha)
         self.throughput.step()
 
     def configure_gradient_clipping(
@@ -275,9 +272,9 @@ class DPOModule(PolicyModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as the Trainer says; the norm that clipping computes anyway is kept for the log.
+        """Clips as the Trainer is set to, and keeps the gradient norm that clipping computes, for the log.
 
-        Gradients are unscaled by now (`unscale_before_clipping`).
+        Gradients have been unscaled before (`unscale_before_clipping`).
         """
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -286,22 +283,22 @@ class DPOModule(PolicyModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Steps the schedule, unless the gradient scaler has skipped the step: warm-up is of real steps."""
+        """Advances the schedule, unless the gradient scaler has skipped the step."""
         if not self.skipped.in_a_row:
             super().lr_scheduler_step(scheduler, metric)
 
     # ------------------------------------------------------------------ checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how to ask the model, and the reference where it moves; `Resume` adds the rest."""
+        """Adds the prompt format, the skipped steps, and a reference that moves; `Resume` adds the rest."""
         if self.hparams.sync_ref_model:
-            checkpoint["reference"] = weights_to_save(self.reference)
+            checkpoint["reference"] = weights_to_save(self.moving_reference)
         checkpoint["skipped_steps"] = self.skipped.total
         if prompt_format := prompt_format_of(self.trainer):
             checkpoint[PROMPT_FORMAT] = prompt_format._asdict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads a reference that moves, and how many steps were skipped.
+        """Loads the number of skipped steps, and a reference that moves.
 
         Raises:
             UserError: the checkpoint has no such reference.
@@ -310,7 +307,7 @@ class DPOModule(PolicyModule):
             if "reference" not in checkpoint:
                 raise UserError("model.sync_ref_model is true, but in the checkpoint's run it was false: leave it out")
             self.configure_model()
-            load_weights(self.reference, checkpoint["reference"])
-        if self._trainer is not None:
+            load_weights(self.moving_reference, checkpoint["reference"])
+        if attached_trainer(self) is not None:
             self.skipped.total = checkpoint.get("skipped_steps", 0)
             check_amount(self.skipped.total, "skipped_steps")

@@ -1,7 +1,7 @@
-"""The loss settings of a run -> PreferenceLoss: policy and reference PairLogps -> per-pair loss and rewards.
+"""The loss of a run: PairLogps of policy and reference -> per-pair loss and rewards.
 
-Here the settings are checked, the terms of a mixture added up, and what applies to any of them is applied:
-f-divergences, LD-DPO's lengths, WPO's weights, weights and margins from the data.
+`PreferenceLoss` checks the loss settings, adds up the losses of a mixture, and applies what any loss can be combined
+with: f-divergences, LD-DPO, WPO, and weights and margins from the data.
 """
 
 import inspect
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_lightning.dpo.logps import PairLogps
-from dpo_lightning.dpo.losses import LOSSES, Finite, Loss, NotNegative, Pairs, Positive, Share
+from dpo_lightning.dpo.losses import LOSSES, Loss, Pairs
 from dpo_lightning.errors import UserError, did_you_mean
-from dpo_lightning.parsing import check_setting
+from dpo_lightning.parsing import Finite, NotNegative, Positive, Share, check_setting
 
 
 def alpha_score(ratios: Tensor, alpha: float) -> Tensor:
@@ -38,9 +38,9 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def length_desensitized(logps: PairLogps, ld_alpha: float) -> Tensor:
-    """Sums [B, 2] in which what goes beyond the pair's shorter completion counts `ld_alpha` times.
+    """Summed log-probs [B, 2], the tokens beyond the length of the pair's shorter completion multiplied by `ld_alpha`.
 
-    LD-DPO, Liu et al. 2024 (arXiv 2409.06411): 1 is plain DPO, 0 compares equally many tokens of both.
+    LD-DPO, Liu et al. 2024 (arXiv 2409.06411): 1 is plain DPO, 0 compares the same number of tokens on both sides.
     """
     lengths = logps.lengths
     starts = lengths.flatten().cumsum(0) - lengths.flatten()
@@ -51,7 +51,7 @@ def length_desensitized(logps: PairLogps, ld_alpha: float) -> Tensor:
 
 @torch.no_grad()
 def wpo_weights(policy: PairLogps) -> Tensor:
-    """How likely the policy itself is to give a pair's completions, [B], without gradient.
+    """How likely the policy is to generate a pair's completions itself, [B], without gradient.
 
     WPO, Zhou et al. 2024 (arXiv 2406.11827), eq. 2 with its weight alignment: the geometric mean over tokens of
     p(token) / (sum of p^2 over the vocabulary), multiplied over both completions.
@@ -62,14 +62,14 @@ def wpo_weights(policy: PairLogps) -> Tensor:
 
 
 class PreferenceLoss:
-    """A weighted sum of losses with their parameters checked: log-probs of policy and reference -> [B].
+    """A weighted sum of losses: log-probs of policy and reference -> [B].
 
     Args:
-        loss_type: a name in `LOSSES` or several.
-        loss_weights: a weight for each; left out, 1 each.
-        beta: strength of the KL constraint, or what the loss's docstring says of it.
-        label_smoothing: share of labels taken to be flipped, of the losses that have it as a parameter.
-        options: parameters of these losses (`dpop_lambda`, ...), and what applies to any of them:
+        loss_type: one or several names in `LOSSES`.
+        loss_weights: a weight for each loss; 1 each by default.
+        beta: strength of the KL constraint, or what the loss's docstring calls beta.
+        label_smoothing: share of labels assumed to be flipped, for losses that have this parameter.
+        options: the losses' own parameters (`dpop_lambda`, ...), and those that apply to any loss:
             `f_divergence_type` (`reverse_kl`, `forward_kl`, `js_divergence`, `alpha_divergence`) and
             `f_alpha_divergence_coef` (0.5), see `F_DIVERGENCES`; `ld_alpha`, see `length_desensitized`; `use_weighting`
             (False), see `wpo_weights`.
@@ -79,8 +79,8 @@ class PreferenceLoss:
         use_weighting: whether the policy's PairLogps must have `log_sum_squares`.
 
     Raises:
-        UserError: an unknown name or option, weights that do not match, a parameter out of its range, or a combination
-            without meaning.
+        UserError: an unknown name or option, a wrong number of weights, a parameter out of its range, or a combination
+            that has no meaning.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class PreferenceLoss:
         return weights
 
     def _split_options(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        beside = ("beta", "label_smoothing")
+        elsewhere = ("beta", "label_smoothing")
         common = list(inspect.signature(self._set_common).parameters)
-        own = list(dict.fromkeys(name for term in self.losses for name in term.parameters if name not in beside))
+        own = list(dict.fromkeys(name for term in self.losses for name in term.parameters if name not in elsewhere))
         for name in options:
-            if name in beside:
-                raise UserError(f"model.loss_options has '{name}': it stands beside loss_options, as model.{name}")
+            if name in elsewhere:
+                raise UserError(f"model.loss_options has '{name}': set model.{name} instead")
             if name not in common + own:
                 users = [term.name for term in LOSSES.values() if name in term.parameters]
                 why = f"is a parameter of {' and '.join(users)}" if users else "is unknown"
@@ -139,12 +139,12 @@ class PreferenceLoss:
                 )
         return {n: v for n, v in options.items() if n in common}, {n: v for n, v in options.items() if n in own}
 
-    def _own_parameters(self, term: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _own_parameters(self, term: Loss, options: Mapping[str, Any]) -> dict[str, Any]:
         values = {"beta": self.beta} if "beta" in term.parameters else {}
         for name, parameter in term.parameters.items():
             if name != "beta":
                 where = f"model.{name}" if name == "label_smoothing" else f"model.loss_options.{name}"
-                values[name] = given.get(name, parameter.default)
+                values[name] = options.get(name, parameter.default)
                 check_setting(where, values[name], parameter.annotation)
         return values
 
@@ -177,7 +177,7 @@ class PreferenceLoss:
         self.ld_alpha, self.use_weighting = ld_alpha, use_weighting
 
     def _require(self, what: str, fits: Callable[[Loss], bool]) -> None:
-        """Every loss must make sense with a setting, but for plain likelihoods, to which it does not apply."""
+        """Raises UserError if a setting has no meaning for one of the losses. It never applies to plain likelihoods."""
         terms = [term for term in self.losses if term.preference]
         wrong = [term.name for term in terms if not fits(term)] if terms else [self._named()]
         if wrong:
@@ -185,14 +185,14 @@ class PreferenceLoss:
             raise UserError(f"{what} has no meaning for the loss {wrong[0]}; it has for {', '.join(able)}")
 
     def check_columns(self, weight: Tensor, margin: Tensor) -> None:
-        """Refuses pairs whose columns the losses cannot use. To be called on the host, since it looks at the values.
+        """Refuses weights and margins that the losses cannot use. To be called on the host, since it reads the values.
 
         Args:
             weight: [B], as in PairBatch.
             margin: [B], as in PairBatch.
 
         Raises:
-            UserError: a margin other than 0, or a weight other than 1, where the loss has no meaning for it.
+            UserError: a margin other than 0, or a weight other than 1, that has no meaning for the loss.
         """
         if (margin != 0).any():
             self._require("a margin other than 0 (column `margin` of the data)", lambda term: term.margin)
@@ -213,7 +213,7 @@ class PreferenceLoss:
         Args:
             policy: log-probs with gradients.
             reference: of the same pairs; None if not `needs_reference`.
-            weight: [B], each pair's loss is multiplied by it. The mean stays one over pairs, not over weights, so that
+            weight: [B], multiplies each pair's loss. The mean is still over pairs, not over weights, so that
                 accumulated and distributed batches add up to the same gradient; weights should average about 1.
             margin: [B], in the unit of beta h; see `check_columns`.
         """
@@ -240,9 +240,9 @@ class PreferenceLoss:
         return logps.sums if self.ld_alpha is None else length_desensitized(logps, self.ld_alpha)
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        """Implicit rewards [B, 2]: beta times the log-ratio; without a reference, beta times what the loss compares.
+        """Implicit rewards [B, 2]: beta times the log-ratio, or without a reference beta times log pi(y|x).
 
-        That is log pi(y|x), or for `simpo` and `orpo` its mean over tokens, as TRL's trainers of these losses log it.
+        `simpo` and `orpo` compare means over tokens, so their rewards are means too, as in TRL's trainers.
         """
         if reference is not None:
             return self.beta * (policy.sums - reference.sums)

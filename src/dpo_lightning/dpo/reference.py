@@ -1,10 +1,10 @@
 """Where reference log-probs come from, by the name that `model.reference` gives.
 
-A new kind of reference is one function with `@reference("its name")`: it takes a `Start` and gives a `Reference`. A
-user's own needs no change here: `model.reference: my_module:my_function`.
+To add a kind of reference, write one function with `@reference("its name")` that takes a `Start` and returns a
+`Reference`. Users name their own without any change here: `model.reference: my_module:my_function`.
 
-A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024, equations 3 and 4) is moved every few steps,
-`reference <- alpha * policy + (1 - alpha) * reference`: softly with alpha < 1, entirely with alpha = 1.
+A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024, equations 3 and 4) is updated every few steps:
+`reference <- alpha * policy + (1 - alpha) * reference`.
 """
 
 import copy
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lightning.data.batching import PairBatch
-from dpo_lightning.dpo.half_precision import full
+from dpo_lightning.dpo.half_precision import keep_float32
 from dpo_lightning.dpo.logps import PairLogps, Scoring, pair_logps
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.internals.torch import convert, copy_all, lerp_all
 from dpo_lightning.models.sharding import gathered, placed_like, shard_of
 from dpo_lightning.parsing import imported_function
 
@@ -31,19 +32,19 @@ class Reference(Protocol):
     """Log-probs under the model that the policy started from, without gradients."""
 
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
-        """As `pair_logps`, of the reference."""
+        """Like `pair_logps`, under the reference."""
         ...
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Any:
-        """Follows the module to another device or dtype."""
+        """Moves or converts the reference's own tensors, as `Module._apply` does the module's."""
         ...
 
 
 class Start(NamedTuple):
-    """What a reference is made from, before the first step."""
+    """What a reference is made from, before the first optimizer step."""
 
-    policy: "PreTrainedModel | PeftModel"  # as training begins with it
-    new_adapter: bool  # the policy is a base model under a LoRA adapter whose output is still 0
+    policy: "PreTrainedModel | PeftModel"  # with the weights that training starts from
+    new_adapter: bool  # the policy has a LoRA adapter whose output is still 0
     autocast_dtype: torch.dtype | None  # of matrix products, in mixed precision
 
 
@@ -62,7 +63,7 @@ def reference(name: str) -> Callable[[MakeReference], MakeReference]:
 
 
 def find_reference(name: str) -> MakeReference:
-    """The kind of reference of a name. Nothing is imported: the name may be a checkpoint's.
+    """The function registered under a name. Nothing is imported, since the name may come from a checkpoint.
 
     Raises:
         UserError: none is registered under it.
@@ -77,7 +78,7 @@ def find_reference(name: str) -> MakeReference:
 
 
 def import_reference(name: str) -> None:
-    """Registers a function of the user's own, named `package.module:function`, under that name.
+    """Imports and registers a user's function, named `package.module:function`.
 
     Raises:
         UserError: it cannot be imported.
@@ -86,14 +87,14 @@ def import_reference(name: str) -> None:
 
 
 def check_reference(name: str | None, moves: bool, needed: bool) -> None:
-    """Checks `model.reference` together with what else decides over the reference.
+    """Checks `model.reference` together with the settings that it depends on.
 
     Args:
         moves: `model.sync_ref_model`.
         needed: the loss compares with a reference.
 
     Raises:
-        UserError: an unknown kind, or one that these do not go with.
+        UserError: the kind is unknown or contradicts the other settings.
     """
     if name is not None:
         find_reference(name)
@@ -107,17 +108,17 @@ def check_reference(name: str | None, moves: bool, needed: bool) -> None:
 # ---------------------------------------------------------------------- kinds
 
 
-@reference("cached")  # the same, scored once and kept on disk
+@reference("cached")  # the same model, but scored once (`cached_reference`)
 @reference("online")
 def frozen(start: Start) -> Reference:
-    """The policy as training begins with it."""
+    """The policy with the weights that training starts from."""
     if not hasattr(start.policy, "disable_adapter"):
         return FrozenCopy(start.policy, start.autocast_dtype)
     return AdapterOff(start.policy) if start.new_adapter else AdapterCopy(start.policy)
 
 
 def moving(start: Start) -> "MovingReference":
-    """The same, free to follow the policy (`model.sync_ref_model`)."""
+    """A reference that follows the policy (`model.sync_ref_model`)."""
     return AdapterCopy(start.policy) if hasattr(start.policy, "disable_adapter") else MovingCopy(start.policy)
 
 
@@ -125,11 +126,11 @@ def moving(start: Start) -> "MovingReference":
 
 
 class FrozenCopy:
-    """A copy of the policy as it is now. It belongs to no module, so no checkpoint and no optimizer sees it.
+    """A copy of the policy. It belongs to no module, which keeps it out of checkpoints and optimizers.
 
     Args:
-        autocast_dtype: what matrix products are computed in, in mixed precision. The weights of linear layers are
-            then kept in it: the same products with half the memory, and no conversion at every batch.
+        autocast_dtype: dtype of matrix products in mixed precision. Weights of linear layers are kept in it, for the
+            same products with half the memory and without a conversion in every batch.
     """
 
     def __init__(self, policy: "PreTrainedModel", autocast_dtype: torch.dtype | None = None) -> None:
@@ -141,45 +142,46 @@ class FrozenCopy:
 
     @torch.no_grad()
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
-        """As `pair_logps`, of the copy."""
+        """Like `pair_logps`, under the copy."""
         dtype, device = self.autocast_dtype, batch.input_ids.device.type
         with nullcontext() if dtype is None else torch.autocast(device, dtype):
             return pair_logps(self.model, batch, scoring)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Follows the module to another device or dtype."""
-        self.model._apply(function)
+        """Moves or converts the reference's own tensors, as `Module._apply` does the module's."""
+        convert(self.model, function)
 
 
-def _product_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Weights that nothing but a linear layer's product reads: not those that are embeddings too, nor biases."""
+def _product_weights(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of linear layers that are not also embeddings."""
     from transformers.pytorch_utils import Conv1D
 
-    looked_up = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
-    linear = [layer.weight for layer in model.modules() if type(layer) in (nn.Linear, Conv1D)]
-    return [weight for weight in linear if id(weight) not in looked_up]
+    embeddings = {layer.weight for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    linear = {layer.get_parameter("weight") for layer in model.modules() if type(layer) in (nn.Linear, Conv1D)}
+    return linear - embeddings
 
 
 class AdapterOff:
-    """The policy with its LoRA adapter switched off: exactly the base model, and no second copy in memory."""
+    """The policy with its LoRA adapter switched off: exactly the base model, without a second copy in memory."""
 
     def __init__(self, policy: "PeftModel") -> None:
         self.policy = policy
 
     @torch.no_grad()
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
-        """As `pair_logps`, of the base model."""
+        """Like `pair_logps`, under the base model."""
         with self.policy.disable_adapter():
             return pair_logps(self.policy.get_base_model(), batch, scoring)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Nothing of its own to move."""
+        """Does nothing: the policy's module moves the weights."""
 
 
 class AdapterCopy:
-    """The policy with its adapter as it is now: one model in memory, and the adapter's weights twice.
+    """The policy with a copy of its adapter: one model in memory, and the adapter's weights twice.
 
-    What an SFT adapter was when preference training began, or with a new adapter (whose output is 0) the base model.
+    Keeps what an SFT adapter was before preference training. With a new adapter (whose output is 0) it starts as the
+    base model.
     """
 
     def __init__(self, policy: "PeftModel") -> None:
@@ -188,28 +190,28 @@ class AdapterCopy:
 
     @torch.no_grad()
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
-        """As `pair_logps`, of the model with the kept adapter."""
+        """Like `pair_logps`, under the model with the copied adapter."""
         with self._swapped_in():
             return pair_logps(self.policy.get_base_model(), batch, scoring)
 
     @contextmanager
     def _swapped_in(self) -> Iterator[None]:
-        # Through `.data`: a forward pass of the policy whose backward is still to come must not see a change.
+        # Through `.data`, so that autograd does not object in the policy's backward pass.
         weights = [shard_of(weight.data) for weight in trained_weights(self.policy).values()]
         kept = [weight.clone() for weight in weights]
-        torch._foreach_copy_(weights, [shard_of(weight) for weight in self.weights.values()])
+        copy_all(weights, [shard_of(weight) for weight in self.weights.values()])
         try:
             yield
         finally:
-            torch._foreach_copy_(weights, kept)
+            copy_all(weights, kept)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Follows the module to another device; as the policy's own adapter, it stays out of 16 bits."""
-        self.weights = {name: full(function)(weight) for name, weight in self.weights.items()}
+        """Moves the copy, which stays in float32 like the policy's own adapter."""
+        self.weights = {name: keep_float32(function)(weight) for name, weight in self.weights.items()}
 
 
 class MovingCopy(FrozenCopy):
-    """A copy of the policy that can follow it."""
+    """A copy of the policy that can be updated from it."""
 
     def __init__(self, policy: "PreTrainedModel") -> None:
         super().__init__(policy)
@@ -217,7 +219,7 @@ class MovingCopy(FrozenCopy):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Those of the copy that the policy trains."""
+        """The copy's weights whose counterparts in the policy train."""
         weights = dict(self.model.named_parameters())
         return {name: weights[name] for name in self._moving}
 
@@ -226,32 +228,35 @@ MovingReference = AdapterCopy | MovingCopy
 
 
 def trained_weights(policy: nn.Module) -> dict[str, nn.Parameter]:
-    """The policy's weights that training changes, by name."""
+    """The weights of the policy that train, by name."""
     return {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
 
 
-# ---------------------------------------------------------------------- moving
+# ---------------------------------------------------------------------- updates from the policy
 
 
 @torch.no_grad()
 def move(reference: MovingReference, policy: nn.Module, alpha: float) -> None:
     """reference <- alpha * policy + (1 - alpha) * reference, weight by weight.
 
-    Of an adapter the two factors are mixed, each for itself: for alpha = 1 that is the policy, in between it is not
-    exactly the mixture of the two products.
+    Of a LoRA adapter the two factors are mixed separately, which for alpha < 1 is not exactly the mixture of their
+    products.
     """
     trained = trained_weights(policy)
-    pairs = [(shard_of(weight), shard_of(trained[name].data)) for name, weight in reference.weights.items()]
-    torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), alpha)
+    lerp_all(
+        [shard_of(weight) for weight in reference.weights.values()],
+        [shard_of(trained[name].data) for name in reference.weights],
+        alpha,
+    )
 
 
 def weights_to_save(reference: MovingReference) -> dict[str, Tensor]:
-    """A reference's weights for a checkpoint, gathered where they are sharded. To be called on all ranks."""
+    """The reference's weights for a checkpoint, gathered if they are sharded. To be called on all ranks."""
     return {name: gathered(weight.detach()) for name, weight in reference.weights.items()}
 
 
 @torch.no_grad()
 def load_weights(reference: MovingReference, saved: Mapping[str, Tensor]) -> None:
-    """Loads what `weights_to_save` gave."""
+    """Loads what `weights_to_save` returned."""
     for name, weight in reference.weights.items():
         weight.copy_(placed_like(saved[name], weight))

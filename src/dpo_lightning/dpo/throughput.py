@@ -4,25 +4,26 @@ import time
 
 
 class Throughput:
-    """A stopwatch that runs from an optimizer step's first batch to its end."""
+    """A stopwatch that runs from the first batch of an optimizer step to the end of the step."""
 
     def __init__(self) -> None:
-        self._began: float | None = None
-        self._seconds, self._pairs = 0.0, 0  # of steps since the last reading
+        self._start: float | None = None  # of the current step
+        self._seconds, self._pairs = 0.0, 0  # since the last reading
 
     def batch(self, pairs: int) -> None:
-        """A batch begins, of so many pairs on all devices."""
+        """Starts a batch of `pairs` on all devices together."""
         self._pairs += pairs
-        if self._began is None:
-            self._began = time.perf_counter()
+        if self._start is None:
+            self._start = time.perf_counter()
 
     def step(self) -> None:
-        """An optimizer step has ended."""
-        self._seconds += time.perf_counter() - self._began
-        self._began = None
+        """Ends an optimizer step."""
+        assert self._start is not None
+        self._seconds += time.perf_counter() - self._start
+        self._start = None
 
     def read(self) -> float:
-        """Pairs per second since the last reading."""
+        """Returns the pairs per second since the last reading."""
         rate = self._pairs / self._seconds
         self._seconds, self._pairs = 0.0, 0
         return rate
