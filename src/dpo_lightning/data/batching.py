@@ -42,7 +42,7 @@ class PairBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on a device."""
-        return PairBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return PairBatch._make(None if tensor is None else tensor.to(device) for tensor in self)
 
     @property
     def num_pairs(self) -> int:
@@ -92,9 +92,14 @@ def collate(
         predict_index += [first + p - 1, *range(first + c, first + len(row))]
         targets += chosen + rejected
         sequence += [2 * b] * len(chosen) + [2 * b + 1] * len(rejected)
-    tensors = (input_ids, position_ids, segment_ids, predict_index, targets, sequence, pair_ids)
     return PairBatch(
-        *(torch.as_tensor(np.asarray(tensor, dtype=np.int64)) for tensor in tensors),
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(segment_ids),
+        torch.tensor(predict_index),
+        torch.tensor(targets),
+        torch.tensor(sequence),
+        torch.as_tensor(pair_ids),
         weight=torch.tensor([pair.weight for pair in pairs]),
         margin=torch.tensor([pair.margin for pair in pairs]),
         reference_logps=None if reference_logps is None else torch.tensor(list(chain.from_iterable(reference_logps))),

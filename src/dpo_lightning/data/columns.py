@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_lightning.data.reading import PAIR_COLUMNS
-from dpo_lightning.internals.datasets import selected
+from dpo_lightning.internals.datasets import fingerprint, selected
 from dpo_lightning.storage.arrow_cache import Columns
 
 if TYPE_CHECKING:
@@ -34,13 +34,14 @@ def with_column(data: "Dataset", name: str, values: pa.ChunkedArray) -> "Dataset
     """
     from datasets import Dataset, concatenate_datasets
 
-    if data._indices is None:
+    table_rows = np.arange(data.data.num_rows)
+    rows = selected(data, table_rows)
+    if rows is table_rows:  # not a selection
         return concatenate_datasets([data, Dataset(pa.table({name: values}), fingerprint=name)], axis=1)
-    rows = data._indices.column(0).to_numpy()
-    order = np.full(data.data.num_rows, -1)
+    order = np.full(len(table_rows), -1)
     order[rows] = np.arange(len(rows))
     column = Dataset(pa.table({name: values.take(pa.array(order, mask=order < 0))}), fingerprint=name)
-    return concatenate_datasets([Dataset(data.data, fingerprint=data._fingerprint), column], axis=1).select(rows)
+    return concatenate_datasets([Dataset(data.data, fingerprint=fingerprint(data)), column], axis=1).select(rows)
 
 
 def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> Iterator[Columns]:

@@ -14,13 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from dpo_lightning.data import pipeline
-from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch
+from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch, collate_columns
 from dpo_lightning.data.chat import ChatTemplate, template_source, with_template
 from dpo_lightning.data.columns import with_column
 from dpo_lightning.data.encoding import MAX_LENGTH, SHORTEST, EncodedPair, check_tokenizer, load_tokenizer, pair_length
 from dpo_lightning.data.formats import RowOptions, check_templates, no_chat_template
 from dpo_lightning.data.generated import RejectedGenerator, generation_from, log_generated
-from dpo_lightning.data.loaders import IndexedRows, collate_rows, make_loader
+from dpo_lightning.data.loaders import IndexedRows, make_loader
 from dpo_lightning.data.origins import Origin, check_ids, cuts, row_numbers
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.data.prompt_format import PromptFormat, trained_prompt_format
@@ -124,7 +124,8 @@ class PreferenceDataModule(LightningDataModule):
         self._tokenizer = None if isinstance(tokenizer, str) else tokenizer
         self.datasets: dict[str, Dataset] = {}
         self.accounts: dict[str, RowAccount] = {}
-        self.generates, self.not_generated = True, []
+        self.generates = True
+        self.not_generated: list[str] = []
         self._stages: set[str] = set()  # that are set up
         self._origins: dict[str, Origin] = {}  # of the pairs of each of `datasets`
         self._formats: dict[str, tuple[str, bool]] = {}  # by data set: its format, and whether it holds conversations
@@ -294,7 +295,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def batch(self, name: str, positions: Sequence[int]) -> PairBatch:
         """Pairs of a data set by their position, as its loader would batch them."""
-        return collate_rows(IndexedRows(self.datasets, name)[list(positions)])
+        return collate_columns(*IndexedRows(self.datasets, name)[list(positions)])
 
     def add_column(self, name: str, column: str, values: pa.ChunkedArray) -> None:
         """Gives a data set one column more, [n]; its loaders know it at once."""

@@ -75,14 +75,14 @@ def pair_length(asked: int | None, positions: int | None, hint: Callable[[], flo
     Raises:
         UserError: more was asked for than the model has positions, or it has too few for any pair.
     """
-    positions = positions or math.inf
-    if positions < (asked or SHORTEST):
+    most: float = positions or math.inf
+    if most < (asked or SHORTEST):
         wanted = f"data.max_length is {asked}" if asked else f"a prompt and a completion need {SHORTEST} tokens"
-        mend = f"lower it to {positions}" if asked and positions >= SHORTEST else "take another model"
+        mend = f"lower it to {positions}" if asked and most >= SHORTEST else "take another model"
         raise UserError(f"{wanted}, but this model has {positions} positions: {mend}")
     if asked:
         return asked
-    found = int(min(MAX_LENGTH, hint(), positions))
+    found = int(min(MAX_LENGTH, hint(), most))
     if found < MAX_LENGTH:
         rank_zero_info(f"data.max_length: {found} tokens, which is what the tokenizer and the model can take")
     return found
@@ -148,9 +148,7 @@ def encode_completions(tokenizer: "PreTrainedTokenizerBase", completions: Sequen
     return [ids + [eos] for ids in encoded]
 
 
-def encode_batch(
-    columns: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> dict[str, list]:
+def encode_batch(columns: dict[str, list], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> dict[str, list]:
     """Encodes columns `prompt`, `chosen`, `rejected` (text) and, if there, `chat`, `weight`, `margin`.
 
     Completions that a model generated have their ids already, without EOS: in `chosen_tokens`, `rejected_tokens`.

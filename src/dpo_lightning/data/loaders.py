@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import Dataset as MapDataset
 
 from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch, PromptBatch, collate_columns, collate_prompts
 from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import batch_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +40,7 @@ class LengthGroupedBatchSampler(DistributedSampler):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         shuffle: bool,
         seed: int = 0,
@@ -79,7 +81,7 @@ class LengthGroupedBatchSampler(DistributedSampler):
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 
 
-class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):
+class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):  # type: ignore[misc]
     """The same batches in the same order every epoch, for `trainer.overfit_batches`.
 
     Lightning replaces every other sampler by a SequentialSampler there, which knows nothing of batches and ranks.
@@ -94,12 +96,13 @@ class ResumableLoader(DataLoader):
     iterates over it gets the whole epoch.
     """
 
+    sampler: LengthGroupedBatchSampler
     trainer: Trainer | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         trainer = self.trainer
         training = trainer is not None and trainer.training and trainer.train_dataloader is self
-        self.sampler.start = trainer.fit_loop.batch_idx + 1 if training else 0
+        self.sampler.start = batch_index(trainer) + 1 if training else 0
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +113,7 @@ class ResumableLoader(DataLoader):
         """Nothing to load."""
 
 
-class IndexedRows:
+class IndexedRows(MapDataset):
     """A map-style data set whose item is a whole batch: a list of positions gives those rows and their positions.
 
     They are looked up by name when they are asked for: Lightning makes the training loader to count the steps of a run,
@@ -124,7 +127,8 @@ class IndexedRows:
     def __init__(self, datasets: "dict[str, Dataset]", name: str, prompts: bool = False) -> None:
         self.datasets, self.name = datasets, name
         self.columns = ("prompt_ids",) if prompts else (*EncodedPair._fields, REFERENCE_LOGPS)
-        self._data = self._rows = None
+        self._data: Dataset | None = None
+        self._rows: Any = None  # its columns that are read
 
     def __len__(self) -> int:
         return len(self.datasets[self.name])
@@ -169,7 +173,7 @@ def make_loader(
         rows,
         sampler=sampler_class(lengths, batch_size, shuffle and not fixed, seed, rank, world),
         batch_size=None,
-        collate_fn=collate_rows,
+        collate_fn=collate_rows,  # type: ignore[arg-type]  # without a batch_size it gets one item
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_run,
         persistent_workers=num_workers > 0,

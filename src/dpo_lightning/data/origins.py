@@ -17,7 +17,7 @@ class Origin(NamedTuple):
     """Where the pairs of a data set come from."""
 
     sources: list[tuple[str, str, int]]  # name, what its row numbers count, position of its first pair
-    positions: Sequence[int] | None = None  # of the pairs among those of all sources; None where they are all
+    positions: np.ndarray | None = None  # of the pairs among those of all sources; None where they are all
 
     def where(self, data: "Dataset", positions: Sequence[int]) -> list[str]:
         """The source and row of each of some pairs of the data set: "rows.jsonl, line 6"."""

@@ -22,6 +22,7 @@ from dpo_lightning.data.rejected import shuffled_partners
 from dpo_lightning.data.sources import Source
 from dpo_lightning.data.splits import mixed, split_by_key
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.datasets import fingerprint
 from dpo_lightning.storage.arrow_cache import Columns, cached_dataset
 from dpo_lightning.storage.digests import key_digest
 from dpo_lightning.storage.progress import progress
@@ -85,12 +86,12 @@ def checked(
     format_name = find_format(source.columns, source.name, format_name, completions)
     row_format = get_format(format_name)
     reader = PairReader(source, row_format, options, completions, on_bad_row)
-    fingerprint = _digest(
+    key = _digest(
         *(source.fingerprint, source.name, format_name, row_format.fingerprint, options[:2]),
         *(chat_source, str(tokenizer.special_tokens_map), completions, on_bad_row),
     )
     pairs, note = cached_dataset(
-        fingerprint,
+        key,
         PAIR_COLUMNS,
         lambda: progress(reader.batches(), f"Reading {source.name}"),
         lambda: {"account": reader.account._asdict(), "chat": reader.chat},
@@ -129,7 +130,7 @@ def generated(rows: Checked, replies_to: "Callable[[Dataset, str], Dataset | Non
         found = replies[start:stop]
         return {"rejected": found["text"], "rejected_tokens": found["tokens"]}
 
-    return Completions(rows.source, rows.pairs, ("generated", replies._fingerprint), columns)
+    return Completions(rows.source, rows.pairs, ("generated", fingerprint(replies)), columns)
 
 
 def _refuse_own(rows: Checked) -> None:
@@ -162,8 +163,8 @@ def encoded(completed: Completions, tokenizer: "PreTrainedTokenizerBase", max_le
             yield columns
             start = stop
 
-    fingerprint = _digest(pairs._fingerprint, made, tokenizer_fingerprint(tokenizer), max_length)
-    return _with_largest_id(fingerprint, ENCODED_COLUMNS, batches, source)
+    key = _digest(fingerprint(pairs), made, tokenizer_fingerprint(tokenizer), max_length)
+    return _with_largest_id(key, ENCODED_COLUMNS, batches, source)
 
 
 def encoded_prompts(rows: Checked, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
@@ -174,13 +175,11 @@ def encoded_prompts(rows: Checked, tokenizer: "PreTrainedTokenizerBase", max_len
         for columns in progress(batches_of(pairs), f"Encoding {source.name}", len(pairs)):
             yield columns | {"prompt_ids": encode_prompts(tokenizer, columns["prompt"], max_length, columns["chat"])}
 
-    fingerprint = _digest(pairs._fingerprint, ("prompts",), tokenizer_fingerprint(tokenizer), max_length)
-    return _with_largest_id(fingerprint, PROMPT_COLUMNS, batches, source)
+    key = _digest(fingerprint(pairs), ("prompts",), tokenizer_fingerprint(tokenizer), max_length)
+    return _with_largest_id(key, PROMPT_COLUMNS, batches, source)
 
 
-def _with_largest_id(
-    fingerprint: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]], source: Source
-) -> Encoded:
+def _with_largest_id(key: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]], source: Source) -> Encoded:
     """An encoded data set, from the cache or from `batches`; its largest token id, found once, is kept in the note."""
     largest: list[int] = []  # of each batch
 
@@ -189,7 +188,7 @@ def _with_largest_id(
             largest.append(_largest_id(columns))
             yield columns
 
-    data, note = cached_dataset(fingerprint, schema, noted, lambda: {"largest_id": max(largest)})
+    data, note = cached_dataset(key, schema, noted, lambda: {"largest_id": max(largest)})
     return Encoded(data, note["largest_id"], Origin([(source.name, source.unit, 0)]))
 
 

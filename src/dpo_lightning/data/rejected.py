@@ -8,7 +8,7 @@ import numpy as np
 from dpo_lightning.errors import UserError
 
 
-def shuffled_partners(texts: Sequence[Any], seed: int, source: str) -> np.ndarray:
+def shuffled_partners(texts: Sequence[Any] | np.ndarray, seed: int, source: str) -> np.ndarray:
     """For `rejected: shuffled`: a permutation, int64 [n], that pairs each text with a different text of the data.
 
     Equal texts are laid side by side in a seeded order and the order is then turned by the size of the largest

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dpo_lightning.data.formats import FORMATS
 from dpo_lightning.data.pair import BadRow
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.datasets import fingerprint
 from dpo_lightning.models.hub import first_line, from_hub_or_folder, local_path, looks_local
 from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.visible import one_line
@@ -312,7 +313,7 @@ def _from_dataset(name: str, dataset: Any) -> Source:
                 number += 1
                 yield number, row
 
-    return Source(name, dataset.column_names, read, dataset._fingerprint)
+    return Source(name, dataset.column_names, read, fingerprint(dataset))
 
 
 def _batch_rows(batch: Any, name: str, before: int) -> Iterable[Row]:

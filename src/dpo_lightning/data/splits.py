@@ -45,7 +45,9 @@ def mixed(rows: np.ndarray, starts: Sequence[int], weights: Sequence[float], see
     return np.sort(np.concatenate(kept))
 
 
-def split_by_key(keys: Sequence[Any], sizes: dict[str, float], seed: int, source: str) -> dict[str, np.ndarray]:
+def split_by_key(
+    keys: Sequence[Any] | np.ndarray, sizes: dict[str, float], seed: int, source: str
+) -> dict[str, np.ndarray]:
     """Seeded split of positions in which equal keys (contexts) stay together.
 
     Args:
