@@ -151,7 +151,7 @@ class GuardsCallback(Callback):
         for batch in seen:
             for name, value in {"loss": batch.loss, "gradient norm": batch.grad_norm}.items():
                 if value is not None and not value.isfinite():
-                    rows = "; ".join(data.where("train", sorted(batch.pair_ids.tolist())))
+                    rows = "; ".join(data.locations("train", sorted(batch.pair_ids.tolist())))
                     raise UserError(
                         f"the {name} is {value.item()} at step {batch.step}, on these rows: {rows}; {good}; look at "
                         f"the rows, {remedy}"

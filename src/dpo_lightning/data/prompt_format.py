@@ -144,7 +144,7 @@ def read_prompt_format(folder: str) -> PromptFormat | None:
         return prompt_format._replace(chat_template=None)  # the tokenizer in the folder has it
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"'{path}', which says how to ask the model, cannot be used: {first_line(error)}; mend it, or remove it"
+            f"'{path}', which says how to ask the model, cannot be used: {first_line(error)}; fix it, or remove it"
         ) from error
 
 
