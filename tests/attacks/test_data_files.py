@@ -48,7 +48,7 @@ def test_rows_under_a_single_key_are_read(tmp_path, wrapped, indent):
     (tmp_path / "rows.json").write_text(json.dumps(wrapped, indent=indent))
     source = open_source(str(tmp_path / "rows.json"), "train")
     assert [row for _, row in source.rows()] == ROWS
-    assert source.where(2).endswith("rows.json, row 2")
+    assert source.location(2).endswith("rows.json, row 2")
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -62,7 +62,7 @@ def trained(model, kind="sql", *args):
             for r in ROWS[:16]
         ],
     }
-    root = Path(tempfile.mkdtemp(prefix="dpo-lightning-test-asking-"))
+    root = Path(tempfile.mkdtemp(prefix="dpo-lightning-test-prompt-format-"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert command("fit", model, rows[kind], *args) == 0

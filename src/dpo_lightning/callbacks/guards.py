@@ -149,7 +149,7 @@ class GuardsCallback(Callback):
         for result in results:
             for name, value in {"loss": result.loss, "gradient norm": result.grad_norm}.items():
                 if value is not None and not value.isfinite():
-                    rows = "; ".join(trainer.datamodule.where("train", sorted(result.pair_ids.tolist())))
+                    rows = "; ".join(trainer.datamodule.locations("train", sorted(result.pair_ids.tolist())))
                     raise UserError(
                         f"the {name} is {value.item()} at step {result.step}, on these rows: {rows}; {good}; look at "
                         f"the rows, {remedy}"

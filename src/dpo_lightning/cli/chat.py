@@ -78,7 +78,7 @@ def chat(
     speakers = load_speakers(model, reference, trust_remote_code)
     tokenizer = speakers[-1].tokenizer
     if trained:
-        trained.fit_out(tokenizer)
+        trained.apply_to(tokenizer)
     prompt_format = prompt_format or assumed_prompt_format(tokenizer)
     prompt_format.prompt("probe", "", tokenizer)  # a broken chat template is reported before the first question
     for line in remarks(model, prompt_format, trained, given=prompt_template is not None):

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_lightning.data.formats import RowOptions
-from dpo_lightning.data.prompt_format import FILE, PromptFormat, placeholders, quoted
+from dpo_lightning.data.formats import RowOptions, placeholders, quoted
+from dpo_lightning.data.prompt_format import FILE, PromptFormat
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.policy import ADAPTER_CONFIG
 from dpo_lightning.visible import visible

@@ -61,7 +61,7 @@ def export(
     data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
     module.load_state_dict(checkpoint["state_dict"])
     if prompt_format := checkpoint_prompt_format(checkpoint, ckpt_path):
-        prompt_format.fit_out(data.tokenizer)
+        prompt_format.apply_to(data.tokenizer)
     export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings, prompt_format)
     print(one_line(f"model written to {output_dir}"))
 

@@ -179,7 +179,7 @@ def decoded_pair(data: PreferenceDataModule, position: int) -> Iterator[str]:
     columns = data.datasets["train"].select_columns(list(EncodedPair._fields))[[position]]
     (pair,) = to_pairs(collate_columns(columns, [position]))
     prompt = data.tokenizer.decode(pair.prompt_ids)
-    yield data.where("train", [position])[0]
+    yield data.locations("train", [position])[0]
     for line in (
         f"prompt    {'…' + prompt[-LONGEST_PROMPT:] if len(prompt) > LONGEST_PROMPT else prompt}",
         f"chosen    ⟦{data.tokenizer.decode(pair.chosen_ids)}⟧",

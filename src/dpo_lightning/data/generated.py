@@ -1,10 +1,10 @@
-"""Prompts -> rejected completions that the model samples before it is trained: once, kept on disk, for every pair.
+"""Prompts -> rejected completions that the model samples before it is trained: once for every pair, kept on disk.
 
 For data that have only good answers. Trained against its own answers, the model learns what sets the good ones apart:
 the first iteration of SPIN (Chen et al. 2024, https://arxiv.org/abs/2401.01335).
 
-Replies are kept among the encoded data sets, in a folder named by the digest of everything they follow from, and made
-by a shared pass (`storage.shared_pass`).
+A shared pass (`storage.shared_pass`) makes the replies. They are cached beside the encoded data sets, in a folder named
+by a digest of everything that they depend on.
 """
 
 import gc
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1  # raise it when the replies to the same key change
-ATTEMPTS = 4  # to get another reply than the chosen completion
+FORMAT = 1  # raise it when the same key gets other replies
+ATTEMPTS = 4  # at a reply other than the chosen completion
 COLUMNS = pa.schema([("text", pa.string()), ("tokens", pa.list_(pa.int32()))])
 MODEL_SETTINGS = ("name_or_path", "dtype", "quantization", "attn_implementation", "trust_remote_code")
 
 
 class Generation(NamedTuple):
-    """Which model answers, and how it is sampled. The name and the last four are as in `policy.load_policy`.
+    """Which model answers, and how it is sampled. The name and the last four are arguments of `policy.load_policy`.
 
-    `temperature` divides the logits; drawn from are only the likeliest tokens that have `top_p` of the probability.
+    `temperature` divides the logits; only the likeliest tokens that together have `top_p` of the probability are drawn.
     """
 
     name_or_path: str
@@ -70,14 +70,16 @@ def generation_from(options: dict[str, Any] | None, max_length: int) -> Generati
         max_length: tokens of a prompt and completion together.
 
     Raises:
-        UserError: a setting that there is not, out of its range, or without a model.
+        UserError: an unknown setting, a value out of its range, or no model.
     """
     options = options or {}
     if unknown := sorted(set(options) - set(Generation._fields)):
         near = did_you_mean(unknown[0], Generation._fields)
         raise UserError(f"data.generation has no '{unknown[0]}': it has {', '.join(Generation._fields)}{near}")
     if not options.get("name_or_path"):
-        raise UserError("data.rejected is generated, but by which model? data.generation has no name_or_path")
+        raise UserError(
+            "data.rejected is generated, but data.generation has no name_or_path: give the model that generates"
+        )
     generation = Generation(**options)
     words = f"a whole number, at least 1, that leaves room for a prompt in data.max_length = {max_length}"
     room = Annotated[int, Range(words, lambda tokens: 0 < tokens < max_length - 1)]
@@ -89,14 +91,14 @@ def generation_from(options: dict[str, Any] | None, max_length: int) -> Generati
 class RejectedGenerator:
     """Makes and finds the replies to the prompts of data sets.
 
-    Replies hang on the weights, the pairs' texts, the tokenizer, the settings and the seed: all are in the key. Each
-    pair draws from random numbers of its own, so batches, ranks, an interruption and the order of the rows change no
-    reply, but for a token here and there whose probability rounding moves across the drawn number.
+    Replies depend on the weights, the pairs' texts, the tokenizer, the settings and the seed: all are in the key. Each
+    pair has random numbers of its own, so that batches, ranks, interruptions and the order of the rows do not change
+    replies, except for the odd token where rounding decides.
 
     Args:
-        tokenizer: as prompts are encoded for training.
+        tokenizer: that of training.
         max_length: tokens of a prompt and completion together; longer prompts are cut so that the reply has room.
-        seed: of the draws.
+        seed: of the sampling.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class RejectedGenerator:
         self.generation, self.tokenizer, self.max_length, self.seed = generation, tokenizer, max_length, seed
 
     def key(self, pairs: "Dataset") -> dict[str, Any]:
-        """Everything that the replies to a data set (columns prompt, chosen, chat) follow from but rounding."""
+        """Everything that the replies to a data set (columns prompt, chosen, chat) depend on, except rounding."""
         texts = [text_keys(pairs, name) for name in ("prompt", "chosen")]
         chat = pairs.data.column("chat").to_numpy()
         return {
@@ -119,18 +121,18 @@ class RejectedGenerator:
         }
 
     def find(self, pairs: "Dataset") -> tuple["Dataset", dict[str, Any]] | None:
-        """The replies to a data set (`COLUMNS`, a row per pair) and a note on them, where they are on disk."""
+        """The replies to a data set (`COLUMNS`, a row per pair) and a note on them, if they are on disk."""
         return find_dataset(key_digest(self.key(pairs)))
 
     def make(
         self, pairs: "Dataset", name: str, batch_size: int, trainer: "Trainer | None" = None
     ) -> tuple["Dataset", dict[str, Any]]:
-        """The same, made where they are not. To be called on all ranks, which share the work.
+        """The same, made if they are not on disk. To be called on all ranks, which share the work.
 
         Args:
             name: of the data set, for the progress bar.
-            batch_size: prompts that are answered at a time.
-            trainer: whose devices and precision are used; without one, this process's GPU if it has one.
+            batch_size: prompts to answer at a time.
+            trainer: its devices and precision are used; without one, this process's GPU if it has one.
 
         Raises:
             UserError: the model cannot be loaded, the folder cannot be written, or the ranks do not share it.
@@ -151,7 +153,7 @@ class RejectedGenerator:
             columns=lambda results: {name: [result[name] for result in results] for name in COLUMNS.names},
             note=note,
             what=f"the rejected completions of {name}",
-            unknown=f"{name}: the reply to pair {{row}} was not kept: look at the disk, and start the run again",
+            unknown=f"{name}: the reply to pair {{row}} was not saved: check the disk, and start the run again",
             setting="data.rejected is generated",
         )
         return run_shared_pass(task, batch_size, f"Rejected, {name}", strategy)
@@ -159,25 +161,25 @@ class RejectedGenerator:
     def _answers(
         self, pairs: "Dataset", batches: Iterator[list[int]], trainer: "Trainer | None", device: torch.device
     ) -> Iterator[list[dict[str, Any]]]:
-        """Loads the model and answers pairs, a batch of positions at a time."""
+        """Loads the model and answers the pairs, a batch of positions at a time."""
         with isolate_rng():
             model = self._load()
             if trainer:
                 model = trainer.precision_plugin.convert_module(model)
-            if not self.generation.quantization:  # else it is there already
+            if not self.generation.quantization:  # which is loaded onto it
                 model = model.to(device)
             for positions in batches:
                 with trainer.precision_plugin.forward_context() if trainer else nullcontext():
                     lines = self._lines(model, pairs, positions)
                 yield lines
         del model
-        gc.collect()  # a model is full of cycles
+        gc.collect()  # models have reference cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _load(self) -> "PreTrainedModel":
         settings = {name: getattr(self.generation, name) for name in MODEL_SETTINGS}
-        # Quantized weights are loaded under an adapter only; a new one changes nothing.
+        # Quantized weights are loaded only with an adapter; a new one does not change the output.
         new_adapter = settings["quantization"] and base_model_name(settings["name_or_path"]) == settings["name_or_path"]
         model = load_policy(**settings, lora={} if new_adapter else None)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -197,8 +199,8 @@ class RejectedGenerator:
             )
             draws = Draws([_seed(self.seed, attempt, *texts[i]) for i in todo], self.generation)
             limit = self.generation.max_new_tokens
-            made = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, [draws])
-            replies |= dict(zip(todo, made, strict=True))
+            results = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, [draws])
+            replies |= dict(zip(todo, results, strict=True))
             todo = [i for i in todo if replies[i].text.strip() == rows["chosen"][i].strip()]
             if not todo:
                 break
@@ -210,7 +212,7 @@ class RejectedGenerator:
 
 
 def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
-    """Tells what the replies to a data set are, and warns of what is wrong with them."""
+    """Logs what the replies to a data set are, and warns of replies that equal the chosen completion."""
     key = note["key"]
     rank_zero_info(
         f"{name}: the rejected completions of its {pairs} pairs are replies of {note['model']} (temperature "
@@ -225,33 +227,33 @@ def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
 
 
 class Draws:
-    """A logits processor that samples: it leaves of each row the one token that the row's own numbers choose.
+    """A logits processor that samples each row with random numbers of its own.
 
-    transformers samples a whole batch from one stream of random numbers, so that a reply would depend on its batch.
+    transformers samples a batch from one stream of random numbers, so that a reply would depend on its batch.
 
     Args:
-        seeds: of each row.
+        seeds: one per row.
     """
 
     def __init__(self, seeds: Sequence[int], generation: Generation) -> None:
         self.temperature, self.top_p, self.step = generation.temperature, generation.top_p, 0
-        numbers = [np.random.default_rng(seed).random(generation.max_new_tokens, np.float32) for seed in seeds]
-        self.numbers = torch.from_numpy(1 - np.stack(numbers))  # [rows, max_new_tokens], in (0, 1]
+        draws = [np.random.default_rng(seed).random(generation.max_new_tokens, np.float32) for seed in seeds]
+        self.uniform = torch.from_numpy(1 - np.stack(draws))  # [rows, max_new_tokens], in (0, 1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [rows, V] -> 0 at the drawn token and -inf elsewhere; called once per new token."""
-        numbers = self.numbers[:, self.step].to(scores.device)
+        """Logits [rows, V] -> 0 at the sampled token and -inf elsewhere. Called once per new token."""
+        uniform = self.uniform[:, self.step].to(scores.device)
         self.step += 1
-        tokens = draw(scores, numbers, self.temperature, self.top_p)
+        tokens = draw(scores, uniform, self.temperature, self.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
-def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     """Samples a token per row by inverting the distribution function, within the nucleus of Holtzman et al. (2020).
 
     Args:
         logits: [rows, V] float.
-        numbers: [rows], uniform in (0, 1]; a token of probability 0 is never drawn.
+        uniform: [rows], random in (0, 1]: without 0, no token of probability 0 is drawn.
 
     Returns:
         Tokens [rows, 1], int64.
@@ -263,19 +265,20 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> T
     mass = probabilities.cumsum(dim=-1)
     total = mass[:, -1:].contiguous()
     if order is not None:
-        total = mass.gather(1, torch.searchsorted(mass, top_p * total))  # of the nucleus, its last token included
-    places = torch.searchsorted(mass, numbers[:, None] * total)
-    return places if order is None else order.gather(1, places)
+        total = mass.gather(1, torch.searchsorted(mass, top_p * total))  # of the nucleus, with its last token
+    ranks = torch.searchsorted(mass, uniform[:, None] * total)
+    return ranks if order is None else order.gather(1, ranks)
 
 
-def _seed(*what: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(what).encode(), digest_size=8).digest(), "little")
+def _seed(*parts: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "little")
 
 
 def stored_weights(name_or_path: str, trust_remote_code: bool = False) -> str:
-    """Tells the weights that a name stands for from all others without loading them.
+    """Identifies a model's weights by what is stored: a digest of a folder's files and of an adapter's base; a commit.
 
-    Of a folder it is a digest of its files, of a hub model its commit; an adapter's base model is counted in.
+    It is not `weights_digest`, which reads the weights of a loaded model: replies are looked up before, and mostly
+    instead of, loading one. Changing it would change the keys of all cached replies.
 
     Raises:
         UserError: there is no such model.

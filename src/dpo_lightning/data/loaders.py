@@ -1,4 +1,4 @@
-"""Encoded pairs -> the order in which they are batched, and loaders that a resumed run can begin in the middle."""
+"""Encoded pairs -> the order of their batches, and loaders that a resumed run can start in mid-epoch."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import Dataset as MapDataset
 
 from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch, PromptBatch, collate_columns, collate_prompts
 from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import batch_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,17 +22,17 @@ if TYPE_CHECKING:
 class LengthGroupedBatchSampler(DistributedSampler):
     """Batches of pair positions: a pure function of (lengths, seed, epoch), sharded by rank.
 
-    Shuffled, the pairs are cut into windows of `window` global batches, each window is sorted by length so that a
-    batch's rows are about equally long (little padding), and the batches are put in random order. Not shuffled, the
-    data keeps its order. Every pair is handed out exactly once an epoch: where the last global batch would leave a
-    rank without pairs, its pairs join the batch before it.
+    To shuffle, the pairs are cut into windows of `window` global batches, each window is sorted by length so that the
+    rows of a batch need little padding, and the batches are put in random order. Every pair comes exactly once an
+    epoch: if the last global batch would leave a rank without pairs, its pairs join the batch before it.
 
-    It is used as a DataLoader's `sampler` with `batch_size=None` (an item is a whole batch), and it is a
-    DistributedSampler so that Lightning takes it as it is instead of wrapping it.
+    It is a DataLoader's `sampler` with `batch_size=None` (an item is a batch), and a DistributedSampler so that
+    Lightning does not wrap it.
 
     Args:
         lengths: tokens of each pair's row, [n].
         batch_size: pairs per batch and rank.
+        shuffle: otherwise the data keep their order.
 
     Raises:
         UserError: fewer pairs than ranks.
@@ -38,7 +40,7 @@ class LengthGroupedBatchSampler(DistributedSampler):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         shuffle: bool,
         seed: int = 0,
@@ -47,11 +49,11 @@ class LengthGroupedBatchSampler(DistributedSampler):
         window: int = 50,
     ) -> None:
         if len(lengths) < num_replicas:
-            raise UserError(f"{len(lengths)} pairs cannot be shared out among {num_replicas} processes")
+            raise UserError(f"{len(lengths)} pairs cannot be split among {num_replicas} processes")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
         self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
-        self.start = 0  # batches of the epoch that are left out, because a resumed run has trained on them
+        self.start = 0  # batches at the start of the epoch that a resumed run has already trained on
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
@@ -62,7 +64,7 @@ class LengthGroupedBatchSampler(DistributedSampler):
             yield batch[self.rank :: self.num_replicas].tolist()
 
     def global_batches(self) -> list[np.ndarray]:
-        """This epoch's batches over all ranks, in order; each holds int64 pair positions."""
+        """This epoch's batches over all ranks, in order: int64 pair positions."""
         size = self.batch_size * self.num_replicas
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
@@ -79,52 +81,53 @@ class LengthGroupedBatchSampler(DistributedSampler):
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 
 
-class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):
+class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):  # type: ignore[misc]
     """The same batches in the same order every epoch, for `trainer.overfit_batches`.
 
-    Lightning replaces every other sampler by a SequentialSampler there, which knows nothing of batches and ranks.
+    There Lightning replaces all but SequentialSamplers by one, which knows nothing of batches and ranks.
     """
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that begins an epoch where the trainer stands in it: batches that are trained on are left out.
+    """A DataLoader that starts where its trainer is in the epoch, without reading the batches before.
 
-    The sampler is told (`start`) and leaves them out, so nothing of them is read. It is told when the first batch is
-    asked for: Lightning makes the iterator long before, when neither epoch nor position are known. Whoever else
-    iterates over it gets the whole epoch.
+    Outside of training it gives all batches. The position is looked up with the first batch, since Lightning makes the
+    iterator before epoch and position are known.
     """
 
+    sampler: LengthGroupedBatchSampler
     trainer: Trainer | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         trainer = self.trainer
         training = trainer is not None and trainer.training and trainer.train_dataloader is self
-        self.sampler.start = trainer.fit_loop.batch_idx + 1 if training else 0
+        self.sampler.start = batch_index(trainer) + 1 if training else 0
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing, the position is the trainer's; that there is a state tells Lightning that it can resume."""
+        """Empty: the trainer has the position. Lightning resumes only loaders that have this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
 
 
-class IndexedRows:
-    """A map-style data set whose item is a whole batch: a list of positions gives those rows and their positions.
+class IndexedRows(MapDataset):
+    """A map-style data set whose item is a batch: a list of positions gives the rows there, and the positions.
 
-    They are looked up by name when they are asked for: Lightning makes the training loader to count the steps of a run,
-    long before the data set has all of its columns.
+    The data set is looked up at each batch: Lightning makes the training loader, to count the steps of a run, before
+    the data set has all of its columns.
 
     Args:
-        datasets: by name, as a datamodule keeps them.
-        prompts: whether the rows are prompts to answer, without completions.
+        datasets: by name, as a datamodule has them.
+        prompts: whether only prompts are read, to be answered.
     """
 
     def __init__(self, datasets: "dict[str, Dataset]", name: str, prompts: bool = False) -> None:
         self.datasets, self.name = datasets, name
         self.columns = ("prompt_ids",) if prompts else (*EncodedPair._fields, REFERENCE_LOGPS)
-        self._data = self._rows = None
+        self._data: Dataset | None = None
+        self._rows: Any = None  # its columns that are read
 
     def __len__(self) -> int:
         return len(self.datasets[self.name])
@@ -138,7 +141,7 @@ class IndexedRows:
 
 
 def collate_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch | PromptBatch:
-    """The encoded columns of a batch's pairs, or of its prompts alone, and their positions."""
+    """An item of IndexedRows as a batch."""
     columns, positions = item
     if "chosen_ids" in columns:
         return collate_columns(columns, positions)
@@ -146,7 +149,7 @@ def collate_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch | PromptB
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
+    """Makes a loader process ignore Ctrl-C and SIGTERM: the run handles both and ends its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -154,11 +157,10 @@ def leave_signals_to_the_run(worker: int) -> None:
 def make_loader(
     rows: IndexedRows, batch_size: int, shuffle: bool, seed: int, num_workers: int, trainer: Trainer | None
 ) -> ResumableLoader:
-    """A loader of a rank's share of a data set's batches.
+    """A loader of one rank's share of the batches (see `LengthGroupedBatchSampler`).
 
     Args:
-        shuffle: see `LengthGroupedBatchSampler`.
-        trainer: whose rank it is; without one, all batches.
+        trainer: knows the rank; without one, all batches.
     """
     data = rows.datasets[rows.name]
     lengths = numeric_column(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
@@ -169,7 +171,7 @@ def make_loader(
         rows,
         sampler=sampler_class(lengths, batch_size, shuffle and not fixed, seed, rank, world),
         batch_size=None,
-        collate_fn=collate_rows,
+        collate_fn=collate_rows,  # type: ignore[arg-type]  # without a batch_size it gets one item
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_run,
         persistent_workers=num_workers > 0,

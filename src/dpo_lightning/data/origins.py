@@ -1,4 +1,4 @@
-"""An encoded data set -> the files and rows its pairs were read from, for messages about them."""
+"""An encoded data set -> the files and rows that its pairs were read from, for messages about them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
 class Origin(NamedTuple):
     """Where the pairs of a data set come from."""
 
-    sources: list[tuple[str, str, int]]  # name, what its row numbers count, position of its first pair
-    positions: Sequence[int] | None = None  # of the pairs among those of all sources; None where they are all
+    sources: list[tuple[str, str, int]]  # name, unit of its row numbers, position of its first pair
+    positions: np.ndarray | None = None  # of the pairs among those of all sources; None: all of them
 
-    def where(self, data: "Dataset", positions: Sequence[int]) -> list[str]:
-        """The source and row of each of some pairs of the data set: "rows.jsonl, line 6"."""
+    def locations(self, data: "Dataset", positions: Sequence[int]) -> list[str]:
+        """The source and row of the pairs at some positions: "rows.jsonl, line 6"."""
         starts = [start for _, _, start in self.sources]
-        named = []
+        names = []
         for position, number in zip(positions, row_numbers(data, positions), strict=True):
             among_all = position if self.positions is None else self.positions[position]
             source, unit, _ = self.sources[np.searchsorted(starts, among_all, side="right") - 1]
-            named.append(f"{source}, {unit} {number}")
-        return named
+            names.append(f"{source}, {unit} {number}")
+        return names
 
 
 def row_numbers(data: "Dataset", positions: Sequence[int]) -> list[int]:
-    """The rows (of .jsonl and .csv files: the lines), counted from 1, that pairs were read from."""
+    """The rows that pairs were read from, counted from 1; in .jsonl and .csv files, the lines."""
     return data.select_columns("row")[list(positions)]["row"]
 
 
 def cuts(data: "Dataset", origin: Origin, max_length: int) -> str | None:
-    """How many pairs were cut to fit `max_length` tokens, and where the first is; None where none was."""
+    """A line about the pairs that were cut to fit `max_length` tokens, None if there are none."""
     prompts, completions = (numeric_column(data, name) for name in ("prompt_cut", "completion_cut"))
     if not (prompts | completions).any():
         return None
-    first = origin.where(data, np.flatnonzero(prompts | completions)[:1].tolist())[0]
+    first = origin.locations(data, np.flatnonzero(prompts | completions)[:1].tolist())[0]
     return (
         f"of {len(data)} pairs {prompts.sum()} had their prompt cut from the left and {completions.sum()} a completion "
         f"cut (its EOS kept) to fit data.max_length = {max_length} (the first: {first})"
@@ -53,7 +53,7 @@ def check_ids(data: "Dataset", origin: Origin, size: int, model: str, tokenizer:
         for column in ("prompt", "chosen", "rejected"):
             if unknown := [token for token in pair.get(f"{column}_ids", ()) if token >= size]:
                 raise UserError(
-                    f"{origin.where(data, [position])[0]}, {column}: its token "
+                    f"{origin.locations(data, [position])[0]}, {column}: its token "
                     f"{tokenizer.convert_ids_to_tokens(unknown[0])!r} has the id {unknown[0]}, but model '{model}' has "
                     f"embeddings for {size} tokens only: data.tokenizer belongs to another model"
                 )

@@ -1,10 +1,10 @@
-"""source -> checked -> rejected -> encoded: the steps from a data set's name to tokens, each of them kept on disk.
+"""source -> checked -> rejected -> encoded: the steps from a data set's name to tokens.
 
-Each step is a function whose result is the next one's argument:
+Each step is a function that takes the result of the one before:
 
-    encoded(rejected(checked(open_source(name, stage), ...), ...), ...)
+    encoded(shuffled(checked(open_source(name, stage), ...), ...), ...)
 
-What a step writes is found again by a fingerprint of everything that it depends on.
+What a step writes to disk is found again by a digest of everything that it depends on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from dpo_lightning.data.rejected import shuffled_partners
 from dpo_lightning.data.sources import Source
 from dpo_lightning.data.splits import mixed, split_by_key
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.datasets import fingerprint
 from dpo_lightning.storage.arrow_cache import Columns, cached_dataset
 from dpo_lightning.storage.digests import key_digest
 from dpo_lightning.storage.progress import progress
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-ENCODING_VERSION = 2  # raise it when encoding or row reading changes, so that old caches are not used
+ENCODING_VERSION = 2  # raise it when encoding or reading changes, so that old caches are not used
 IDS = pa.list_(pa.int32())
 PROMPT_COLUMNS = pa.schema([*PAIR_COLUMNS, pa.field("prompt_ids", IDS)])
 ENCODED_COLUMNS = pa.schema(
@@ -50,12 +51,13 @@ class Checked(NamedTuple):
 
 
 class Completions(NamedTuple):
-    """Pairs, and their rejected completions where these are not the pairs' own."""
+    """Pairs, and rejected completions in place of their own."""
 
     source: Source
     pairs: "Dataset"
-    made: tuple = ("empty",)  # how they were made, for the fingerprint
-    columns: Callable[[int, int], Columns] = lambda start, stop: {}  # of pairs [start, stop): `rejected`, and its ids
+    method: tuple = ("empty",)  # how the completions were made, for the digest
+    # Positions [start, stop) -> `rejected`, and its ids where a model generated it.
+    columns: Callable[[int, int], Columns] = lambda start, stop: {}
 
 
 class Encoded(NamedTuple):
@@ -75,22 +77,22 @@ def checked(
     on_bad_row: OnBadRow,
     completions: bool = True,
 ) -> Checked:
-    """Reads the rows of a source and leaves out, or refuses, those that cannot be used.
+    """Reads the rows of a source. Those that cannot be used are left out, or an error.
 
     Args:
-        format_name: left out, it is found from the columns.
-        chat_source: Jinja source of the chat template that `options` has.
-        completions: whether the rows are to train on; to predict, prompts are enough.
+        format_name: None: recognized from the columns.
+        chat_source: Jinja source of the chat template in `options`.
+        completions: False for prediction, which needs only prompts.
     """
     format_name = find_format(source.columns, source.name, format_name, completions)
     row_format = get_format(format_name)
     reader = PairReader(source, row_format, options, completions, on_bad_row)
-    fingerprint = _digest(
+    key = _digest(
         *(source.fingerprint, source.name, format_name, row_format.fingerprint, options[:2]),
         *(chat_source, str(tokenizer.special_tokens_map), completions, on_bad_row),
     )
     pairs, note = cached_dataset(
-        fingerprint,
+        key,
         PAIR_COLUMNS,
         lambda: progress(reader.batches(), f"Reading {source.name}"),
         lambda: {"account": reader.account._asdict(), "chat": reader.chat},
@@ -99,12 +101,12 @@ def checked(
 
 
 def own_or_empty(rows: Checked) -> Completions:
-    """The rejected completions that the pairs have themselves; the empty text where they have none."""
+    """The pairs' own rejected completions, or the empty text for pairs without."""
     return Completions(rows.source, rows.pairs)
 
 
 def shuffled(rows: Checked, seed: int) -> Completions:
-    """Other pairs' chosen completions as rejected ones (see `shuffled_partners`)."""
+    """The chosen completions of other pairs as rejected ones (see `shuffled_partners`)."""
     _refuse_own(rows)
     chosen = rows.pairs.select_columns("chosen")
     partners = shuffled_partners(text_keys(rows.pairs, "chosen"), seed, rows.source.name)
@@ -118,7 +120,7 @@ def generated(rows: Checked, replies_to: "Callable[[Dataset, str], Dataset | Non
     """A model's replies as rejected completions.
 
     Args:
-        replies_to: pairs and their name -> `generated.COLUMNS`, or None, which leaves the completions empty.
+        replies_to: pairs and their name -> `generated.COLUMNS`, or None to leave the completions empty.
     """
     _refuse_own(rows)
     replies = replies_to(rows.pairs, rows.source.name)
@@ -126,10 +128,10 @@ def generated(rows: Checked, replies_to: "Callable[[Dataset, str], Dataset | Non
         return own_or_empty(rows)
 
     def columns(start: int, stop: int) -> Columns:
-        found = replies[start:stop]
-        return {"rejected": found["text"], "rejected_tokens": found["tokens"]}
+        rows = replies[start:stop]
+        return {"rejected": rows["text"], "rejected_tokens": rows["tokens"]}
 
-    return Completions(rows.source, rows.pairs, ("generated", replies._fingerprint), columns)
+    return Completions(rows.source, rows.pairs, ("generated", fingerprint(replies)), columns)
 
 
 def _refuse_own(rows: Checked) -> None:
@@ -138,15 +140,15 @@ def _refuse_own(rows: Checked) -> None:
 
 
 def encoded(completed: Completions, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
-    """Makes tokens of pairs.
+    """Tokenizes pairs.
 
     Args:
         max_length: tokens of a prompt and completion together.
 
     Raises:
-        UserError: the tokenizer makes none of a prompt.
+        UserError: the tokenizer makes no tokens of a prompt.
     """
-    source, pairs, made, rejected_columns = completed
+    source, pairs, method, rejected_columns = completed
 
     def batches() -> Iterator[Columns]:
         start = 0
@@ -162,49 +164,43 @@ def encoded(completed: Completions, tokenizer: "PreTrainedTokenizerBase", max_le
             yield columns
             start = stop
 
-    fingerprint = _digest(pairs._fingerprint, made, tokenizer_fingerprint(tokenizer), max_length)
-    return _with_largest_id(fingerprint, ENCODED_COLUMNS, batches, source)
+    key = _digest(fingerprint(pairs), method, tokenizer_fingerprint(tokenizer), max_length)
+    return _with_largest_id(key, ENCODED_COLUMNS, batches, source)
 
 
 def encoded_prompts(rows: Checked, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
-    """Makes tokens of prompts that are to be answered."""
+    """Tokenizes prompts that are to be answered."""
     source, pairs = rows.source, rows.pairs
 
     def batches() -> Iterator[Columns]:
         for columns in progress(batches_of(pairs), f"Encoding {source.name}", len(pairs)):
             yield columns | {"prompt_ids": encode_prompts(tokenizer, columns["prompt"], max_length, columns["chat"])}
 
-    fingerprint = _digest(pairs._fingerprint, ("prompts",), tokenizer_fingerprint(tokenizer), max_length)
-    return _with_largest_id(fingerprint, PROMPT_COLUMNS, batches, source)
+    key = _digest(fingerprint(pairs), ("prompts",), tokenizer_fingerprint(tokenizer), max_length)
+    return _with_largest_id(key, PROMPT_COLUMNS, batches, source)
 
 
-def _with_largest_id(
-    fingerprint: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]], source: Source
-) -> Encoded:
-    """An encoded data set, from the cache or from `batches`; its largest token id, found once, is kept in the note."""
+def _with_largest_id(key: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]], source: Source) -> Encoded:
+    """An encoded data set, from the cache or from `batches`, with its largest token id, which the cache's note has."""
     largest: list[int] = []  # of each batch
 
     def noted() -> Iterator[Columns]:
         for columns in batches():
-            largest.append(_largest_id(columns))
+            largest.append(max(max(map(max, ids)) for name, ids in columns.items() if name.endswith("_ids")))
             yield columns
 
-    data, note = cached_dataset(fingerprint, schema, noted, lambda: {"largest_id": max(largest)})
+    data, note = cached_dataset(key, schema, noted, lambda: {"largest_id": max(largest)})
     return Encoded(data, note["largest_id"], Origin([(source.name, source.unit, 0)]))
-
-
-def _largest_id(columns: Columns) -> int:
-    return max(max(map(max, lists)) for name, lists in columns.items() if name.endswith("_ids"))
 
 
 def split(
     parts: Sequence[Encoded], weights: Mapping[str, float], sizes: dict[str, float], seed: int
 ) -> dict[str, Encoded]:
-    """Encoded data sets -> "train", which has each pair as often as its data set's weight says, and what is held out.
+    """Encoded data sets -> the held-out splits and "train", with each pair as often as its data set's weight says.
 
     Args:
-        weights: of each data set, by name.
-        sizes: of what is held out, by name (see `split_by_key`).
+        weights: of the data sets, by name.
+        sizes: of the held-out splits, by name (see `split_by_key`).
     """
     from datasets import concatenate_datasets
 

@@ -1,8 +1,8 @@
-"""How a model was trained to be asked -> a small JSON file beside its weights, and back.
+"""The prompt format that a model was trained with -> a small JSON file beside its weights, and back.
 
-A model answers as it was trained only where it is asked as it was trained: with the same template, or with its chat
-template, or with the bare prompt. So that travels with the model, in checkpoints and in exported folders, as plain
-data. What is read was perhaps written by a stranger: a template is text with `{question}` and `{context}`, no more.
+A model answers as it was trained only if its prompts look as in training: made by the same template, by its chat
+template, or by no template at all. So the format travels with the model, in checkpoints and in exported folders, as
+plain data. A stranger may have written what is read: a template is text with `{question}` and `{context}`, no more.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dpo_lightning.data.formats import FORMATS, RowOptions
+from dpo_lightning.data.formats import FORMATS, LONGEST_TEMPLATE, RowOptions, placeholders, quoted
 from dpo_lightning.data.rendering import render_chats
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import first_line
@@ -23,32 +23,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE = "dpo_lightning.json"  # in an exported folder
-KEY = "dpo_lightning_asking"  # in a checkpoint
+KEY = "dpo_lightning_asking"  # in a checkpoint; the name is older than "prompt format"
 LARGEST = 1_000_000  # bytes of the file
-LONGEST = 100_000  # characters of a template
-PLACES = ("context", "question")
 
 
 class PromptFormat(NamedTuple):
-    """How a model was trained to be asked.
+    """How the prompts of a model's training were made.
 
-    With `chat`, by its tokenizer's chat template; else by `prompt_template`; with neither, by the prompt as it is.
+    With `chat`, by the tokenizer's chat template; else by `prompt_template`; with neither, a prompt is used as it is.
     """
 
     chat: bool
-    prompt_template: str | None = None  # of rows with a question and a context
-    completion_start: str | None = None  # what a reply begins with; None where that was up to the rows
-    end_token: str | None = None  # what a reply ends with
-    format: str | None = None  # of the training data, for readers: it is never looked up
-    chat_template: str | None = None  # Jinja, in checkpoints alone: an exported tokenizer has it
+    prompt_template: str | None = None  # for rows with a question and a context
+    completion_start: str | None = None  # what replies begin with; None where the rows decided
+    end_token: str | None = None  # what replies end with
+    format: str | None = None  # of the training data; for readers, never looked up
+    chat_template: str | None = None  # Jinja; only in checkpoints, an exported tokenizer has it
 
     @property
     def uses_schema(self) -> bool:
-        """Whether a schema can be a part of the prompt."""
+        """Whether a prompt can contain a schema."""
         return self.chat or self.prompt_template is not None and "context" in placeholders(self.prompt_template)
 
     def prompt(self, question: str, schema: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-        """The prompt, as training makes it.
+        """The prompt of a question, as in training.
 
         Raises:
             UserError: the tokenizer's chat template is missing or refuses the question.
@@ -65,8 +63,8 @@ class PromptFormat(NamedTuple):
         except Exception as error:  # Jinja's, or whatever the template raises
             raise UserError(f"the model's chat template cannot be used: {first_line(error)}") from error
 
-    def fit_out(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Gives a tokenizer the end of replies and the chat template that were trained with it."""
+    def apply_to(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Gives a tokenizer the EOS token and the chat template of training."""
         if self.end_token and self.end_token in tokenizer.get_vocab():
             tokenizer.eos_token = self.end_token
         if self.chat_template:
@@ -76,35 +74,35 @@ class PromptFormat(NamedTuple):
 def trained_prompt_format(
     formats: Iterable[tuple[str, bool]], options: RowOptions, end_token: str, chat_template: str | None
 ) -> PromptFormat:
-    """The way of asking that training data follow.
+    """The prompt format of training data.
 
     Args:
-        formats: of each data set the format's name, and whether it holds conversations.
-        chat_template: Jinja, where it is not the tokenizer's own.
+        formats: for each data set, the name of its row format and whether it has conversations.
+        chat_template: Jinja source, if it is not the tokenizer's own.
     """
     names, chats = zip(*formats, strict=True)
-    said = ", ".join(dict.fromkeys(names))
+    row_formats = ", ".join(dict.fromkeys(names))
     if any(chats):
-        return PromptFormat(True, end_token=end_token, format=said, chat_template=chat_template)
+        return PromptFormat(True, end_token=end_token, format=row_formats, chat_template=chat_template)
     if any(name in FORMATS and "question" in FORMATS[name].prompt_columns for name in names):
         start = next(iter(string.Formatter().parse(options.completion_template)), ("", None, None, None))[0]
-        return PromptFormat(False, options.prompt_template, start, end_token, said)
-    return PromptFormat(False, end_token=end_token, format=said)
+        return PromptFormat(False, options.prompt_template, start, end_token, row_formats)
+    return PromptFormat(False, end_token=end_token, format=row_formats)
 
 
 def prompt_format_of(trainer: "Trainer | None") -> PromptFormat | None:
-    """The way of asking of a run; None where it has no training data of ours."""
+    """The prompt format of a run, None if it has no training data of ours."""
     data = getattr(trainer, "datamodule", None)
     return data.prompt_format() if data is not None and hasattr(data, "prompt_format") else None
 
 
 def resolved_template(given: str | None, prompt_format: PromptFormat | None, where: str) -> str:
-    """The template to ask with: the one that was given, else the one of training, else the usual one.
+    """The prompt template to use: the user's, else that of training, else the default.
 
     Args:
         given: the user's setting.
-        prompt_format: how the model was trained to be asked, if that is known.
-        where: what says so, for messages.
+        prompt_format: of the model's training, if known.
+        where: the folder or checkpoint that it was read from, for messages.
     """
     trained = prompt_format.prompt_template if prompt_format else None
     if trained is None:
@@ -123,7 +121,7 @@ def resolved_template(given: str | None, prompt_format: PromptFormat | None, whe
 
 
 def write_prompt_format(folder: Path, prompt_format: PromptFormat | None) -> None:
-    """Writes the file into a model's folder, if the way of asking is known."""
+    """Writes the file into a model's folder, if the format is known."""
     if prompt_format is not None:
         values = {name: value for name, value in prompt_format._asdict().items() if name != "chat_template"}
         text = json.dumps({"written by": "dpo-lightning", **values}, indent=2)
@@ -131,7 +129,7 @@ def write_prompt_format(folder: Path, prompt_format: PromptFormat | None) -> Non
 
 
 def read_prompt_format(folder: str) -> PromptFormat | None:
-    """What a model's folder says, None where it says nothing.
+    """The prompt format in a model's folder, None without one.
 
     Raises:
         UserError: the file cannot be read, or is not what `write_prompt_format` writes.
@@ -141,33 +139,33 @@ def read_prompt_format(folder: str) -> PromptFormat | None:
         return None
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
-            raise ValueError(f"it is no file of at most {LARGEST:,} bytes")
+            raise ValueError(f"it is not a file of at most {LARGEST:,} bytes")
         prompt_format = checked(json.loads(path.read_bytes().decode("utf-8")))
-        return prompt_format._replace(chat_template=None)  # the tokenizer beside has it
+        return prompt_format._replace(chat_template=None)  # the tokenizer in the folder has it
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"'{path}', which says how to ask the model, cannot be used: {first_line(error)}; mend it, or remove it"
+            f"'{path}', which says how to ask the model, cannot be used: {first_line(error)}; fix it, or remove it"
         ) from error
 
 
 def checkpoint_prompt_format(checkpoint: Mapping[str, Any], path: str) -> PromptFormat | None:
-    """What a checkpoint says, None where it says nothing.
+    """The prompt format in a checkpoint, None without one.
 
     Raises:
-        UserError: what it says is not what a run writes.
+        UserError: it is not valid.
     """
     values = checkpoint.get(KEY)
     try:
         return None if values is None else checked(values)
     except ValueError as error:
-        raise UserError(f"checkpoint '{path}' does not say rightly how to ask its model: {error}") from error
+        raise UserError(f"checkpoint '{path}' is not valid where it says how to ask its model: {error}") from error
 
 
 def checked(values: Any) -> PromptFormat:
-    """An Asking from what was read; what it does not know is left out.
+    """A PromptFormat from what was read. Unknown names are ignored.
 
     Raises:
-        ValueError: something is missing or is not of its type, or a template has more than plain places.
+        ValueError: a value is missing or of the wrong type, or the template is not valid (see `placeholders`).
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"it is {type(values).__name__} where names with values belong")
@@ -175,40 +173,16 @@ def checked(values: Any) -> PromptFormat:
         raise ValueError("its 'chat' is not true or false")
     known = {name: values[name] for name in PromptFormat._fields if values.get(name) is not None}
     for name, value in known.items():
-        if name != "chat" and not isinstance(value, str):
+        if name == "chat":
+            continue
+        if not isinstance(value, str):
             raise ValueError(f"its '{name}' is {type(value).__name__} where text belongs")
-        if name != "chat" and len(value) > LONGEST:
-            raise ValueError(f"its '{name}' has {len(value):,} characters where at most {LONGEST:,} belong")
-        if name != "chat" and any("\ud800" <= character <= "\udfff" for character in value):
+        if len(value) > LONGEST_TEMPLATE:
+            raise ValueError(f"its '{name}' has {len(value):,} characters where at most {LONGEST_TEMPLATE:,} belong")
+        if any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"its '{name}' has half a character where Unicode text belongs")
     if "prompt_template" in known:
         if known["chat"]:
-            raise ValueError("it has a 'prompt_template' though its 'chat' is true")
+            raise ValueError("it has a 'prompt_template' although its 'chat' is true")
         placeholders(known["prompt_template"])
     return PromptFormat(**known)
-
-
-def placeholders(template: str) -> set[str]:
-    """The places of a template: of `question` and `context`, those that it has.
-
-    Raises:
-        ValueError: it has another one, or one with a format, a conversion, an attribute or an index.
-    """
-    if len(template) > LONGEST:
-        raise ValueError(f"the template {quoted(template)} has more than {LONGEST:,} characters")
-    try:
-        pieces = string.Formatter().parse(template)
-        parsed = [(name, spec, conversion) for _, name, spec, conversion in pieces if name is not None]
-    except ValueError as error:
-        raise ValueError(f"the template {quoted(template)} is not valid: {error}") from error
-    for name, spec, conversion in parsed:
-        if name not in PLACES or spec or conversion:
-            raise ValueError(
-                f"the template {quoted(template)} may have {{context}} and {{question}} in braces and nothing else"
-            )
-    return {name for name, _, _ in parsed}
-
-
-def quoted(template: str) -> str:
-    """A template on one line, for messages."""
-    return repr(template if len(template) <= 200 else template[:200] + "…")  # repr escapes what terminals obey
