@@ -152,10 +152,9 @@ def explained(message: str, names: Collection[str]) -> str:
     if "accept" in message and (found := re.search(r"[Oo]ption '([\w.+]+)'", message)):
         group = re.match(r"Group '([^']+)'", message)
         return no_such_setting(f"{group[1]}.{found[1]}" if group else found[1], names)
-    if found := re.match(
-        r"the following arguments are required: (?:fit|validate|test|predict)\.(\S+?),? ", f"{message} "
-    ):
-        return f"{found[1]} is missing: give --config FILE, such as configs/gpt2.yaml, or --{found[1]}"
+    if found := re.match(r"the following arguments are required: (?:(fit|validate|test|predict)\.)?([^\s,]+)", message):
+        configuration = "--config FILE, such as configs/gpt2.yaml, or " if found[1] else ""
+        return f"{found[2]} is missing: give {configuration}--{found[2]} VALUE"
     if found := re.match(r"argument ([\w.]+) --> ([\w.]+): ", message):  # a linked setting, which jsonargparse fills in
         return no_such_setting(found[2], [found[1]])
     if found := WRONG.match(message):

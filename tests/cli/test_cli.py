@@ -136,6 +136,22 @@ def test_a_mistake_is_one_line(run, capsys, args, words):
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "fit",
+            "model.name_or_path is missing: give --config FILE, such as configs/gpt2.yaml, or --model.name_or_path",
+        ),
+        ("chat", "model is missing: give --model VALUE"),
+        ("export", "ckpt_path is missing: give --ckpt_path VALUE"),
+    ],
+)
+def test_a_command_without_what_it_needs_says_so(capsys, command, words):
+    assert main([command]) == 2
+    assert words in error_line(capsys)
+
+
 def test_a_missing_column_names_file_and_columns(run, capsys, write_rows):
     path = write_rows([{"question": "q", "sql": "s"}], "bad.jsonl")
     assert run("fit", "--data.train_dataset", path) == 2
