@@ -160,7 +160,7 @@ def make_loader(
     """A loader of one rank's share of the batches (see `LengthGroupedBatchSampler`).
 
     Args:
-        trainer: knows the rank; without one, all batches.
+        trainer: knows the rank and the device; without one, all batches.
     """
     data = rows.datasets[rows.name]
     lengths = numeric_column(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
@@ -175,6 +175,7 @@ def make_loader(
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_run,
         persistent_workers=num_workers > 0,
+        pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
     )
     loader.trainer = trainer
     return loader
