@@ -54,13 +54,16 @@ class LengthGroupedBatchSampler(DistributedSampler):
         self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
         self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
         self.start = 0  # batches at the start of the epoch that a resumed run has already trained on
+        self.sizes: list[int] = []  # pairs of each batch of the epoch, over all ranks
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
         return full + (rest > 0 if full == 0 else rest >= self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches()[self.start :]:
+        batches = self.global_batches()
+        self.sizes = [len(batch) for batch in batches]
+        for batch in batches[self.start :]:
             yield batch[self.rank :: self.num_replicas].tolist()
 
     def global_batches(self) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from dpo_lightning.data.batching import PairBatch, PromptBatch
+from dpo_lightning.data.loaders import LengthGroupedBatchSampler
 from dpo_lightning.data.prompt_format import KEY as PROMPT_FORMAT
 from dpo_lightning.data.prompt_format import prompt_format_of
 from dpo_lightning.dpo.cached_reference import add_reference_logps
@@ -145,13 +146,16 @@ class DPOModule(PolicyModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch; averaging gradients over ranks makes it the mean over all ranks' pairs."""
-        return self._shared_step(batch, "train") * self._rank_weight(batch)
+        return self._shared_step(batch, "train") * self._rank_weight(batch, batch_idx)
 
-    def _rank_weight(self, batch: PairBatch) -> Tensor | float:
+    def _rank_weight(self, batch: PairBatch, batch_idx: int) -> Tensor | float:
         """This rank's pairs relative to the mean over ranks, because gradients are averaged without weights."""
         ranks = self.trainer.world_size
         if ranks == 1:
             return 1.0
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        if isinstance(sampler, LengthGroupedBatchSampler):
+            return batch.num_pairs * ranks / sampler.sizes[batch_idx]
         pairs = torch.tensor(batch.num_pairs, dtype=torch.float32, device=self.device)
         return pairs * ranks / self.trainer.strategy.reduce(pairs.clone(), reduce_op="sum")
 
