@@ -1,7 +1,9 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from dpo_lightning import DPOModule, PreferenceDataModule
@@ -41,6 +43,29 @@ def test_batched_replies_equal_greedy_decoding_one_by_one(model, tokenizer):
     for prompt, reply in zip(prompts, replies, strict=True):
         assert (reply.token_ids, reply.stopped) == greedy(model, prompt, tokenizer.eos_token_id, 12)
         assert reply.text == tokenizer.decode(reply.token_ids)
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("trained", [True, False])
+def test_in_mixed_precision_each_weight_is_cast_once(model, tokenizer, monkeypatch, context, trained):
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "_to_copy" in func.name() and args[0].shape == model.transformer.h[0].mlp.c_fc.weight.shape:
+                casts.append(args[0])
+            return func(*args, **kwargs or {})
+
+    prompt = collate_prompts([tokenizer("SELECT")["input_ids"]], [0])[:2]
+    model.requires_grad_(trained)
+    with context(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with Casts():
+            replies = generate(model, *prompt, tokenizer, max_new_tokens=8)
+        assert len(casts) == len(model.transformer.h)
+        monkeypatch.setattr("dpo_lightning.models.generate.weights_cast_once", lambda model: nullcontext())
+        assert generate(model, *prompt, tokenizer, max_new_tokens=8) == replies
+    assert all(weight.requires_grad == trained for weight in model.parameters())
+    model.requires_grad_(True)
 
 
 def test_a_reply_ends_at_eos(model, tokenizer):

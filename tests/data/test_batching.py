@@ -72,6 +72,7 @@ def test_every_pair_is_handed_out_once_and_ranks_have_equally_many_batches(n, wo
     assert sorted(i for rank in batches for batch in rank for i in batch) == list(range(n))
     assert {len(rank) for rank in batches} == {len(ranks[0])}
     assert all(batch for rank in batches for batch in rank)
+    assert ranks[0].sizes == [sum(map(len, parts)) for parts in zip(*batches, strict=True)]
 
 
 def test_order_is_a_function_of_seed_and_epoch():

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import REPO, ROWS
 from dpo_lightning import PreferenceDataModule
 from dpo_lightning.data import pipeline
 from dpo_lightning.data.batching import PairBatch, PromptBatch, to_pairs
+from dpo_lightning.data.loaders import IndexedRows, make_loader
 from dpo_lightning.data.splits import split_by_key
 from dpo_lightning.errors import UserError
 
@@ -155,3 +157,20 @@ def test_readme_script_prints_a_decoded_batch(tmp_path, model_folder, rows_file)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "Question: Which" in run.stdout and "<|endoftext|>" in run.stdout
+
+
+def test_batches_for_a_gpu_are_pinned(tokenizer, rows_file, monkeypatch):
+    data = make(tokenizer, rows_file)
+    for device, pinned in {"cpu": False, "cuda": True}.items():
+        trainer = SimpleNamespace(
+            global_rank=0,
+            world_size=1,
+            overfit_batches=0,
+            strategy=SimpleNamespace(root_device=torch.device(device)),
+        )
+        assert make_loader(IndexedRows(data.datasets, "train"), 8, True, 0, 0, trainer).pin_memory == pinned
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *args: tensor + 1)  # as a loader pins each tensor
+    batch = data.batch("train", [0, 1])
+    found = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert type(found) is PairBatch and found.reference_logps is None
+    assert torch.equal(found.targets, batch.targets + 1)

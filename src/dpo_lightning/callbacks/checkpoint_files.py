@@ -1,5 +1,6 @@
 """Checkpoint files: written atomically, checked before they are loaded, and found again."""
 
+import functools
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -85,14 +86,21 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's bytes, or None: the CRC-32 of every record is checked.
+    """What is wrong with a checkpoint's bytes, or None: the CRC-32 of every record is checked, once for each file.
 
     Of a sharded checkpoint, which is a folder, only `meta.pt` is looked for: it is written last.
     """
     if path.is_dir():
         return None if (path / SHARDED).is_file() else f"its {SHARDED} is missing"
-    if not path.stat().st_size:
+    stat = path.stat()
+    if not stat.st_size:
         return "it is empty"
+    return _damaged_record(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.cache
+def _damaged_record(path: Path, *state: int) -> str | None:
+    """As `damage`; `state` is what changes with the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()

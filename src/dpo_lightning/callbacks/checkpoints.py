@@ -110,8 +110,11 @@ class LastCheckpoint(Checkpoint):
         steps = trainer.global_step - self._step
         if not steps:
             return False
-        late = bool(self.every_n_minutes) and time.monotonic() - self._saved >= 60 * self.every_n_minutes
-        late = late or bool(self.every_n_steps) and steps >= self.every_n_steps
+        if self.every_n_steps and steps >= self.every_n_steps:
+            return True
+        if not self.every_n_minutes:
+            return False
+        late = time.monotonic() - self._saved >= 60 * self.every_n_minutes  # by each rank's own clock
         return trainer.strategy.reduce_boolean_decision(late, all=False)
 
     def save(self, trainer: Trainer) -> None:

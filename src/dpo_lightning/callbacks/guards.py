@@ -92,7 +92,8 @@ class GuardsCallback(Callback):
         self._unchecked.append(BatchResult(self._step, batch.pair_ids, outputs["loss"].detach(), pl_module.grad_norm))
         free = pl_module.device.type == "cpu" and trainer.world_size == 1
         too_often = pl_module.skipped.in_a_row >= MAX_SKIPS_IN_A_ROW
-        if free or too_often or trainer.global_step % trainer.log_every_n_steps == 0:
+        logged = trainer.global_step == self._step and self._step % trainer.log_every_n_steps == 0
+        if free or too_often or logged:
             self._stop_at_nan(trainer)
         if too_often:
             raise UserError(

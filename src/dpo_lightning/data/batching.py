@@ -41,8 +41,9 @@ class PairBatch(NamedTuple):
     reference_logps: Tensor | None = None  # [N] float32 nats, the targets under the reference, if precomputed
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on a device."""
-        return PairBatch._make(None if tensor is None else tensor.to(device) for tensor in self)
+        """The same batch on a device. The host does not wait for copies from pinned memory to a GPU."""
+        ahead = torch.device(device).type == "cuda"
+        return PairBatch._make(None if tensor is None else tensor.to(device, non_blocking=ahead) for tensor in self)
 
     @property
     def num_pairs(self) -> int:

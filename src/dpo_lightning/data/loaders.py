@@ -54,13 +54,16 @@ class LengthGroupedBatchSampler(DistributedSampler):
         self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
         self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
         self.start = 0  # batches at the start of the epoch that a resumed run has already trained on
+        self.sizes: list[int] = []  # pairs of each batch of the epoch, over all ranks
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
         return full + (rest > 0 if full == 0 else rest >= self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches()[self.start :]:
+        batches = self.global_batches()
+        self.sizes = [len(batch) for batch in batches]
+        for batch in batches[self.start :]:
             yield batch[self.rank :: self.num_replicas].tolist()
 
     def global_batches(self) -> list[np.ndarray]:
@@ -160,7 +163,7 @@ def make_loader(
     """A loader of one rank's share of the batches (see `LengthGroupedBatchSampler`).
 
     Args:
-        trainer: knows the rank; without one, all batches.
+        trainer: knows the rank and the device; without one, all batches.
     """
     data = rows.datasets[rows.name]
     lengths = numeric_column(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
@@ -175,6 +178,7 @@ def make_loader(
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_run,
         persistent_workers=num_workers > 0,
+        pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
     )
     loader.trainer = trainer
     return loader

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from dpo_lightning.data.batching import PairBatch, PromptBatch
+from dpo_lightning.data.loaders import LengthGroupedBatchSampler
 from dpo_lightning.data.prompt_format import KEY as PROMPT_FORMAT
 from dpo_lightning.data.prompt_format import prompt_format_of
 from dpo_lightning.dpo.cached_reference import add_reference_logps
@@ -145,13 +146,16 @@ class DPOModule(PolicyModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch; averaging gradients over ranks makes it the mean over all ranks' pairs."""
-        return self._shared_step(batch, "train") * self._rank_weight(batch)
+        return self._shared_step(batch, "train") * self._rank_weight(batch, batch_idx)
 
-    def _rank_weight(self, batch: PairBatch) -> Tensor | float:
+    def _rank_weight(self, batch: PairBatch, batch_idx: int) -> Tensor | float:
         """This rank's pairs relative to the mean over ranks, because gradients are averaged without weights."""
         ranks = self.trainer.world_size
         if ranks == 1:
             return 1.0
+        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
+        if isinstance(sampler, LengthGroupedBatchSampler):
+            return batch.num_pairs * ranks / sampler.sizes[batch_idx]
         pairs = torch.tensor(batch.num_pairs, dtype=torch.float32, device=self.device)
         return pairs * ranks / self.trainer.strategy.reduce(pairs.clone(), reduce_op="sum")
 
@@ -200,7 +204,7 @@ class DPOModule(PolicyModule):
                 self.log("train/grad_norm", gathered(self.grad_norm))
             if self.router_loss is not None:
                 self.log("train/router_loss", self.router_loss)
-            self.log("train/pairs_per_second", self.throughput.read(), prog_bar=True)
+            self.log("train/pairs_per_second", torch.tensor(self.throughput.read()), prog_bar=True)
             self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -213,7 +217,10 @@ class DPOModule(PolicyModule):
 
     def _log_metrics(self, stage: str) -> None:
         metrics: PairMetrics = getattr(self, f"{stage}_metrics")
-        for name, value in metrics.compute().items():
+        means = metrics.compute()
+        if stage == "train" and means:  # to the host, since Lightning reads what is in the bar at every step
+            means = dict(zip(means, torch.stack([*means.values()]).cpu(), strict=True))
+        for name, value in means.items():
             self.log(f"{stage}/{name}", value, prog_bar=name in IN_PROGRESS_BAR, sync_dist=stage != "train")
         metrics.reset()
 
@@ -264,6 +271,8 @@ class DPOModule(PolicyModule):
         # Not in on_train_batch_end, which comes after the checkpoint of this step.
         if self.hparams.sync_ref_model and (self.global_step + 1) % self.hparams.ref_model_sync_steps == 0:
             move(self.moving_reference, self.policy, self.hparams.ref_model_mixup_alpha)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the log is about to wait for these steps anyway
         self.throughput.step()
 
     def configure_gradient_clipping(

@@ -4,7 +4,11 @@ import time
 
 
 class Throughput:
-    """A stopwatch that runs from the first batch of an optimizer step to the end of the step."""
+    """A stopwatch that runs from the first batch of an optimizer step to the end of the step.
+
+    On a GPU a step ends for the host before it does for the device. The last step before a reading has to wait for the
+    device (`DPOModule.optimizer_step`), which makes up for those before.
+    """
 
     def __init__(self) -> None:
         self._start: float | None = None  # of the current step

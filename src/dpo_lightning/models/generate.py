@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lightning.models.policy import position_count
+from dpo_lightning.models.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +57,8 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=min(max_new_tokens, _positions(model) - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
     )
-    with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
+    # In train mode gradient checkpointing would switch the KV cache off.
+    with evaluating(model), weights_cast_once(model):
         own, model.generation_config = model.generation_config, config  # its values would fill gaps in ours
         try:
             output = model.generate(
@@ -74,6 +76,34 @@ def generate(
         ids = ids[: ids.index(eos)] if stopped else ids
         replies.append(Reply(tokenizer.decode(ids, skip_special_tokens=False), ids, stopped))
     return replies
+
+
+@contextmanager
+def weights_cast_once(model: "PreTrainedModel") -> Iterator[None]:
+    """Under autocast, casts each weight once in the block instead of for each new token. Needs `no_grad`.
+
+    Lightning's autocast keeps no cast weights, and PyTorch's keeps only those that train. A sharded model's weights are
+    cast each time, since its gathered weights are not to stay in memory.
+    """
+    device = model.device.type
+    if not torch.is_autocast_enabled(device) or is_sharded(model):
+        yield
+        return
+    frozen = [p for p in model.parameters() if p.dtype == torch.float32 and not p.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad = True
+        # Nothing is kept in inference mode, in which Lightning predicts and tests.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True),
+        ):
+            yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad = False
+        torch.clear_autocast_cache()  # an inner autocast does not clear it at its end
 
 
 @contextmanager
