@@ -24,7 +24,8 @@ class PairBatch(NamedTuple):
     """B pairs as tensors. N is the number of completion tokens of all pairs, the ones that are predicted.
 
     In the shared layout a row is a pair; in the separate one (`to_separate`) rows 2b and 2b+1 are the chosen and
-    the rejected sequence of pair b. Everything downstream reads only these fields and works with both.
+    the rejected sequence of pair b; in the packed one (`to_packed`) a single row holds all pairs. Everything downstream
+    reads only these fields and works with each.
     """
 
     input_ids: Tensor  # [rows, T] int64; padding is 0 and never attended to by a real token
@@ -37,10 +38,11 @@ class PairBatch(NamedTuple):
     weight: Tensor  # [B] float32, what the pair's loss is multiplied by
     margin: Tensor  # [B] float32, what the loss demands beyond chosen over rejected, in the unit of beta times nats
     reference_logps: Tensor | None = None  # [N] float32 nats of the targets under the reference, where known before
+    lengths: tuple[tuple[int, int, int], ...] = ()  # B times the columns of prompt, chosen and rejected part
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on a device."""
-        return PairBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        """The same batch on a device; `lengths` stay on the host, where kernels are given their sizes."""
+        return PairBatch(*(field.to(device) if isinstance(field, Tensor) else field for field in self))
 
     @property
     def num_pairs(self) -> int:
@@ -91,6 +93,7 @@ def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
         *(torch.as_tensor(np.asarray(tensor, dtype=np.int64)) for tensor in tensors),
         weight=torch.tensor([pair.weight for pair in pairs]),
         margin=torch.tensor([pair.margin for pair in pairs]),
+        lengths=tuple((len(prompt), len(chosen) - 1, len(rejected) - 1) for prompt, chosen, rejected in ids),
     )
 
 
@@ -125,6 +128,29 @@ def to_separate(batch: PairBatch) -> PairBatch:
         segment_ids=segment_ids,
         predict_index=batch.sequence * columns + position,
     )
+
+
+def to_packed(batch: PairBatch) -> PairBatch:
+    """The same pairs as one row [1, T] of real tokens: every pair's prompt and chosen part, then all rejected parts.
+
+    The order makes the longer sequences, which attend to nothing but themselves, neighbours in memory. The row is made
+    from the padded fields, a few integers per token, because those are also what the other layouts are made from.
+    """
+    assert batch.shared
+    width, device = batch.input_ids.shape[1], batch.input_ids.device
+    prompt, chosen, rejected = np.array(batch.lengths).T
+    first = np.arange(batch.num_pairs) * width
+    columns = [consecutive(first, prompt + chosen), consecutive(first + prompt + chosen, rejected)]
+    token = torch.from_numpy(np.concatenate(columns)).to(device, non_blocking=True)  # of the flattened [rows * width]
+    packed_index = token.new_empty(batch.input_ids.numel())
+    packed_index[token] = torch.arange(len(token), device=device)
+    fields = {name: getattr(batch, name).flatten()[token][None] for name in ("input_ids", "position_ids", "segment_ids")}
+    return batch._replace(**fields, predict_index=packed_index[batch.predict_index])
+
+
+def consecutive(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """For every b the integers from first[b] on, counts[b] of them: ([5, 0], [2, 3]) -> [5, 6, 0, 1, 2]."""
+    return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
 def to_pairs(batch: PairBatch) -> list[EncodedPair]:

@@ -13,9 +13,6 @@ from dpo_lightning.models.generate import evaluating
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
 
 # Model types whose attention takes a ready-made [B, 1, T, T] mask and explicit position ids; each was compared with
 # separate forwards. Anything else reads the two sequences of a pair apart.
@@ -24,6 +21,9 @@ SHARED_PREFIX_MODEL_TYPES = frozenset(
     "gpt_bigcode starcoder2 stablelm olmo olmo2 olmo3 olmoe granite granitemoe cohere cohere2 smollm3 biogpt "
     "deepseek_v3 gptj codegen xglm gpt_oss".split()
 )
+# Of these, the ones whose pairs cannot be packed into one row: soft-capped scores, sinks, attention that no other
+# implementation can take the place of (Falcon, XGLM), or that is not given the arguments of the forward (StableLM).
+UNPACKED_MODEL_TYPES = frozenset("gemma2 gpt_oss falcon xglm stablelm".split())
 
 
 def scoring_from_config(config: "PretrainedConfig") -> Scoring:
@@ -39,7 +39,9 @@ def scoring_from_config(config: "PretrainedConfig") -> Scoring:
 
 
 @torch.no_grad()
-def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4) -> Scoring:
+def choose_scoring(
+    model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4, may_pack: bool = True
+) -> Scoring:
     """The fastest way to score this model that agrees with its own full logits on real pairs.
 
     A few pairs of `batch` are probed, with real completions on both sides, so that a mask that is ignored shows even
@@ -65,8 +67,15 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
 
     with torch.autocast(device.type, enabled=False), float32_products(), evaluating(model):
         truth = pair_logps(model, probe, Scoring(shared=False, gathered=False)).token_logps
-        if scoring.shared and agrees(scoring):
-            return scoring
+        if scoring.shared:
+            before = model.config._attn_implementation
+            may_pack = may_pack and model.config.model_type not in UNPACKED_MODEL_TYPES
+            if may_pack and agrees(packed := scoring._replace(packed=True)):
+                return packed
+            if model.config._attn_implementation != before:
+                model.set_attn_implementation(before)
+            if agrees(scoring):
+                return scoring
         reason = scoring.reason or "its log-probs with a shared prompt differ from those of separate forwards"
         return Scoring(shared=False, gathered=agrees(Scoring(shared=False)), reason=reason)
 

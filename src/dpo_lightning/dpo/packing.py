@@ -1,0 +1,201 @@
+"""Attention over a row of packed pairs (`to_packed`): sequences of variable length, without a mask.
+
+Each pair is two causal sequences: the prompt with the chosen part, and the rejected part, whose keys are the prompt's
+and its own. `attend_packed` is an attention implementation of transformers that gets a batch's `Plan` through the
+model's forward, in `plan`; without one, as when the model generates, it is scaled dot-product attention as ever.
+"""
+
+import inspect
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpo_lightning.data.batching import PairBatch, consecutive
+from dpo_lightning.dpo.block_attention import attend_in_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PACKED = "packed_pairs"
+
+
+class Sequences:
+    """n sequences in a packed row, each with `queries[i]` queries that are the last of its `keys[i]` tokens.
+
+    Args:
+        queries, keys: [n] lengths.
+        key_index: [sum of keys] int64, where in the row each key is; None where they are its first tokens in order.
+    """
+
+    def __init__(self, queries: np.ndarray, keys: np.ndarray, key_index: np.ndarray | None, device: torch.device):
+        self.queries, self.keys, self.device = queries, keys, device
+        self.max_queries, self.max_keys = int(queries.max()), int(keys.max())
+        self.key_index = None if key_index is None else self._on_device(key_index)
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+    @cached_property
+    def cumulative(self) -> tuple[Tensor, Tensor]:
+        """Where the sequences' queries and keys begin and the last ones end, [n + 1] int32 each."""
+        return tuple(
+            self._on_device(np.concatenate([[0], np.cumsum(n)]).astype(np.int32)) for n in (self.queries, self.keys)
+        )
+
+    @cached_property
+    def padding(self) -> tuple[Tensor, Tensor]:
+        """Tokens to fill [n, max_queries] and [n, max_keys] with, int64; a row's last token fills its end."""
+        return tuple(
+            self._on_device((np.cumsum(n)[:, None] - n[:, None] + np.minimum(np.arange(n.max()), n[:, None] - 1)).ravel())
+            for n in (self.queries, self.keys)
+        )
+
+    @cached_property
+    def real(self) -> tuple[Tensor, Tensor]:
+        """Which elements of the flattened [n, max_queries] and [n, max_keys] are tokens, int64."""
+        return tuple(
+            self._on_device(consecutive(np.arange(len(n)) * n.max(), n)) for n in (self.queries, self.keys)
+        )
+
+
+class Plan(NamedTuple):
+    """Who attends to whom in a packed row."""
+
+    chosen: Sequences  # prompt and chosen part of every pair
+    rejected: Sequences | None  # of the pairs that have a rejected part
+
+
+def plan_of(batch: PairBatch) -> Plan:
+    """The plan of a packed batch, from its lengths alone."""
+    prompt, chosen, rejected = np.array(batch.lengths).T
+    device, tokens = batch.input_ids.device, prompt + chosen
+    plan = Plan(Sequences(tokens, tokens, None, device), None)
+    some = rejected > 0
+    if not some.any():
+        return plan
+    # Prompt and rejected part of each pair in turn: two runs of tokens for every pair.
+    first = np.stack([np.cumsum(tokens) - tokens, tokens.sum() + np.cumsum(rejected) - rejected], axis=1)
+    counts = np.stack([prompt, rejected], axis=1)
+    key_index = consecutive(first[some].ravel(), counts[some].ravel())
+    return plan._replace(rejected=Sequences(rejected[some], counts[some].sum(axis=1), key_index, device))
+
+
+def inputs(model: "PreTrainedModel", batch: PairBatch) -> dict[str, Any]:
+    """What a model's forward takes for a packed batch; `attend_packed` becomes the model's attention.
+
+    It stays that, since gradient checkpointing calls it in the backward pass too.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if model.config._attn_implementation != PACKED:
+        AttentionInterface.register(PACKED, attend_packed)
+        AttentionMaskInterface.register(PACKED, AttentionMaskInterface()["sdpa"])  # where there is no plan
+        model.set_attn_implementation(PACKED)
+    # Four dimensions are what transformers takes for a ready mask, so that it makes none [T, T] of the position ids.
+    no_mask = batch.input_ids.new_empty(1, 1, 0, 0)
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "attention_mask": no_mask,
+        "plan": plan_of(batch),
+    }
+
+
+def attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    plan: Plan | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention [1, T, H, D] of query [1, H, T, D] to key and value, which may have fewer heads.
+
+    Raises:
+        ValueError: attention with soft-capped scores or sinks, which is not to be had here.
+    """
+    if plan is None:
+        from transformers import AttentionInterface
+
+        others |= {"scaling": scaling, "sliding_window": sliding_window}
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **others)
+    if others.get("softcap") is not None or others.get("s_aux") is not None:
+        raise ValueError("soft-capped attention and attention with sinks cannot be packed")
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
+    # Some models have the window only in their masks.
+    window = sliding_window or getattr(module, "sliding_window", None)
+    attend = attention_for(query, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    first = int(plan.chosen.queries.sum())
+    outputs = [attend(query[:first], key[:first], value[:first], plan.chosen, scale, window)]
+    if plan.rejected is not None:
+        keys, values = (heads.index_select(0, plan.rejected.key_index) for heads in (key, value))
+        outputs.append(attend(query[first:], keys, values, plan.rejected, scale, window))
+    return torch.cat(outputs)[None], None
+
+
+def attention_for(query: Tensor, value: Tensor) -> Any:
+    """The fastest kernel for tensors of this kind: `attend(query, key, value, sequences, scale, window)`."""
+    if query.device.type == "cpu":
+        return attend_in_blocks
+    in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and in_16_bits and query.shape[-1] == value.shape[-1] and has_varlen(query.device):
+        return attend_varlen
+    return attend_padded
+
+
+def has_varlen(device: torch.device) -> bool:
+    """Whether torch has FlashAttention for sequences of variable length and grouped queries (2.12), and the GPU too."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
+) -> Tensor:
+    """Attention [T, H, D] by FlashAttention on CUDA, whose causality is that of the last tokens."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys = sequences.cumulative
+    return varlen_attn(
+        query.contiguous(), key.contiguous(), value.contiguous(), queries, keys,
+        sequences.max_queries, sequences.max_keys, scale=scale,
+        window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def attend_padded(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
+) -> Tensor:
+    """Attention [T, H, D] by scaled dot products over rows padded on the right, which causality alone hides."""
+    n, m = len(sequences.queries), sequences.max_queries
+    query, key, value = (
+        heads.index_select(0, index).unflatten(0, (n, -1)).transpose(1, 2)
+        for heads, index in zip((query, key, value), sequences.padding[:1] + 2 * sequences.padding[1:], strict=True)
+    )
+    offset = torch.from_numpy(sequences.keys - sequences.queries).to(query.device, non_blocking=True)
+    # The last key that a query sees; padding must see one too, or its softmax is NaN.
+    last = (offset[:, None, None, None] + torch.arange(m, device=query.device)[:, None]).clamp_max(sequences.max_keys - 1)
+    causal = sequences.key_index is None and not (window and window < sequences.max_keys)
+    seen = None
+    if not causal:
+        columns = torch.arange(sequences.max_keys, device=query.device)
+        seen = columns <= last
+        if window:
+            seen &= columns > last - window
+    output = F.scaled_dot_product_attention(
+        query, key, value, seen, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, sequences.real[0])
