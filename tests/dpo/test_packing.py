@@ -217,6 +217,7 @@ def test_bfloat16_autocast_stays_as_close_as_unpacked():
     exact = pair_logps(model, batch).token_logps
     with torch.autocast("cpu", dtype=torch.bfloat16):
         errors = [
-            (pair_logps(model, batch, Scoring(packed=packed)).token_logps - exact).abs().mean() for packed in (False, True)
+            (pair_logps(model, batch, Scoring(packed=packed)).token_logps - exact).abs().mean()
+            for packed in (False, True)
         ]
     assert errors[1] < 1.5 * errors[0]

@@ -20,7 +20,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import export_policy
 from dpo_lightning.data.batching import EncodedPair, collate, to_separate
 from dpo_lightning.dpo.logps import Scoring, pair_logps
-from dpo_lightning.dpo.shared_prompt import UNPACKED_MODEL_TYPES, SHARED_PREFIX_MODEL_TYPES
+from dpo_lightning.dpo.shared_prompt import SHARED_PREFIX_MODEL_TYPES, UNPACKED_MODEL_TYPES
 from dpo_lightning.errors import UserError
 from dpo_lightning.models import policy
 from dpo_lightning.models.policy import load_policy

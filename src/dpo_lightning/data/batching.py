@@ -144,7 +144,9 @@ def to_packed(batch: PairBatch) -> PairBatch:
     token = torch.from_numpy(np.concatenate(columns)).to(device, non_blocking=True)  # of the flattened [rows * width]
     packed_index = token.new_empty(batch.input_ids.numel())
     packed_index[token] = torch.arange(len(token), device=device)
-    fields = {name: getattr(batch, name).flatten()[token][None] for name in ("input_ids", "position_ids", "segment_ids")}
+    fields = {
+        name: getattr(batch, name).flatten()[token][None] for name in ("input_ids", "position_ids", "segment_ids")
+    }
     return batch._replace(**fields, predict_index=packed_index[batch.predict_index])
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_lightning.data.batching import PairBatch, consecutive
-from dpo_lightning.dpo.block_attention import attend_in_blocks
+from dpo_lightning.dpo.block_attention import Block, attend_in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +35,7 @@ class Sequences:
         self.queries, self.keys, self.device = queries, keys, device
         self.max_queries, self.max_keys = int(queries.max()), int(keys.max())
         self.key_index = None if key_index is None else self._on_device(key_index)
+        self.blocks: dict[Any, list[Block]] = {}  # of `blocks_of`
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
@@ -49,17 +50,23 @@ class Sequences:
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
         """Tokens to fill [n, max_queries] and [n, max_keys] with, int64; a row's last token fills its end."""
-        return tuple(
-            self._on_device((np.cumsum(n)[:, None] - n[:, None] + np.minimum(np.arange(n.max()), n[:, None] - 1)).ravel())
-            for n in (self.queries, self.keys)
-        )
+        return tuple(self._on_device(_filled(n, np.cumsum(n)[:, None] - 1)) for n in (self.queries, self.keys))
+
+    @cached_property
+    def zero_padding(self) -> Tensor:
+        """As `padding` of the queries, with the token after the last one at the end of rows."""
+        return self._on_device(_filled(self.queries, self.queries.sum()))
 
     @cached_property
     def real(self) -> tuple[Tensor, Tensor]:
         """Which elements of the flattened [n, max_queries] and [n, max_keys] are tokens, int64."""
-        return tuple(
-            self._on_device(consecutive(np.arange(len(n)) * n.max(), n)) for n in (self.queries, self.keys)
-        )
+        return tuple(self._on_device(consecutive(np.arange(len(n)) * n.max(), n)) for n in (self.queries, self.keys))
+
+
+def _filled(lengths: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Sequences that follow each other as rows of one length, filled up with `end`, [n * longest]."""
+    column, first = np.arange(lengths.max()), np.cumsum(lengths) - lengths
+    return np.where(column < lengths[:, None], first[:, None] + column, end).ravel()
 
 
 class Plan(NamedTuple):
@@ -140,7 +147,7 @@ def attend_packed(
     if plan.rejected is not None:
         keys, values = (heads.index_select(0, plan.rejected.key_index) for heads in (key, value))
         outputs.append(attend(query[first:], keys, values, plan.rejected, scale, window))
-    return torch.cat(outputs)[None], None
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
 
 
 def attention_for(query: Tensor, value: Tensor) -> Any:
@@ -159,7 +166,10 @@ def has_varlen(device: torch.device) -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters and torch.cuda.get_device_capability(device) >= (
+        8,
+        0,
+    )
 
 
 def attend_varlen(
@@ -187,7 +197,9 @@ def attend_padded(
     )
     offset = torch.from_numpy(sequences.keys - sequences.queries).to(query.device, non_blocking=True)
     # The last key that a query sees; padding must see one too, or its softmax is NaN.
-    last = (offset[:, None, None, None] + torch.arange(m, device=query.device)[:, None]).clamp_max(sequences.max_keys - 1)
+    last = (offset[:, None, None, None] + torch.arange(m, device=query.device)[:, None]).clamp_max(
+        sequences.max_keys - 1
+    )
     causal = sequences.key_index is None and not (window and window < sequences.max_keys)
     seen = None
     if not causal:

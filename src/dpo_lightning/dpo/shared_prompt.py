@@ -39,9 +39,7 @@ def scoring_from_config(config: "PretrainedConfig") -> Scoring:
 
 
 @torch.no_grad()
-def choose_scoring(
-    model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4, may_pack: bool = True
-) -> Scoring:
+def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4, may_pack: bool = True) -> Scoring:
     """The fastest way to score this model that agrees with its own full logits on real pairs.
 
     A few pairs of `batch` are probed, with real completions on both sides, so that a mask that is ignored shows even
