@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from dpo_lightning.data.batching import EncodedPair, collate, to_packed
 from dpo_lightning.dpo import block_attention, packing
 from dpo_lightning.dpo.logps import Scoring, pair_logps
-from dpo_lightning.dpo.packing import PACKED, attend_in_blocks, attend_padded, attend_varlen, plan_of
+from dpo_lightning.dpo.packing import PACKED, Plan, attend_in_blocks, attend_padded, attend_varlen
 from dpo_lightning.dpo.shared_prompt import choose_scoring
 from dpo_lightning.models.generate import evaluating
 
@@ -73,16 +73,37 @@ def blocks(request, monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-@pytest.mark.parametrize("attend", [attend_in_blocks, attend_padded])
+@pytest.mark.parametrize("lengths", [LENGTHS, [(5, 4, 1), (20, 9, 1)]])
+def test_attention_in_blocks_and_its_gradients_are_those_of_single_sequences(key_heads, window, lengths, blocks):
+    plan = Plan(to_packed(make_batch(lengths)))
+    tokens = int(plan.rows.lengths.sum())
+    inputs = [torch.randn(tokens, heads, 8, requires_grad=True) for heads in (4, key_heads, key_heads)]
+    first = int(plan.tokens.sum())
+    expected = [by_sequence(*(x[:first] for x in inputs), *edges_of(plan.chosen), 0.3, window)]
+    if plan.rejected:
+        keys, values = (x[plan.rejected.key_index] for x in inputs[1:])
+        expected.append(by_sequence(inputs[0][first:], keys, values, *edges_of(plan.rejected), 0.3, window))
+    check(attend_in_blocks(*inputs, plan.rows, 0.3, window), torch.cat(expected), inputs)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("part", ["chosen", "rejected"])
-def test_attention_and_its_gradients_are_those_of_single_sequences(attend, key_heads, window, part, blocks):
-    sequences = getattr(plan_of(to_packed(make_batch())), part)
+def test_padded_attention_and_its_gradients_are_those_of_single_sequences(key_heads, window, part):
+    sequences = getattr(Plan(to_packed(make_batch())), part)
     inputs = tensors_for(sequences, 4, key_heads)
-    edges = [numbers.tolist() for numbers in sequences.cumulative]
-    expected, found = by_sequence(*inputs, *edges, 0.3, window), attend(*inputs, sequences, 0.3, window)
+    expected = by_sequence(*inputs, *edges_of(sequences), 0.3, window)
+    check(attend_padded(*inputs, sequences, 0.3, window), expected, inputs)
+
+
+def edges_of(sequences):
+    return [numbers.tolist() for numbers in sequences.cumulative]
+
+
+def check(found, expected, inputs):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     factor = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad(o, inputs, factor) for o in (found, expected)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(output, inputs, factor) for output in (found, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -100,7 +121,7 @@ def test_flash_attention_is_given_the_same_sequences(part, window, monkeypatch):
         return by_sequence(query, key, value, cu_q.tolist(), cu_k.tolist(), scale, left + 1)
 
     monkeypatch.setattr(varlen, "varlen_attn", reference)
-    sequences = getattr(plan_of(to_packed(make_batch())), part)
+    sequences = getattr(Plan(to_packed(make_batch())), part)
     inputs = tensors_for(sequences, 4, 2)
     found, expected = (attend(*inputs, sequences, 0.3, window) for attend in (attend_varlen, attend_padded))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -114,13 +135,33 @@ def test_the_kernel_is_chosen_by_device_and_dtype(monkeypatch):
             self.dtype = dtype
 
     for there, dtype, expected in [
-        (True, torch.bfloat16, attend_varlen),
-        (True, torch.float32, attend_padded),
-        (False, torch.bfloat16, attend_padded),
+        (True, torch.bfloat16, True),
+        (True, torch.float32, False),
+        (False, torch.bfloat16, False),
     ]:
         monkeypatch.setattr(packing, "has_varlen", lambda device, there=there: there)
-        assert packing.attention_for(OnCuda(dtype), OnCuda(dtype)) is expected
-    assert packing.attention_for(torch.zeros(1), torch.zeros(1)) is attend_in_blocks
+        assert packing._takes_varlen(OnCuda(dtype), OnCuda(dtype)) is expected
+
+
+@pytest.mark.parametrize("attend", [attend_padded, attend_varlen])
+@torch.no_grad()
+def test_the_kernels_of_other_devices_agree_with_the_cpus(attend, monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def reference(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        return by_sequence(query, key, value, cu_q.tolist(), cu_k.tolist(), scale, window_size[0] + 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", reference)
+    model, batch = make_model("qwen2"), make_batch()
+    truth = pair_logps(model, batch, Scoring(packed=True)).token_logps
+
+    def elsewhere(query, key, value, rows, scale, window):
+        found = packing.attend_in_pieces(attend, query, key, value, plans[0], scale, window)
+        return found
+
+    plans = [Plan(to_packed(batch))]
+    monkeypatch.setattr(packing, "attend_in_blocks", elsewhere)
+    torch.testing.assert_close(pair_logps(model, batch, Scoring(packed=True)).token_logps, truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -159,21 +200,19 @@ def test_the_model_reads_real_tokens_alone_and_makes_no_mask():
 @torch.no_grad()
 def test_all_rejected_empty_needs_one_piece():
     model, batch = make_model("llama"), make_batch([(5, 3, 1), (9, 4, 1)])
-    assert plan_of(to_packed(batch)).rejected is None
+    assert Plan(to_packed(batch)).rejected is None
     truth = pair_logps(model, batch, Scoring(shared=False, gathered=False)).token_logps
     torch.testing.assert_close(pair_logps(model, batch, Scoring(packed=True)).token_logps, truth, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_wrong_plan_is_found_out_and_the_model_keeps_its_own_attention(monkeypatch):
-    right = packing.plan_of
+    class SeesTheChosenPart(Plan):
+        def __init__(self, batch):
+            super().__init__(batch)
+            self.rows.tokens = self.rows.prompt
 
-    def sees_the_chosen_part(batch):
-        plan = right(batch)
-        plan.rejected.key_index.add_(1)
-        return plan
-
-    monkeypatch.setattr(packing, "plan_of", sees_the_chosen_part)
+    monkeypatch.setattr(packing, "Plan", SeesTheChosenPart)
     model = make_model("llama")
     scoring = choose_scoring(model, make_batch())
     assert scoring.shared and not scoring.packed

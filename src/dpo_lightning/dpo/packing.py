@@ -6,8 +6,9 @@ model's forward, in `plan`; without one, as when the model generates, it is scal
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_lightning.data.batching import PairBatch, consecutive
-from dpo_lightning.dpo.block_attention import Block, attend_in_blocks
+from dpo_lightning.dpo.block_attention import PairRows, attend_in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,6 @@ class Sequences:
         self.queries, self.keys, self.device = queries, keys, device
         self.max_queries, self.max_keys = int(queries.max()), int(keys.max())
         self.key_index = None if key_index is None else self._on_device(key_index)
-        self.blocks: dict[Any, list[Block]] = {}  # of `blocks_of`
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
@@ -50,45 +50,47 @@ class Sequences:
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
         """Tokens to fill [n, max_queries] and [n, max_keys] with, int64; a row's last token fills its end."""
-        return tuple(self._on_device(_filled(n, np.cumsum(n)[:, None] - 1)) for n in (self.queries, self.keys))
+        return tuple(
+            self._on_device(
+                (np.cumsum(n)[:, None] - n[:, None] + np.minimum(np.arange(n.max()), n[:, None] - 1)).ravel()
+            )
+            for n in (self.queries, self.keys)
+        )
 
     @cached_property
-    def zero_padding(self) -> Tensor:
-        """As `padding` of the queries, with the token after the last one at the end of rows."""
-        return self._on_device(_filled(self.queries, self.queries.sum()))
+    def real(self) -> Tensor:
+        """Which elements of the flattened [n, max_queries] are tokens, int64."""
+        return self._on_device(consecutive(np.arange(len(self.queries)) * self.max_queries, self.queries))
+
+
+class Plan:
+    """Who attends to whom in a packed row, made once for all layers; each kernel reads the property that suits it."""
+
+    def __init__(self, batch: PairBatch) -> None:
+        self.prompt, chosen, self.rejected_tokens = self.parts = np.array(batch.lengths).T
+        self.tokens, self.device = self.prompt + chosen, batch.input_ids.device
 
     @cached_property
-    def real(self) -> tuple[Tensor, Tensor]:
-        """Which elements of the flattened [n, max_queries] and [n, max_keys] are tokens, int64."""
-        return tuple(self._on_device(consecutive(np.arange(len(n)) * n.max(), n)) for n in (self.queries, self.keys))
+    def rows(self) -> PairRows:
+        """A row for each pair."""
+        return PairRows(*self.parts)
 
+    @cached_property
+    def chosen(self) -> Sequences:
+        """The prompt and chosen part of every pair, the first tokens of the row."""
+        return Sequences(self.tokens, self.tokens, None, self.device)
 
-def _filled(lengths: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Sequences that follow each other as rows of one length, filled up with `end`, [n * longest]."""
-    column, first = np.arange(lengths.max()), np.cumsum(lengths) - lengths
-    return np.where(column < lengths[:, None], first[:, None] + column, end).ravel()
-
-
-class Plan(NamedTuple):
-    """Who attends to whom in a packed row."""
-
-    chosen: Sequences  # prompt and chosen part of every pair
-    rejected: Sequences | None  # of the pairs that have a rejected part
-
-
-def plan_of(batch: PairBatch) -> Plan:
-    """The plan of a packed batch, from its lengths alone."""
-    prompt, chosen, rejected = np.array(batch.lengths).T
-    device, tokens = batch.input_ids.device, prompt + chosen
-    plan = Plan(Sequences(tokens, tokens, None, device), None)
-    some = rejected > 0
-    if not some.any():
-        return plan
-    # Prompt and rejected part of each pair in turn: two runs of tokens for every pair.
-    first = np.stack([np.cumsum(tokens) - tokens, tokens.sum() + np.cumsum(rejected) - rejected], axis=1)
-    counts = np.stack([prompt, rejected], axis=1)
-    key_index = consecutive(first[some].ravel(), counts[some].ravel())
-    return plan._replace(rejected=Sequences(rejected[some], counts[some].sum(axis=1), key_index, device))
+    @cached_property
+    def rejected(self) -> Sequences | None:
+        """The rejected parts with their prompts as keys; None where all are empty."""
+        some = self.rejected_tokens > 0
+        if not some.any():
+            return None
+        rejected, tokens = self.rejected_tokens, self.tokens
+        first = np.stack([np.cumsum(tokens) - tokens, tokens.sum() + np.cumsum(rejected) - rejected], axis=1)
+        counts = np.stack([self.prompt, rejected], axis=1)
+        key_index = consecutive(first[some].ravel(), counts[some].ravel())
+        return Sequences(rejected[some], counts[some].sum(axis=1), key_index, self.device)
 
 
 def inputs(model: "PreTrainedModel", batch: PairBatch) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def inputs(model: "PreTrainedModel", batch: PairBatch) -> dict[str, Any]:
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "attention_mask": no_mask,
-        "plan": plan_of(batch),
+        "plan": Plan(batch),
     }
 
 
@@ -140,24 +142,28 @@ def attend_packed(
     query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
     # Some models have the window only in their masks.
     window = sliding_window or getattr(module, "sliding_window", None)
-    attend = attention_for(query, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    first = int(plan.chosen.queries.sum())
+    if device == "cpu":
+        return attend_in_blocks(query, key, value, plan.rows, scale, window)[None], None
+    attend = attend_varlen if _takes_varlen(query, value) else attend_padded
+    return attend_in_pieces(attend, query, key, value, plan, scale, window)[None], None
+
+
+def attend_in_pieces(
+    attend: Callable, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None
+) -> Tensor:
+    """Attention [T, H, D] by a kernel that takes `Sequences`."""
+    first = len(query) - int(plan.rejected_tokens.sum())
     outputs = [attend(query[:first], key[:first], value[:first], plan.chosen, scale, window)]
     if plan.rejected is not None:
         keys, values = (heads.index_select(0, plan.rejected.key_index) for heads in (key, value))
         outputs.append(attend(query[first:], keys, values, plan.rejected, scale, window))
-    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
+    return torch.cat(outputs)
 
 
-def attention_for(query: Tensor, value: Tensor) -> Any:
-    """The fastest kernel for tensors of this kind: `attend(query, key, value, sequences, scale, window)`."""
-    if query.device.type == "cpu":
-        return attend_in_blocks
+def _takes_varlen(query: Tensor, value: Tensor) -> bool:
     in_16_bits = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and in_16_bits and query.shape[-1] == value.shape[-1] and has_varlen(query.device):
-        return attend_varlen
-    return attend_padded
+    return query.is_cuda and in_16_bits and query.shape[-1] == value.shape[-1] and has_varlen(query.device)
 
 
 def has_varlen(device: torch.device) -> bool:
@@ -210,4 +216,4 @@ def attend_padded(
     output = F.scaled_dot_product_attention(
         query, key, value, seen, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return output.transpose(1, 2).flatten(0, 1).index_select(0, sequences.real[0])
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, sequences.real)
