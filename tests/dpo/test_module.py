@@ -114,7 +114,7 @@ def test_gradients_are_gone_before_the_next_forward_pass(data, module, quiet_tra
 def test_precision_decides_attention_and_how_the_reference_is_kept(data, module, quiet_trainer, precision, attention):
     model = module()
     quiet_trainer(max_steps=1, precision=precision).fit(model, data(batch_size=4))
-    assert model.causal_lm.config._attn_implementation == attention
+    assert model.load_policy().config._attn_implementation == attention
     assert model.reference.autocast_dtype == (torch.bfloat16 if precision == "bf16-mixed" else None)
     assert fastest_attention("cpu", bf16=True, row_length=400) is fastest_attention("cuda", True, 70) is None
 

@@ -50,12 +50,8 @@ class Sequences:
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
         """Tokens to fill [n, max_queries] and [n, max_keys] with, int64; a row's last token fills its end."""
-        return tuple(
-            self._on_device(
-                (np.cumsum(n)[:, None] - n[:, None] + np.minimum(np.arange(n.max()), n[:, None] - 1)).ravel()
-            )
-            for n in (self.queries, self.keys)
-        )
+        ends = ((n[:, None], np.cumsum(n)[:, None]) for n in (self.queries, self.keys))
+        return tuple(self._on_device(np.minimum(end - n + np.arange(n.max()), end - 1).ravel()) for n, end in ends)
 
     @cached_property
     def real(self) -> Tensor:
