@@ -7,7 +7,7 @@ model's forward, in `plan`; without one, as when the model generates, it is scal
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,6 +162,7 @@ def _takes_varlen(query: Tensor, value: Tensor) -> bool:
     return query.is_cuda and in_16_bits and query.shape[-1] == value.shape[-1] and has_varlen(query.device)
 
 
+@cache
 def has_varlen(device: torch.device) -> bool:
     """Whether torch has FlashAttention for sequences of variable length and grouped queries (2.12), and the GPU too."""
     try:

@@ -54,7 +54,7 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
     probe = collate(swapped, range(len(swapped))).to(device)
     tolerance = NOISE if model.dtype == torch.float32 else NOISE_IN_16_BITS
 
-    def agrees(candidate: Scoring) -> bool:
+    def agrees(candidate: Scoring, tolerance: float = tolerance) -> bool:
         try:
             found = pair_logps(model, probe, candidate).token_logps
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
@@ -63,12 +63,19 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
         # Means and quantiles, since on some hardware a single token is off by more. NaN agrees with nothing.
         return bool(off.mean() <= tolerance and off.quantile(0.99) <= 5 * tolerance)
 
+    def agrees_packed(candidate: Scoring) -> bool:
+        if model.config.model_type in UNPACKED_MODEL_TYPES or not agrees(candidate):
+            return False
+        if device.type != "cuda" or model.dtype != torch.float32:
+            return True
+        with torch.autocast("cuda", torch.bfloat16):  # for which a GPU has a kernel of its own
+            return agrees(candidate, NOISE_IN_16_BITS)
+
     with torch.autocast(device.type, enabled=False), float32_products(), evaluating(model):
         truth = pair_logps(model, probe, Scoring(shared=False, gathered=False)).token_logps
         if scoring.shared:
             before = model.config._attn_implementation
-            may_pack = may_pack and model.config.model_type not in UNPACKED_MODEL_TYPES
-            if may_pack and agrees(packed := scoring._replace(packed=True)):
+            if may_pack and agrees_packed(packed := scoring._replace(packed=True)):
                 return packed
             if model.config._attn_implementation != before:
                 model.set_attn_implementation(before)
