@@ -26,9 +26,11 @@ slow: $(VENV)/.installed-test  ## checks on a real model, where its files can be
 faults: $(VENV)/.installed-test  ## runs killed a hundred times and more, each ending as if it had never been killed
 	DPO_FAULTS=long $(BIN)/python -m pytest -s tests/faults
 
-lint: $(VENV)/.installed-test  ## ruff: style and obvious mistakes
+lint: $(VENV)/.installed-test  ## style, obvious mistakes, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

@@ -3,17 +3,28 @@
 import inspect
 import re
 import shlex
+import sys
+import tomllib
 
 import pytest
+import torch
 import yaml
+from packaging.requirements import Requirement
 
+import dpo_lightning
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.inspect import InspectCLI
 from dpo_lightning.cli.trainer import DPOCLI, DownloadCLI, configured
+from dpo_lightning.dpo import losses
+from dpo_lightning.dpo.logps import FAST, pair_logps
+from dpo_lightning.dpo.module import NOT_SAVED
+from dpo_lightning.dpo.reference import REFERENCES, import_reference
+from dpo_lightning.models.policy import load_policy
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
 READMES = sorted(REPO.glob("README*.md"))
+PAGES = [*READMES, REPO / "CONTRIBUTING.md", *sorted(REPO.glob("docs/*.md"))]
 COMMAND = re.compile(r"^(?:    )?((?:python|make|tensorboard|dpo-lightning|git|pip) [^\n#]*)", re.M)
 
 
@@ -69,13 +80,84 @@ def test_every_command_of_a_readme_works(readme, monkeypatch):
             assert args[:2] == ["-m", "pip"] or args[:2] == ["-m", "dpo_lightning.demo.build"], line
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
-def test_every_path_of_a_readme_is_there(readme):
-    text = readme.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_path_of_a_page_is_there(page):
+    text = page.read_text()
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(r'src="(?!http)([^"]+)"', text)
     named = re.findall(r"(?:configs|tests|src|benchmarks|docs)/[\w./-]*\w", text)
     for path in linked + named:
-        assert (REPO / path).exists(), path
+        assert (REPO / path).exists() or (page.parent / path).exists(), path
+
+
+def test_every_file_of_contributing_is_there():
+    there = [path.relative_to(REPO).as_posix() for path in (*REPO.glob("src/**/*.py"), *REPO.glob("tests/**/*.py"))]
+    for name in re.findall(r"[\w/]+\.py\b", (REPO / "CONTRIBUTING.md").read_text()):
+        assert any(path.endswith(f"/{name}") or path == name for path in there) or (REPO / name).exists(), name
+
+
+CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text()
+
+
+def example(heading):
+    """The code under a heading of CONTRIBUTING.md."""
+    return re.search(rf"## {heading}\n.*?```python\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
+
+
+@pytest.fixture
+def contributed(tmp_path, monkeypatch):
+    """Writes code into a module of the user's own, `contributed`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "contributed", None)  # forgotten after the test
+    del sys.modules["contributed"]
+    return (tmp_path / "contributed.py").write_text
+
+
+def test_every_test_that_contributing_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", CONTRIBUTING))
+    tests = "".join(path.read_text() for path in REPO.glob("tests/**/test_*.py"))
+    assert len(named) == 4 and named <= set(re.findall(r"^def (test_\w+)", tests, re.M))
+
+
+def test_the_loss_of_contributing_is_the_packages():
+    assert example("A new loss") in inspect.getsource(losses)
+
+
+def test_a_new_format_is_one_function(contributed, tokenizer, write_rows):
+    contributed(example("A new data format"))
+    answers = [{"text": " Green.", "votes": 1}, {"text": " Blue.", "votes": 9}]
+    rows = write_rows([{"question": "Sky?", "answers": answers}])
+    data = PreferenceDataModule(tokenizer, rows, format="contributed:from_votes", val_size=0, test_size=0)
+    data.setup("fit")
+    assert data.pairs("train", [0])[0][:3] == ("Sky?", " Blue.", " Green.")
+
+
+def test_a_new_reference_is_one_function(contributed, model_folder, tokenizer, rows_file, quiet_trainer, monkeypatch):
+    contributed(example("A new kind of reference").replace("gpt2-large", str(model_folder)))
+    monkeypatch.setitem(REFERENCES, "contributed:larger_model", None)  # taken out again after the test
+    import_reference("contributed:larger_model")
+    module = DPOModule(str(model_folder), reference="contributed:larger_model")
+    data = PreferenceDataModule(tokenizer, rows_file, batch_size=4, val_size=4, test_size=0)
+    quiet_trainer(max_steps=1).fit(module, data)
+    batch = data.batch("train", range(4))
+    expected = pair_logps(load_policy(str(model_folder)), batch).sums
+    assert torch.equal(module.reference.logps(batch, FAST).sums, expected)
+
+
+def test_pre_commit_runs_what_make_lint_runs():
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (REPO / "Makefile").read_text(), re.M).group(1)
+    tools = set(re.findall(r"\$\(BIN\)/(\w+)", lint))
+    hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert tools == {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in hooks if "venv" in hook["entry"]}
+
+
+def test_the_version_and_the_constraints_are_those_of_pyproject():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    assert dpo_lightning.__version__ == project["version"]
+    required = {r.name: r for r in map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"])}
+    tested = dict(line.split("==") for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line)
+    for name, version in tested.items():
+        assert name not in required or version in required[name].specifier, name
+    assert {Requirement(line).name for line in project["dependencies"]} <= set(tested)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
@@ -99,7 +181,8 @@ def test_every_key_has_a_comment_and_whole_configs_have_the_three_that_matter(co
 def test_gpt2_config_names_every_setting_of_module_and_data():
     settings = yaml.safe_load((REPO / "configs" / "gpt2.yaml").read_text())
     for section, target in (("model", DPOModule), ("data", PreferenceDataModule)):
-        assert set(settings[section]) == set(inspect.signature(target.__init__).parameters) - {"self"}
+        named = set(settings[section]) | (set(NOT_SAVED) & set(settings) if section == "model" else set())
+        assert named == set(inspect.signature(target.__init__).parameters) - {"self"}
 
 
 def test_make_help_lists_every_target():

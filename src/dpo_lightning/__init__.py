@@ -1,6 +1,7 @@
 """Direct Preference Optimization for causal language models, as a PyTorch Lightning module."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ WHERE = {"DPOModule": "dpo.module", "PreferenceDataModule": "data.datamodule", "
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: `cli.py --help` should not wait for torch.
+    if name == "__version__":
+        return importlib.metadata.version("dpo-lightning")  # pyproject.toml's, the only place that has it
     if name not in WHERE:
         raise AttributeError(f"module 'dpo_lightning' has no attribute '{name}'")
     return getattr(importlib.import_module(f"dpo_lightning.{WHERE[name]}"), name)

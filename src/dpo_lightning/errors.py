@@ -1,4 +1,4 @@
-"""What the command line shows as a single line instead of a traceback."""
+"""Errors that the command line shows as one line instead of a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,19 +7,19 @@ from dpo_lightning.visible import visible
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what was found, where, and what to do, on one line."""
+    """A mistake that the user can correct: the message says in one line what is wrong, where, and what to do."""
 
     def __str__(self) -> str:
-        """The message; characters that would command a terminal, as names in files may hold, are escaped."""
+        """The message, with control characters escaped, as names in files may contain terminal commands."""
         return visible(super().__str__())
 
 
 class Stopped(BaseException):
-    """A training run was ended by a signal. No Exception, so that nothing on the way takes it for an error.
+    """A signal ended a training run. It is not an Exception, so that no code between handles it as an error.
 
     Args:
         signal: the signal's number.
-        step: optimizer steps that were done and saved; None where the run was not to finish its step.
+        step: optimizer steps that were done and saved; None if the run ended within a step.
     """
 
     def __init__(self, signal: int, step: int | None = None) -> None:
@@ -28,11 +28,6 @@ class Stopped(BaseException):
 
 
 def did_you_mean(given: object, choices: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "; did you mean 'sigmoid'?", or "" where none of the choices is near.
-
-    Args:
-        given: what stands there.
-        choices: what may stand there.
-    """
+    """The end of a message about an unknown name: "; did you mean 'sigmoid'?", or "" if no choice is similar."""
     near = difflib.get_close_matches(str(given), list(choices), n=1)
     return f"; did you mean '{near[0]}'?" if near else ""

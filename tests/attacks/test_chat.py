@@ -89,7 +89,7 @@ def test_help_and_unknown_commands_ask_nothing(talk, monkeypatch, capsys):
     assert talk(Keyboard(monkeypatch, "/help", "/hlep me", "/schemas T", "", "   ", "one")) == ["|one"]
     said = capsys.readouterr()
     assert said.out.count("/schema CREATE TABLE") == 2  # at the start, and when asked for
-    assert "/hlep is no command: /help" in said.err and "/schemas is no command" in said.err
+    assert "/hlep is not a command: /help" in said.err and "/schemas is not a command" in said.err
 
 
 def test_lines_of_a_pipe_give_replies_alone_on_stdout(talk, capsys):
@@ -167,7 +167,7 @@ def test_bytes_that_are_no_utf8_are_shown_as_such(talk, capsys):
         "|\ufffd\ufffd",
     ]
     said = capsys.readouterr().err
-    assert "line 1 has bytes that are no UTF-8" in said and "line 3" in said and "line 2" not in said
+    assert "line 1 has bytes that are not UTF-8" in said and "line 3" in said and "line 2" not in said
 
 
 def test_such_bytes_reach_a_model(model_folder, monkeypatch, capsys):
@@ -291,8 +291,13 @@ def test_nothing_in_a_folder_turns_its_code_on(model_folder, monkeypatch, capsys
         values = json.loads(Path(folder, name).read_text()) | {"auto_map": auto_map, "trust_remote_code": True}
         values |= {"model_type": "own"} if own_type and name == "config.json" else {}
         Path(folder, name).write_text(json.dumps(values))
-    asking = {"chat": False, "prompt_template": "{question}", "trust_remote_code": True, "format": "own:OwnModel"}
-    Path(folder, "dpo_lightning.json").write_text(json.dumps(asking))
+    prompt_format = {
+        "chat": False,
+        "prompt_template": "{question}",
+        "trust_remote_code": True,
+        "format": "own:OwnModel",
+    }
+    Path(folder, "dpo_lightning.json").write_text(json.dumps(prompt_format))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.stdin", io.StringIO("Which name?\n"))
     code = main(["chat", "--model", str(folder), "--max_new_tokens", "2"])

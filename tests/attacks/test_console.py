@@ -86,7 +86,7 @@ def test_warnings_and_log_lines_land_above_the_bar_and_ctrl_c_gives_the_terminal
     )  # fmt: skip
     assert seen.status == 130 and seen.cursor_shown
     text = squeezed("".join(seen.lines))
-    assert "Ctrl-C:finishingthisstep;Ctrl-Cagainstopsatonce" in text and "togoon:" in text
+    assert "Ctrl-C:finishingthisstep;Ctrl-Cagainstopsatonce" in text and "toresume:" in text
     assert "report:lightning_logs/version_0/report.html" in text
     assert len(bars(seen.lines)) == 1
     for step in (2, 4):

@@ -48,7 +48,7 @@ def test_rows_under_a_single_key_are_read(tmp_path, wrapped, indent):
     (tmp_path / "rows.json").write_text(json.dumps(wrapped, indent=indent))
     source = open_source(str(tmp_path / "rows.json"), "train")
     assert [row for _, row in source.rows()] == ROWS
-    assert source.where(2).endswith("rows.json, row 2")
+    assert source.location(2).endswith("rows.json, row 2")
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -201,7 +201,7 @@ def test_a_failed_download_leaves_nothing(download, tmp_path, monkeypatch):
     from transformers import PreTrainedTokenizerBase
 
     def full(self, folder, *args, **kwargs):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
@@ -219,11 +219,11 @@ def test_a_failed_download_leaves_nothing(download, tmp_path, monkeypatch):
 
 
 def test_settings_of_a_folder_like_dot_stay_inside(tmp_path, monkeypatch, model_folder):
-    from dpo_lightning.cli.download import inside
+    from dpo_lightning.cli.download import path_below
 
     monkeypatch.chdir(tmp_path)
     for name in (".", "", "./", "/", "..", "../..", "a/../..", "/etc/x", "../x"):
-        assert len(inside(name).parts) == 1 and ".." not in inside(name).parts
+        assert len(path_below(name).parts) == 1 and ".." not in path_below(name).parts
 
 
 def test_user_errors_of_sources_are_one_line_for_the_library_too(tmp_path):

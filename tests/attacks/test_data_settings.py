@@ -2,8 +2,11 @@
 
 import logging
 import math
+import sys
 
+import lightning
 import pytest
+import torch
 
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
@@ -138,3 +141,18 @@ def test_the_shipped_configurations_ask_for_no_more_than_their_models_have(tmp_p
     ]
     assert main(["inspect", *demo]) == 0
     assert "to fit data.max_length = 512" in capsys.readouterr().out
+
+
+SPEC = {"class_path": "strangers_class.Own"}
+
+
+@pytest.mark.parametrize("settings", [{"tokenizer": SPEC}, {"generation": {"name_or_path": SPEC}}])
+def test_no_class_that_a_checkpoint_names_is_imported(settings, tmp_path, monkeypatch):
+    """With `_instantiator`, which LightningCLI writes, its parser would make the module and import such classes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strangers_class.py").write_text("class Own:\n    pass\n")
+    settings |= {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    checkpoint = {"pytorch-lightning_version": lightning.__version__, "datamodule_hyper_parameters": settings}
+    torch.save(checkpoint, tmp_path / "given.ckpt")
+    PreferenceDataModule.load_from_checkpoint(tmp_path / "given.ckpt")
+    assert sys.modules.pop("strangers_class", None) is None

@@ -23,20 +23,20 @@ WEIGHT = "policy.transformer.wte.weight"
 EDITS = {
     "shape": (lambda m: {"state_dict": weights(m, **{WEIGHT: torch.zeros(3, 5)})}, f"size mismatch for {WEIGHT}"),
     "no tensor": (lambda m: {"state_dict": weights(m, **{WEIGHT: [1, 2]})}, f"the weight '{WEIGHT}' is list"),
-    "no names": (lambda m: {"state_dict": weights(m) | {7: torch.zeros(1)}}, "its state_dict is no table"),
+    "no names": (lambda m: {"state_dict": weights(m) | {7: torch.zeros(1)}}, "its state_dict is not a table"),
     "no weights": (lambda m: {"state_dict": None}, "its state_dict is missing"),
     "step is text": (lambda m: {"global_step": "many"}, "its global_step is 'many'"),
     "step below 0": (lambda m: {"global_step": -5}, "its global_step is -5"),
     "step is true": (lambda m: {"global_step": True}, "its global_step is True"),
-    "settings a list": (lambda m: {"hyper_parameters": ["beta"]}, "its hyper_parameters is no table"),
-    "data a list": (lambda m: {"datamodule_hyper_parameters": [1]}, "its datamodule_hyper_parameters is no table"),
-    "unknown setting": (lambda m: {"settings": {"betaa": 0.2}}, "has the setting 'betaa', which there is not"),
-    "wrong kind": (lambda m: {"settings": {"beta": "much"}}, "has a setting that this model cannot have"),
+    "settings a list": (lambda m: {"hyper_parameters": ["beta"]}, "its hyper_parameters is not a table"),
+    "data a list": (lambda m: {"datamodule_hyper_parameters": [1]}, "its datamodule_hyper_parameters is not a table"),
+    "unknown setting": (lambda m: {"settings": {"betaa": 0.2}}, "has the unknown setting 'betaa'"),
+    "wrong kind": (lambda m: {"settings": {"beta": "much"}}, "has a setting that does not fit"),
     "no value": (lambda m: {"settings": {"learning_rate": None}}, "has the setting learning_rate without a value"),
-    "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype '\x1b[2J\x9b2J'"),
+    "commands a terminal": (lambda m: {"settings": {"dtype": "\x1b[2J\x9b2J"}}, r"model.dtype is '\x1b[2J\x9b2J'"),
     "of a name": (lambda m: {"state_dict": weights(m) | {"\x1b[2J": torch.zeros(1)}}, r"unknown weight \x1b[2J"),
     "wrong lora": (lambda m: {"settings": {"lora": {"r": "x"}}}, "model.lora.r is 'x'"),
-    "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that this model cannot have"),
+    "path for lora": (lambda m: {"settings": {"lora": "/etc/hostname"}}, "has a setting that does not fit"),
     "wrong loss": (lambda m: {"settings": {"loss_options": {"ld_alpha": [1]}}}, "ld_alpha"),
 }
 
@@ -68,11 +68,11 @@ def states(model, **changed):
 
 
 RESUMED = {
-    "callbacks a list": (lambda m: {"callbacks": [1]}, "its callbacks is no table"),
+    "callbacks a list": (lambda m: {"callbacks": [1]}, "its callbacks is not a table"),
     "callback's state a text": (lambda m: {"callbacks": dict.fromkeys(states(m), "x")}, "state is str"),
     "callback's state another": (lambda m: {"callbacks": dict.fromkeys(states(m), {"x": 1})}, "state has no best"),
     "loops a text": (lambda m: {"loops": "x"}, "states do not fit it"),
-    "no loops": (lambda m: {"loops": None}, "holds the weights alone"),
+    "no loops": (lambda m: {"loops": None}, "has only the weights"),
     "own part a list": (lambda m: {"dpo_lightning": [1]}, "states do not fit it"),
     "schedule a number": (lambda m: {"lr_schedulers": [5]}, "states do not fit it"),
     "optimizer a number": (lambda m: {"optimizer_states": [5]}, "states do not fit it"),
@@ -94,6 +94,17 @@ def test_an_optimizers_state_that_does_not_fit_is_one_line(value, model_folder, 
     given = edited(model_folder, tmp_path / "given.ckpt", optimizer_states=saved)
     assert command("fit", model_folder, "--ckpt_path", given, "--trainer.max_steps", "3") == 2
     assert "the optimizer's exp_avg has the " in error_line(capsys)
+
+
+def test_a_fused_optimizers_state_that_does_not_fit_is_one_line(model_folder, tmp_path, capsys):
+    """A fused step would read past its end."""
+    args = ["--optimizer", "SGD", "--optimizer.momentum", "0.9", "--export.enabled", "false"]
+    assert command("fit", model_folder, *args) == 0
+    checkpoint = torch.load(LAST, weights_only=True)
+    checkpoint["optimizer_states"][0]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    torch.save(checkpoint, tmp_path / "given.ckpt")
+    assert command("fit", model_folder, "--ckpt_path", "given.ckpt", "--trainer.max_steps", "3", *args) == 2
+    assert "the optimizer's momentum_buffer has the shape [3]" in error_line(capsys)
 
 
 def test_an_optimizers_state_of_no_weight_is_one_line(model_folder, tmp_path, capsys):
@@ -132,9 +143,9 @@ def test_a_checkpoint_of_weights_alone_is_tested_and_exported_but_not_gone_on_wi
     capsys.readouterr()
     assert command("fit", model_folder, "--ckpt_path", str(best), *args) == 2
     line = error_line(capsys)
-    assert "holds the weights alone (checkpoint.save_weights_only)" in line and "--ckpt_path last" in line
+    assert "has only the weights (checkpoint.save_weights_only)" in line and "--ckpt_path last" in line
     best.touch()  # the newest one: `last` is what a run can go on from
-    with pytest.warns(UserWarning, match="no run can go on from it"):
+    with pytest.warns(UserWarning, match="no run can be resumed from it"):
         assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "3", *args) == 0
     assert not Path("lightning_logs", "version_1").exists()
     assert torch.load(LAST, weights_only=True)["global_step"] == 3

@@ -52,7 +52,7 @@ def test_a_folder_with_anything_else_is_refused(name, capsys):
     else:
         path.write_text("mine")
     refused(
-        "out", f"it holds '{Path(name).parts[0]}', which is not as an export left it, and nothing is deleted", capsys
+        "out", f"it contains '{Path(name).parts[0]}', which is not as an export left it, and nothing is deleted", capsys
     )
 
 
@@ -96,14 +96,14 @@ def test_a_manifest_that_lists_nothing_gives_nothing_away(text, capsys):
     ("folder", "words"),
     [
         (".", "it is the working directory"),
-        ("..", "it is the working directory or holds it"),
-        ("lightning_logs/version_0", "it is or holds the checkpoints' folder"),
-        ("lightning_logs", "it is or holds the checkpoints' folder"),
-        ("lightning_logs/version_0/checkpoints", "it is or holds the checkpoints' folder"),
+        ("..", "it is the working directory or contains it"),
+        ("lightning_logs/version_0", "it is or contains the checkpoints' folder"),
+        ("lightning_logs", "it is or contains the checkpoints' folder"),
+        ("lightning_logs/version_0/checkpoints", "it is or contains the checkpoints' folder"),
         ("lightning_logs/version_0/checkpoints/out", "it lies in the checkpoints' folder"),
         ("link", "it is a symbolic link"),
         ("dangling", "it is a symbolic link"),
-        ("there/version_0", "it is or holds the checkpoints' folder"),
+        ("there/version_0", "it is or contains the checkpoints' folder"),
         ("file", "it is a file"),
         (str(LAST), "it is a file"),
         ("file/out", "nothing can be written in"),
@@ -118,7 +118,9 @@ def test_a_target_where_it_would_harm_is_refused(folder, words, here, capsys):
     refused(folder, words, capsys, here)
 
 
-@pytest.mark.parametrize(("folder", "words"), [("", "it is or holds"), ("..", "it is or holds"), ("out", "it lies in")])
+@pytest.mark.parametrize(
+    ("folder", "words"), [("", "it is or contains"), ("..", "it is or contains"), ("out", "it lies in")]
+)
 def test_the_model_that_was_trained_is_not_replaced(folder, words, model_folder, here, capsys):
     """Not even where it is a previous export itself, whose files an export might replace."""
     assert export("all/base") == 0
@@ -193,9 +195,9 @@ def test_the_written_folder_is_as_readable_as_any_other(here):
 @pytest.mark.parametrize("size", ["", "much", "5", "0GB", "5 stone"])
 def test_a_size_that_is_none_is_said_before_anything_is_trained(size, model_folder, capsys):
     assert export("out", "--max_shard_size", size) == 2
-    assert "is not a size such as" in error_line(capsys)
+    assert "must be a size such as" in error_line(capsys)
     assert command("fit", model_folder, "--export.max_shard_size", size) == 2
-    assert "is not a size such as" in error_line(capsys) and not Path("lightning_logs/version_1").exists()
+    assert "must be a size such as" in error_line(capsys) and not Path("lightning_logs/version_1").exists()
 
 
 # ---------------------------------------------------------------------- fit
@@ -246,7 +248,7 @@ def test_a_resumed_run_is_refused_at_once_where_the_user_worked_on_its_export(mo
     Path("lightning_logs/version_0/huggingface/model.gguf").write_text("converted")
     before = LAST.read_bytes()
     assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "4") == 2
-    assert "it holds 'model.gguf'" in error_line(capsys)
+    assert "it contains 'model.gguf'" in error_line(capsys)
     assert LAST.read_bytes() == before, "refused before anything is trained"
     args = ["--export.enabled", "false", "--trainer.max_steps", "3"]
     assert command("fit", model_folder, "--ckpt_path", "last", *args) == 0

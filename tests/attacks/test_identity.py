@@ -66,7 +66,7 @@ def test_another_starting_point_is_refused_in_one_line(fit, model, tmp_path, cap
     nudge(model)
     assert fit(model, 4, *args, "--ckpt_path", "last") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith(f"error: the checkpoint cannot be gone on with: the weights of the model '{model}' have")
+    assert line.startswith(f"error: cannot resume: the weights of the model '{model}' have")
     assert "put the former weights back, or start anew without --ckpt_path" in line
     assert last(tmp_path)[0].read_bytes() == before
 

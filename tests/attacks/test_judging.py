@@ -2,7 +2,8 @@
 
 import pytest
 
-from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result
+from dpo_lightning.judging.sql.normalize import equivalent_text
+from sql_verdicts import compiles, same_result
 
 PLAYERS = "CREATE TABLE players (name VARCHAR, team VARCHAR, goals INTEGER, year INTEGER, country VARCHAR)"
 EVENTS = "CREATE TABLE e (id INTEGER, name VARCHAR, d DATE, s VARCHAR)"

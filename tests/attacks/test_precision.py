@@ -15,7 +15,6 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.cli.entry import main
-from dpo_lightning.dpo import cached_reference as reference_cache
 from dpo_lightning.dpo.metrics import PairMetrics
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.errors import UserError
@@ -299,7 +298,7 @@ def test_a_moving_adapter_reference_stays_in_float32(fit):
 
 @pytest.mark.parametrize("precision", SIXTEEN_BITS)
 def test_weights_and_cached_log_probs_of_a_batch_are_not_rounded(fit, precision, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference_cache, "cache_root", lambda: tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     found = []
 
     class Look(Callback):

@@ -56,7 +56,7 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(predict, tmp_path, content)
 def test_what_the_user_wrote_after_replies_is_not_lost_either(predict, tmp_path, kept):
     content = b"\n".join(predict().split(b"\n")[:kept]) + b"\nTODO: look at line 2"
     (tmp_path / "out.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=f"line {kept + 1}, its last, is not half a reply"):
+    with pytest.raises(UserError, match=f"its last line, {kept + 1}, is not part of one"):
         predict()
     assert (tmp_path / "out.jsonl").read_bytes() == content
 

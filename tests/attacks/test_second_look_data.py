@@ -68,11 +68,11 @@ def test_a_chat_template_neither_hangs_nor_fills_the_memory(one_second, command,
 
 
 def test_a_strangers_model_folder_cannot_stop_chat_with_its_template(one_second, tokenizer, monkeypatch):
-    from dpo_lightning.data.asking import Asking
+    from dpo_lightning.data.prompt_format import PromptFormat
 
     monkeypatch.setattr(tokenizer, "chat_template", "{{ 'x' * 10**10 }}" + PLAIN, raising=False)
     with pytest.raises(UserError, match="the chat template takes more than"):
-        Asking(True).prompt("q", "", tokenizer)
+        PromptFormat(True).prompt("q", "", tokenizer)
 
 
 def test_templates_render_as_transformers_renders_them(tokenizer):
@@ -136,7 +136,7 @@ def test_a_file_of_very_many_columns_is_refused_in_a_short_line(tmp_path, comman
     ],
 )
 def test_a_sum_of_nothing_is_not_a_total_of_nothing(wanted, reply, same):
-    from dpo_lightning.judging.sql.judge import same_result
+    from sql_verdicts import same_result
 
     assert same_result(reply, wanted, "CREATE TABLE t (a INT, b TEXT)") is same
 

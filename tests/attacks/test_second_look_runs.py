@@ -132,7 +132,7 @@ def test_a_folder_of_checkpoints_is_one_runs_alone(model_folder, tmp_path, capsy
     try:
         assert held.get()
         assert command("fit", model_folder, "--checkpoint.dirpath", "kept") == 2
-        assert "checkpoint.dirpath" in (line := error_line(capsys)) and "is in use by a run" in line
+        assert "checkpoint.dirpath" in (line := error_line(capsys)) and "is in use by another run" in line
         assert not list(tmp_path.glob("kept/*.ckpt"))
     finally:
         told.put(None)
@@ -159,7 +159,7 @@ def own_folder(model_folder, tmp_path):
         ({"n_layer": 10**6}, "num_hidden_layers 1000000, which must be from 1"),
         ({"n_head": -4}, "num_attention_heads -4, which must be from 1"),
         ({"vocab_size": 0}, "vocab_size 0, which must be from 1"),
-        ({"vocab_size": 7}, "its weights are not of the sizes that its config says"),
+        ({"vocab_size": 7}, "its weights have other sizes than its config says"),
         ({"vocab_size": "x"}, "TypeError: Field 'vocab_size' expected int"),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_target_that_is_no_path(out, model_folder, capsys):
         ("best", "--ckpt_path: "),
         ("hpc", "--ckpt_path: "),
         ("memory://x", "cannot be read: Checkpoint file not found"),
-        ("/dev/zero", "is no file"),
+        ("/dev/zero", "is not a file"),
     ],
 )
 def test_a_checkpoint_that_is_none(given, words, model_folder, capsys):

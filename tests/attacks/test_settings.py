@@ -47,7 +47,7 @@ def error_line(capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("--model.max_new_tokens 0", "model.max_new_tokens is 0: a reply needs at least 1"),
+        ("--model.max_new_tokens 0", "model.max_new_tokens is 0: it must be at least 1"),
         ("--model.max_new_tokens -3", "model.max_new_tokens is -3"),
         ("--seed_everything 99999999999", "seed_everything is 99999999999: it must be from 0 to 4294967295"),
         ("--seed_everything -1", "seed_everything is -1"),
@@ -103,12 +103,14 @@ def test_a_setting_that_cannot_be_is_one_line(run, capsys, args, words):
         (b"data:\n  format: mesages\n", "line 2: unknown data format 'mesages'"),
         (b"model:\n  beta: 0.1\n loss: [\n", "line 3: this is not valid YAML"),
         (b"model:\n\tbeta: 1\n", "line 2: this is not valid YAML"),
-        (b"model:\n  beta: 0.1\n  beta: 0.2\n", "line 3: 'beta' is there twice (first in line 2)"),
+        (b"model:\n  beta: 0.1\n  beta: 0.2\n", "line 3: 'beta' is given twice (first in line 2)"),
         (b"model:\n  beta: 0.1 # \xe9\xff\n", "line 2: this is not UTF-8 text"),
-        (b"- a\n- b\n", "line 1: here begins a list"),
-        (b"just text\n", "line 1: here begins a text"),
+        (b"- a\n- b\n", "line 1: this is a list, but"),
+        (b"just text\n", "line 1: this is a text, but"),
         (b"", "is empty"),
         (b"trainer: 5\n", "line 1: trainer is '5': it must be a section"),
+        (b"model:\n  beta: null\n", "line 2: model.beta is null: it must be "),
+        (b"last:\n  every_n_steps: null\n", "line 2: last.every_n_steps is null: it must be "),
     ],
 )
 def test_a_mistake_in_a_file_names_file_and_line(run, capsys, tmp_path, content, words):
@@ -116,6 +118,11 @@ def test_a_mistake_in_a_file_names_file_and_line(run, capsys, tmp_path, content,
     assert run("--config", "mine.yaml", batch_size=False) == 2
     line = error_line(capsys)
     assert "mine.yaml" in line and words in line, line
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_without_a_logger_too(run, capsys):
+    assert run("--trainer.default_root_dir", "/proc/nowhere", "--trainer.logger", "false") == 2
+    assert "/proc/nowhere cannot be used: No such file or directory" in error_line(capsys)
 
 
 def test_the_command_line_is_not_blamed_on_a_file(run, capsys, tmp_path):

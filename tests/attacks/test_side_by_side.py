@@ -108,7 +108,7 @@ def test_of_two_that_resume_one_run_the_second_is_refused_in_one_line(arguments,
     resume = fit(arguments("--ckpt_path", "last", LIMIT, "8"))
     results = sorted(at_once(resume, resume))
     assert [code for code, _ in results] == [0, 2]
-    assert results[1][1].startswith("error: '") and "version_0' is in use by a run that still goes on" in results[1][1]
+    assert results[1][1].startswith("error: '") and "version_0' is in use by another run" in results[1][1]
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
     assert len(list(run.glob("events.out.tfevents.*"))) == 2, "the first run's and the one that went on"
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8

@@ -120,7 +120,7 @@ def test_no_class_in_a_setting_is_imported_or_made(name, hidden, model_folder, t
         assert main(["export", "--ckpt_path", given, "--output_dir", "out"]) == 2
     else:
         assert command("test", model_folder, "--ckpt_path", given) == 2
-    assert "names a class to be made, in its setting lora" in error_line(capsys)
+    assert "its setting lora names a class to instantiate" in error_line(capsys)
     assert not marker.exists() and "own_class" not in sys.modules
 
 
@@ -138,7 +138,7 @@ def test_an_adapter_that_does_not_name_its_model_is_one_line(text, tmp_path, mod
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match="does not name its model|is not a PEFT config"):
+    with pytest.raises(UserError, match="does not name its base model|is not a PEFT config"):
         base_model_name(str(folder))
     assert command("test", folder) == 2
     assert "adapter_config.json' " in error_line(capsys)
@@ -164,5 +164,5 @@ def test_an_adapter_that_is_a_prompt_cannot_have_code_run(evil, model_folder, tm
     }
     path.write_text(json.dumps(saved))
     assert command("test", tmp_path / "adapter") == 2
-    assert "cannot be loaded: it is a prompt, not weights" in error_line(capsys)
+    assert "cannot be loaded: it is a learned prompt" in error_line(capsys)
     assert not marker.exists()

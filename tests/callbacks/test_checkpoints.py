@@ -1,6 +1,7 @@
 """Checkpoints are written whole or not at all, checked before they are loaded, and found again."""
 
 import errno
+import logging
 import os
 import resource
 import signal
@@ -14,11 +15,11 @@ from dpo_lightning.callbacks.checkpoint_files import (
     check_checkpoint,
     checkpoint_folders,
     damage,
-    newest_whole,
+    newest_undamaged,
     read_checkpoint,
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
-from dpo_lightning.cli.download import inside
+from dpo_lightning.cli.download import path_below
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import UserError
@@ -53,7 +54,7 @@ def test_a_failed_write_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os if at == "fsync" else Path, at, fail)
-        with pytest.raises(UserError, match=r"last.ckpt' cannot be written \(the one before it stands\): No space"):
+        with pytest.raises(UserError, match=r"last.ckpt' cannot be written \(the one before it is kept\): No space"):
             IO.save_checkpoint(content(2), path)
     assert IO.load_checkpoint(path)["global_step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
@@ -90,14 +91,14 @@ def test_python_objects_in_a_checkpoint_are_refused_and_not_run(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     torch.save(content(1) | {"loops": Evil()}, "evil.ckpt")
     for load in (IO.load_checkpoint, read_checkpoint):
-        with pytest.raises(UserError, match="'evil.ckpt' holds Python objects"):
+        with pytest.raises(UserError, match="'evil.ckpt' contains Python objects"):
             load("evil.ckpt")
     assert not Path("hacked").exists()
 
 
 @pytest.mark.parametrize("name", ["..", "a/..", "../../etc/cron", "/etc/passwd", "owner/../../x", "owner/name", "gpt2"])
 def test_a_name_cannot_lead_download_out_of_its_folder(name, tmp_path):
-    folder = (tmp_path / inside(name)).resolve()
+    folder = (tmp_path / path_below(name)).resolve()
     assert tmp_path in folder.parents
 
 
@@ -120,10 +121,10 @@ def test_a_damaged_file_is_refused_and_the_newest_whole_one_named(tmp_path, how)
             read_checkpoint(path)
         return
     assert damage(path)
-    with pytest.raises(UserError, match=f"last.ckpt' is not a readable checkpoint: .*newest whole one.*'{older}'"):
+    with pytest.raises(UserError, match=f"last.ckpt' is not a readable checkpoint: .*newest undamaged one.*'{older}'"):
         check_checkpoint(path)
-    with pytest.warns(UserWarning, match="passing over the checkpoint '.*last.ckpt', which is damaged"):
-        assert newest_whole([tmp_path]) == older
+    with pytest.warns(UserWarning, match="skipping the checkpoint '.*last.ckpt', which is damaged"):
+        assert newest_undamaged([tmp_path]) == older
 
 
 def test_every_flipped_bit_of_a_tensor_is_seen(tmp_path):
@@ -144,11 +145,11 @@ def test_the_newest_runs_newest_whole_checkpoint_is_last(tmp_path):
     (logs / "version_11" / "checkpoints").mkdir(parents=True)  # killed before its first checkpoint
     (logs / "version_12").mkdir()
     (logs / "version_10" / "checkpoints" / "last.ckpt.partial").write_bytes(b"half")
-    assert newest_whole(checkpoint_folders(tmp_path)) == logs / "version_10" / "checkpoints" / "last.ckpt"
-    assert newest_whole(checkpoint_folders(tmp_path / "nowhere")) is None
+    assert newest_undamaged(checkpoint_folders(tmp_path)) == logs / "version_10" / "checkpoints" / "last.ckpt"
+    assert newest_undamaged(checkpoint_folders(tmp_path / "nowhere")) is None
     (logs / "version_10" / "checkpoints" / "last.ckpt").write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="all 1 checkpoints in .*version_10.* are damaged"):
-        newest_whole(checkpoint_folders(tmp_path))  # an older run is another run
+        newest_undamaged(checkpoint_folders(tmp_path))  # an older run is another run
 
 
 def test_a_sharded_checkpoint_is_whole_when_its_last_file_is_there(tmp_path):
@@ -158,7 +159,7 @@ def test_a_sharded_checkpoint_is_whole_when_its_last_file_is_there(tmp_path):
     torch.save({"global_step": 4, "hyper_parameters": {}}, folder / "meta.pt")
     check_checkpoint(folder)
     assert read_checkpoint(folder)["global_step"] == 4
-    assert newest_whole([tmp_path]) == folder
+    assert newest_undamaged([tmp_path]) == folder
 
 
 # ---------------------------------------------------------------------- when
@@ -198,6 +199,13 @@ def test_last_and_previous_are_kept(train, tmp_path):
 
 def test_minutes_alone_save_the_end(train):
     assert train(3) == [3, None]
+
+
+def test_lightning_adds_no_remark_to_what_is_saved(train, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        train(1)
+    assert "Trainer.fit" in caplog.text and "weights_only" not in caplog.text
 
 
 def test_settings_below_zero_are_refused():

@@ -8,7 +8,8 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
 from dpo_lightning.callbacks.replies import answer
 from dpo_lightning.cli.entry import main
-from dpo_lightning.judging.judge import judge, shares
+from dpo_lightning.judging.judge import VerdictMeans, find_judges, verdicts
+from ranks import run_ranks
 
 NAMES = {"loss", "rewards/margins", "rewards/accuracies", "kl", "sql/valid", "sql/exact", "sql/execution",
          "reply/eos_rate", "reply/length", "reply/repetition"}  # fmt: skip
@@ -41,7 +42,11 @@ def test_the_whole_split_is_judged(parts, quiet_trainer):
     from dpo_lightning.data.batching import collate_prompts
 
     replies = answer(trainer, module, collate_prompts(prompts, positions))
-    expected = shares([judge(r, pair) for r, pair in zip(replies, data.pairs("test", positions), strict=True)])
+    judged, judges = VerdictMeans(), find_judges("sql")
+    judged.update(
+        [verdicts(judges, *answered) for answered in zip(replies, data.pairs("test", positions), strict=True)]
+    )
+    expected = {name: mean for name, mean in judged.compute().items() if not math.isnan(mean)}
     assert {name: logged[f"test/{name}"] for name in expected} == pytest.approx(expected)
 
 
@@ -59,6 +64,25 @@ def test_data_without_a_context_have_no_sql_shares(model_folder, tokenizer, writ
         DPOModule(str(model_folder), max_new_tokens=4), data, verbose=False
     )
     assert "test/reply/length" in logged and not any("sql" in name for name in logged)
+
+
+def test_two_processes_judge_as_one(model_folder, tokenizer, write_rows, quiet_trainer):
+    """Rows in pairs, so that contexts are on one rank alone."""
+    plain = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "context": ""} for i in range(4)]
+    contexts = ["CREATE TABLE t (a INT)", "no SQL"]
+    sql = [{"prompt": "p", "chosen": "SELECT a FROM t", "rejected": "b", "context": context} for context in contexts]
+    rows = write_rows([row for pair in zip(sql, plain[:2], strict=True) for row in pair] + plain[2:])
+
+    def logged(**options):
+        data = PreferenceDataModule(tokenizer, test_dataset=rows, batch_size=2)
+        trainer = quiet_trainer(callbacks=[EvaluationCallback()], **options)
+        (found,) = trainer.test(DPOModule(str(model_folder), max_new_tokens=8), data, verbose=False)
+        return {name: found[name] for name in found if "/sql/" in name or "/reply/" in name}
+
+    alone = logged()
+    assert {"test/sql/valid", "test/sql/exact", "test/sql/unjudged", "test/reply/length"} <= set(alone)
+    both = run_ranks(2, lambda number: logged(devices=2, strategy="ddp"))
+    assert both == [pytest.approx(alone, nan_ok=True)] * 2
 
 
 def test_the_command_judges_a_checkpoint_a_folder_and_the_bare_model(

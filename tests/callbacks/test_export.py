@@ -103,9 +103,9 @@ def test_dtype_and_shards_as_chosen(train, tokenizer, tmp_path, lora):
 
 
 def test_an_unknown_dtype_is_refused_before_anything_is_written(train, tokenizer, tmp_path):
-    with pytest.raises(UserError, match="export.dtype 'int3' is unknown: one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="export.dtype is 'int3': it must be one of float32, bfloat16, float16"):
         ExportCallback(dtype="int3")
-    with pytest.raises(UserError, match="export.dtype 'int3'"):
+    with pytest.raises(UserError, match="export.dtype is 'int3'"):
         export_policy(train(), tokenizer, tmp_path / "out", dtype="int3")
     assert not (tmp_path / "out").exists()
 

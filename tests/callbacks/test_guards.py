@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 import warnings
@@ -9,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from conftest import ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.callbacks.guards import GuardsCallback, gone_wrong
+from dpo_lightning.callbacks.guards import GuardsCallback, reply_warnings
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.errors import UserError
@@ -117,6 +118,12 @@ def test_displacement_during_warmup_is_not_said(fit, module):
     assert fit(At(3, change_weights), max_steps=10) == []
 
 
+def test_a_schedule_of_ones_own_has_no_warmup(fit, module):
+    module.hparams.warmup_steps = 100
+    module.make_scheduler = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)
+    assert any("likelihood displacement" in warning for warning in fit(At(3, change_weights), max_steps=10))
+
+
 def showings(*values):
     return [(10 * i, {"reply/eos_rate": eos, "reply/repetition": rep}) for i, (eos, rep) in enumerate(values)]
 
@@ -133,7 +140,7 @@ def showings(*values):
     ],
 )
 def test_replies_that_go_wrong_are_told_from_those_that_start_badly(values, kinds):
-    found = gone_wrong(showings(*values))
+    found = reply_warnings(showings(*values))
     assert set(found) == kinds
     assert all(
         "lower model.learning_rate" in text and f"step {10 * (len(values) - 1)}" in text for text in found.values()

@@ -4,27 +4,27 @@ import torch
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.predictions import ReplyWriter, model_digest
 from dpo_lightning.errors import UserError
-from dpo_lightning.storage.jsonl import append_lines, keep_lines, read_lines, whole_lines
+from dpo_lightning.storage.jsonl import append_lines, keep_lines, read_lines
 
 
 def test_whole_lines_come_back_and_half_a_line_does_not(tmp_path):
     path = tmp_path / "lines.jsonl"
     lines = [{"text": "é\n\u2028"}, {"text": "\ud83d lone surrogate"}]
     append_lines(path, lines)
-    assert whole_lines(path) == lines and path.read_bytes().count(b"\n") == 2
+    assert read_lines(path).objects == lines and path.read_bytes().count(b"\n") == 2
     with path.open("ab") as file:
         file.write('{"text": "hal\u00e9'.encode()[:-1])
-    assert whole_lines(path) == lines
+    assert read_lines(path).objects == lines
     keep_lines(path, read_lines(path), 1)
-    assert whole_lines(path) == lines[:1] and path.read_bytes().endswith(b"}\n")
-    assert whole_lines(tmp_path / "nowhere.jsonl") == []
+    assert read_lines(path).objects == lines[:1] and path.read_bytes().endswith(b"}\n")
+    assert read_lines(tmp_path / "nowhere.jsonl").objects == []
 
 
 @pytest.mark.parametrize("content", ["SELECT 1\nSELECT 2\n", "[1]\n"])
 def test_other_files_are_not_taken_for_lines(tmp_path, content):
     (tmp_path / "notes").write_text(content)
     with pytest.raises(ValueError):
-        whole_lines(tmp_path / "notes")
+        read_lines(tmp_path / "notes")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_an_interrupted_prediction_is_continued_to_the_same_file(predict, cut):
 
 def test_prompts_alone_are_answered_too(predict, write_rows):
     path, answered = predict(write_rows([{"prompt": "SELECT"}, {"prompt": "Which name?"}], "prompts.jsonl"))
-    lines = whole_lines(path)
+    lines = read_lines(path).objects
     assert answered == 2 and [line["prompt"] for line in lines] == ["SELECT", "Which name?"]
     assert set(lines[0]) == {"row", "prompt", "reply", "stopped", "model"}
 

@@ -11,9 +11,7 @@ from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.batching import collate_prompts
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.judge import judge, shares
-from dpo_lightning.judging.reply_metrics import ReplyMetrics
-from dpo_lightning.judging.sql.judge import SQLMetrics
+from dpo_lightning.judging.judge import find_judges, verdicts
 from dpo_lightning.judging.views import fold, show_replies
 from dpo_lightning.models.generate import Reply, generate
 
@@ -74,20 +72,10 @@ TEXTS = (" SELECT a FROM t", " SELECT a FROM t", "select A from t")
 
 
 def test_judging_uses_each_pairs_own_context():
-    judged = [judge(Reply(text, [1, 2], True), pair) for text, pair in zip(TEXTS, PAIRS, strict=True)]
-    assert [flags["sql/valid"] for flags in judged] == [1.0, 0.0, None]
-    assert "sql/valid" not in judge(Reply("hello", [1], False), PreferencePair("p", "no SQL here", ""))
-
-
-def test_shares_are_those_of_the_metrics():
-    replies = [Reply(text, [1, 2, 1, 2, 1, 2], True) for text in TEXTS]
-    found = shares([judge(reply, pair) for reply, pair in zip(replies, PAIRS, strict=True)])
-    sql, general = SQLMetrics(), ReplyMetrics()
-    sql.update(list(TEXTS), [pair.chosen.strip() for pair in PAIRS], [pair.context for pair in PAIRS])
-    general.update([reply.token_ids for reply in replies], [reply.stopped for reply in replies])
-    expected = {name: value.item() for name, value in (sql.compute() | general.compute()).items()}
-    assert found == pytest.approx({name: expected[name] for name in found})
-    assert set(expected) - set(found) == {"sql/unjudged"}
+    judges = find_judges("sql")
+    judged = [verdicts(judges, Reply(text, [1, 2], True), pair) for text, pair in zip(TEXTS, PAIRS, strict=True)]
+    assert [found["sql/valid"] for found in judged] == [True, False, None]
+    assert "sql/valid" not in verdicts(judges, Reply("hello", [1], False), PreferencePair("p", "no SQL here", ""))
 
 
 def test_shown_replies_cannot_style_the_console(capsys):

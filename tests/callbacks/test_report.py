@@ -109,6 +109,13 @@ def test_a_line_keeps_inside_its_axes_and_says_its_values():
     assert line_chart("Loss", {"training": [(1, float("nan"))]}) == ""
 
 
+def test_long_labels_of_an_axis_have_room():
+    chart = line_chart("Learning rate", {"learning rate": [(0, 0.00102), (1, 0.00104)]})
+    labels = re.findall(r'<text x="(\d+)"[^>]*end">([^<]+)', chart)
+    assert max(len(label) for _, label in labels) == 7
+    assert all(int(x) >= 9 * len(label) for x, label in labels)
+
+
 def test_a_long_line_is_thinned_to_its_last_point():
     chart = line_chart("Loss", {"training": [(i, i) for i in range(1001)]})
     assert 250 <= chart.count("<circle") <= 301 and "step 1000: 1000" in chart

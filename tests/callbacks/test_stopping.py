@@ -63,7 +63,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(fit, signalled, 
     assert fit() == code
     assert signal.getsignal(number) == before
     last = capsys.readouterr().err.strip().splitlines()
-    assert last[-2] == "stopped after step 3, which is saved; to go on:"
+    assert last[-2] == "stopped after step 3, which is saved; to resume:"
     assert last[-1].startswith("    python cli.py fit --config ") and last[-1].endswith(" --ckpt_path last")
     assert weights("version_1")["global_step"] == 3
     run = tmp_path / "lightning_logs" / "version_1"
@@ -83,7 +83,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(fit, signalled, 
 def test_a_second_ctrl_c_stops_at_once(fit, signalled, capsys, tmp_path):
     signalled(signal.SIGINT, at=5, times=2)
     assert fit() == 130
-    assert "stopped at once; to go on:" in capsys.readouterr().err
+    assert "stopped at once; to resume:" in capsys.readouterr().err
     assert not (tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt").exists()
 
 

@@ -113,7 +113,7 @@ def test_without_validation_data_the_last_checkpoint_is_kept(run, tmp_path):
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt", "no such file"]),
         (["--trainer.precision", "bf17"], ["precision", "bf17"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
-        (["--replies.num_prompts", "0"], ["num_prompts at least 1"]),
+        (["--replies.num_prompts", "0"], ["replies.num_prompts is 0: it must be at least 1"]),
         (["--data.max_length", "1024", "--data.tokenizer", "./nowhere"], ["tokenizer './nowhere'", "no such folder"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value[0].startswith("--") else "",
@@ -229,7 +229,7 @@ def test_ctrl_c_ends_without_a_traceback_or_half_an_export(tmp_path, model_folde
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "Traceback" not in stderr and "which is saved; to go on:" in stderr
+    assert "Traceback" not in stderr and "which is saved; to resume:" in stderr
     assert list(Path(tmp_path).glob("lightning_logs/*/checkpoints/last.ckpt"))
     assert not list(Path(tmp_path).glob("lightning_logs/*/huggingface*"))
 

@@ -38,7 +38,7 @@ def test_it_says_what_will_be_trained_on(inspect, tokenizer, tmp_path):
     )
     assert f"  skipped: 1 null\n    {rows}, line 51, column 'answer': found null" in printed
     assert "train: 40 pairs, 20 different contexts" in printed and "val: 4 pairs, 2 different contexts" in printed
-    assert "train, tokens of rejected: 1 to 1, median 1, mean 1.0, 40 in all" in printed
+    assert "train, tokens of rejected: 1 to 1, median 1, mean 1.0, 40 in total" in printed
     assert "prompts cut to fit data.max_length = 64: 0 (0.0%)" in printed
     assert f"⟦<|endoftext|>⟧\n{rows}, line " in printed and printed.count("  chosen    ⟦ SELECT ") == 3
     assert "an epoch is 10 batches of 4 pairs on each of 1 devices; at 2 a step the run has 15 steps" in printed
@@ -77,7 +77,7 @@ def test_cut_shares_and_padding_are_those_of_the_batches(tokenizer, rows_file):
 
 def test_histogram_counts_every_value_once():
     title, *lines = histogram("lengths", np.array([1, 1, 1, 2]))
-    assert title == "lengths: 1 to 2, median 1, mean 1.2, 5 in all"
+    assert title == "lengths: 1 to 2, median 1, mean 1.2, 5 in total"
     assert [line.split() for line in lines] == [["1", "3", "█" * 40], ["2", "1", "█" * 14]]
     values = np.arange(5, 105)
     assert sum(int(line.split()[1]) for line in list(histogram("", values))[1:]) == 100

@@ -62,7 +62,7 @@ def test_a_bad_row_is_one_line_or_skipped_and_counted(tokenizer, write_rows, rea
 
 def test_an_empty_prompt_is_bad(tokenizer, write_rows):
     path = write_rows([*PAIRS, {"prompt": " ", "chosen": "c", "rejected": "r"}])
-    with pytest.raises(UserError, match=re.escape(f"{path}, line 21: the prompt is empty; mend or remove the row")):
+    with pytest.raises(UserError, match=re.escape(f"{path}, line 21: the prompt is empty; fix or remove the row")):
         load(tokenizer, path)
 
 
@@ -106,7 +106,7 @@ def test_row_numbers_are_those_of_the_file_whatever_is_skipped(tokenizer, write_
             number = int(prompt.split()[1].rstrip("?"))
             line = number + (2 if number < 10 else 4)
             assert data.row_numbers(split, [position]) == [line]
-            assert data.where(split, [position]) == [f"{path}, line {line}"]
+            assert data.locations(split, [position]) == [f"{path}, line {line}"]
 
 
 def test_no_row_left_is_an_error_that_shows_the_first(tokenizer, write_rows):
@@ -139,7 +139,7 @@ def test_csv_rows_are_checked_one_by_one(tokenizer, tmp_path):
         + b",b,c\r\n"
     )
     path.write_bytes(text + bad)
-    with pytest.raises(UserError, match=r"rows.csv, line 23: found 2 cells where 3 belong; mend or remove"):
+    with pytest.raises(UserError, match=r"rows.csv, line 23: found 2 cells where 3 belong; fix or remove"):
         load(tokenizer, path)
     data = load(tokenizer, path, on_bad_row="skip")
     account = data.accounts[str(path)]
@@ -206,4 +206,4 @@ def test_a_damaged_cache_is_made_anew(tokenizer, rows_file, tmp_path, monkeypatc
     for path in tmp_path.rglob("rows.arrow"):
         path.write_bytes(path.read_bytes()[:500])
     assert load(tokenizer, rows_file).datasets["train"]["chosen_ids"][:] == before
-    assert not list(tmp_path.rglob("writing-*"))
+    assert not list(tmp_path.rglob("*.partial"))

@@ -109,7 +109,7 @@ def test_grouping_by_length_saves_padding_without_sorting_the_run():
 
 
 def test_too_few_pairs_for_the_ranks_is_said():
-    with pytest.raises(UserError, match="2 pairs cannot be shared out among 3 processes"):
+    with pytest.raises(UserError, match="2 pairs cannot be split among 3 processes"):
         LengthGroupedBatchSampler([1, 2], 4, False, num_replicas=3)
 
 

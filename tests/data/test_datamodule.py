@@ -8,7 +8,7 @@ import torch
 
 from conftest import REPO, ROWS
 from dpo_lightning import PreferenceDataModule
-from dpo_lightning.data import datamodule
+from dpo_lightning.data import pipeline
 from dpo_lightning.data.batching import PairBatch, PromptBatch, to_pairs
 from dpo_lightning.data.splits import split_by_key
 from dpo_lightning.errors import UserError
@@ -87,7 +87,7 @@ def test_encoding_is_cached(tokenizer, rows_file, monkeypatch):
     def encode_again(*args, **kwargs):
         raise AssertionError("encoded twice")
 
-    monkeypatch.setattr(datamodule, "encode_batch", encode_again)
+    monkeypatch.setattr(pipeline, "encode_batch", encode_again)
     make(tokenizer, rows_file)
     with pytest.raises(AssertionError, match="encoded twice"):
         make(tokenizer, rows_file, max_length=100)

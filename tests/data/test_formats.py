@@ -168,7 +168,7 @@ def test_what_two_texts_share():
         (None, "data.format 'my_rows:row' cannot be imported: ModuleNotFoundError: No module named 'my_rows'"),
         ("x = 1", "cannot be imported: AttributeError"),
         ("row = 1", "data.format 'my_rows:row' is int, not a function"),
-        ("def row(row): return row['x']", "rows.jsonl, line 1: my_rows:row raised KeyError: 'x'; mend or remove"),
+        ("def row(row): return row['x']", "rows.jsonl, line 1: my_rows:row raised KeyError: 'x'; fix or remove"),
         ("def row(row): return 5", "line 1: my_rows:row returned int 5 where a PreferencePair or a dict belongs"),
         ("def row(row): return {'prompt': 'p', 'chosen': 5}", "line 1, column 'chosen': found int 5 where text"),
     ],
@@ -209,7 +209,7 @@ def test_data_sets_are_mixed_by_weight_and_still_know_their_rows(tokenizer, writ
     assert len(others) == round(0.5 * len([p for p in once.datasets["train"]["prompt"] if p not in from_a]))
     assert not held_out & set(prompts)
     for position, prompt in enumerate(prompts):
-        (where,) = mixed.where("train", [position])
+        (where,) = mixed.locations("train", [position])
         line = int(where.rpartition(" ")[2])
         if prompt in from_a:
             assert where.startswith(f"{a}, line ") and prompt == f"a {line - 1}"

@@ -288,7 +288,7 @@ def run(tmp_path, monkeypatch, model_folder, rows_file):
 def test_the_command_line_inspects_generates_and_trains(run, capsys, model_folder, no_model, caplog, cache):
     assert run("inspect") == 0
     printed = capsys.readouterr().out
-    assert "its rejected completions, here empty, are yet to be generated: `fit` begins with that" in printed
+    assert "`fit` will first generate its rejected completions with " in printed
     fit = ["fit", "--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.precision", "32-true"]
     fit += ["--export.enabled", "false", "--replies.num_prompts", "1", "--trainer.limit_val_batches", "1"]
     assert run(*fit) == 0
@@ -298,7 +298,7 @@ def test_the_command_line_inspects_generates_and_trains(run, capsys, model_folde
     no_model()
     assert run("inspect") == 0
     printed = capsys.readouterr().out
-    assert "yet to be generated" not in printed and "tokens of rejected: 1 to 1," not in printed
+    assert "will first generate" not in printed and "tokens of rejected: 1 to 1," not in printed
     first, second = (
         torch.load(f"lightning_logs/version_{i}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for i in (0, 1)

@@ -87,7 +87,10 @@ def test_a_bad_cell_is_named_with_file_row_and_column(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (RowOptions(prompt_template="{contxt} {question}"), "names 'contxt'"),
+        (
+            RowOptions(prompt_template="{contxt} {question}"),
+            "contxt.* may have {context}, {question}, {answer} in braces",
+        ),
         (RowOptions(prompt_template="{question} {answer}"), "would contain the reply"),
         (RowOptions(completion_template="{answer"), "not a valid template"),
     ],

@@ -26,7 +26,7 @@ def test_every_kind_of_file_and_folder_gives_the_same_rows(tmp_path, write_rows)
         assert source.fingerprint == open_source(name, "train").fingerprint
     picked = open_source(str(tmp_path / "splits"), "test")
     assert list(picked.rows()) == [(1, ROWS[1])]
-    assert picked.where(1) == f"{tmp_path}/splits:test, row 1"
+    assert picked.location(1) == f"{tmp_path}/splits:test, row 1"
 
 
 def test_jsonl_is_read_anew_each_time_and_changes_its_fingerprint(write_rows):
@@ -41,7 +41,7 @@ def test_jsonl_is_read_anew_each_time_and_changes_its_fingerprint(write_rows):
         ("missing.jsonl", None, "there is no such file or folder"),
         ("./no/such/folder", None, "there is no such file or folder"),
         ("empty.jsonl", b"", "is an empty file"),
-        ("blank.jsonl", b"\n\n", "holds no rows"),
+        ("blank.jsonl", b"\n\n", "has no rows"),
         ("rows.txt", b"hello", "files of type .jsonl, .json, .csv, .parquet can be read, not '.txt'"),
         ("list.jsonl", b'{"a": "b"}\n[1]\n', "line 2: found list where an object with named columns belongs"),
         ("broken.jsonl", b'{"a": "b"}\n\n{"a": \n', "line 3: not valid JSON"),

@@ -13,7 +13,7 @@ import dpo_lightning.demo
 from dpo_lightning.demo import corpus, generate
 from dpo_lightning.demo.queries import KINDS, make_query
 from dpo_lightning.demo.schemas import create_statement, load_schemas
-from dpo_lightning.judging.sql.judge import compiles
+from sql_verdicts import compiles
 
 DEMO = Path(dpo_lightning.demo.__file__).parent
 SPLITS = ("train", "valid", "test")

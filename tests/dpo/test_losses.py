@@ -225,7 +225,7 @@ def test_values_and_gradients_stay_finite_far_from_the_reference(name, far):
         ([], {}, "0 weights for 0 losses"),
         ("sigmoid", {"beta": 0.0}, "model.beta is 0.0: it must be above 0"),
         ("sigmoid", {"beta": math.nan}, "model.beta is nan"),
-        ("sigmoid", {"beta": "0.1"}, "model.beta is '0.1': it must be above 0"),
+        ("sigmoid", {"beta": "0.1"}, "model.beta is '0.1': it must be a number, above 0"),
         ("sigmoid", {"label_smoothing": 0.5}, "model.label_smoothing is 0.5: it must be in [0, 0.5)"),
         ("exo_pair", {}, "model.label_smoothing is 0.0: it must be in (0, 0.5) for exo_pair, usually 1e-3"),
         ("hinge", {"label_smoothing": 0.1}, "model.label_smoothing is 0.1, but the loss hinge does not use it"),
@@ -253,7 +253,7 @@ def test_settings_without_meaning_are_refused(loss_type, settings, message):
 
 
 def test_settings_that_stand_beside_the_options_are_not_taken_among_them():
-    with pytest.raises(UserError, match="loss_options has 'beta': it stands beside loss_options, as model.beta"):
+    with pytest.raises(UserError, match="loss_options has 'beta': set model.beta instead"):
         PreferenceLoss(options={"beta": 0.2})
 
 

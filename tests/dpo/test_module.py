@@ -249,10 +249,16 @@ def test_a_model_that_reads_pairs_apart_says_so(data, module, quiet_trainer, mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_scheduler_type": "cosin"}, "model.lr_scheduler_type 'cosin' is unknown: one of linear, cosine, constant"),
+        (
+            {"lr_scheduler_type": "cosin"},
+            "model.lr_scheduler_type is 'cosin': it must be one of linear, cosine, constant",
+        ),
         ({"learning_rate": -1.0}, "model.learning_rate is -1.0"),
-        ({"dtype": "fp32"}, "model.dtype 'fp32' is unknown"),
-        ({"attn_implementation": "flash_attention_2"}, "model.attn_implementation 'flash_attention_2' cannot be used"),
+        ({"dtype": "fp32"}, "model.dtype is 'fp32': it must be one of float32, bfloat16, float16"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "model.attn_implementation is 'flash_attention_2': it must be one of eager, sdpa",
+        ),
         ({"beta": -0.1}, "model.beta is -0.1"),
     ],
 )

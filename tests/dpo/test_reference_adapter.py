@@ -13,8 +13,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import export_policy
 from dpo_lightning.cli.entry import main
 from dpo_lightning.dpo.logps import Scoring, pair_logps
-from dpo_lightning.dpo.reference import FrozenCopy
-from dpo_lightning.dpo.reference_adapter import AdapterCopy, MovingCopy, move, trained_weights
+from dpo_lightning.dpo.reference import AdapterCopy, FrozenCopy, MovingCopy, move, trained_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.policy import load_policy
 
@@ -91,7 +90,7 @@ def test_scoring_the_reference_does_not_disturb_a_backward_pass(sft_adapter, dat
     ("files", "words"),
     [
         ({"adapter_config.json": "{"}, "is not a PEFT config"),
-        ({"adapter_config.json": "{}"}, "does not name its model"),
+        ({"adapter_config.json": "{}"}, "does not name its base model"),
         ({"adapter_config.json": '{"base_model_name_or_path": "./gone"}'}, "'./gone' is a local path"),
     ],
 )
@@ -103,7 +102,7 @@ def test_a_damaged_adapter_is_said_so(tmp_path, files, words):
 
 
 def test_an_adapter_and_another_one_on_top_is_refused(sft_adapter):
-    with pytest.raises(UserError, match="is an adapter that trains on: leave model.lora out"):
+    with pytest.raises(UserError, match="is itself an adapter to train: leave model.lora out"):
         load_policy(sft_adapter, lora={"r": 2})
 
 

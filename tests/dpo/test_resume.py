@@ -106,7 +106,7 @@ def test_another_run_is_refused(whole, fit, tmp_path, capsys, args, rows, words)
     path = next(path for path in whole[1] if path.name.startswith("step3"))
     assert fit(tmp_path, "--ckpt_path", str(path), *args, rows=rows) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: the checkpoint cannot be gone on with") and words in line
+    assert line.startswith("error: cannot resume") and words in line
 
 
 def test_a_longer_run_is_said_and_goes_on(whole, fit, tmp_path):
@@ -127,16 +127,24 @@ def test_an_older_checkpoint_gets_a_folder_of_its_own_and_the_newest_does_not(wh
 
 def test_last_without_any_checkpoint_starts_a_run(fit, tmp_path, caplog):
     assert fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", "1") == 0
-    assert "there is no checkpoint yet, so the run starts at its beginning" in caplog.text
+    assert "there is no checkpoint yet, so the run starts from the beginning" in caplog.text
 
 
 # ---------------------------------------------------------------------- the parts
 
 
 def test_the_place_follows_from_the_number_of_steps():
-    assert [resume.place(step, 5, 2) for step in range(7)] == [(0, 0), (0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
-    assert resume.place(7, 3, 1) == (2, 1)
-    assert resume.place(1, 3, 8) == (1, 0)
+    assert [resume.position(step, 5, 2) for step in range(7)] == [
+        (0, 0),
+        (0, 2),
+        (0, 4),
+        (1, 0),
+        (1, 2),
+        (1, 4),
+        (2, 0),
+    ]
+    assert resume.position(7, 3, 1) == (2, 1)
+    assert resume.position(1, 3, 8) == (1, 0)
 
 
 def test_the_sampler_leaves_out_what_was_trained_on():

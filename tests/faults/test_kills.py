@@ -22,7 +22,7 @@ import torch
 from harness import Moment, Run, Zygote, alive, differences, random_moment, same
 
 from conftest import REPO, ROWS
-from dpo_lightning.callbacks.checkpoint_files import newest_whole
+from dpo_lightning.callbacks.checkpoint_files import newest_undamaged
 
 LONG = os.environ.get("DPO_FAULTS") == "long"
 GPT2, LORA = str(REPO / "configs" / "gpt2.yaml"), str(REPO / "configs" / "lora.yaml")
@@ -131,7 +131,7 @@ def test_ctrl_c_ends_both_ranks_of_lightnings_own_launcher_and_they_go_on(make_r
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in printed, printed[-3000:]
-    assert printed.count("which is saved; to go on:") == 1
+    assert printed.count("which is saved; to resume:") == 1
     subprocess.run([*command, "--ckpt_path", "last"], cwd=run.folder, check=True, timeout=300, capture_output=True)
     assert differences(run.run_folder(), twin.run_folder()) == []
 
@@ -178,8 +178,8 @@ def test_a_damaged_checkpoint_is_passed_over_or_does_no_harm(seed: int, finished
     shutil.copytree(finished.run_folder() / "checkpoints", folder)
     whole = torch.load(folder / "last.ckpt", weights_only=True)
     kind = corrupt(folder / "last.ckpt", random.Random(seed))
-    found = newest_whole([folder])
-    said = [str(warning.message) for warning in recwarn if "passing over" in str(warning.message)]
+    found = newest_undamaged([folder])
+    said = [str(warning.message) for warning in recwarn if "skipping" in str(warning.message)]
     if found == folder / "last.ckpt":  # a date or a gap in the archive was hit
         assert kind in ("flipped", "overwritten") and not said
         assert same(torch.load(found, weights_only=True), whole)
@@ -199,12 +199,15 @@ def test_the_command_goes_on_from_another_one_or_names_it(named: str, finished: 
     (run.folder / last).write_bytes(data[: len(data) // 2])
     codes = run.wait(run.start("--ckpt_path", "last" if named == "last" else str(last)))
     if named == "last":
-        assert codes == [0] and "passing over" in run.tail(20000)
-        newest = newest_whole([(run.folder / last).parent])
+        assert codes == [0] and "skipping" in run.tail(20000)
+        newest = newest_undamaged([(run.folder / last).parent])
         assert same(torch.load(newest, weights_only=True)["state_dict"], whole["state_dict"])
     else:
         assert codes == [2]
-        assert "is not a readable checkpoint" in run.last_line() and "the newest whole one beside it" in run.last_line()
+        assert (
+            "is not a readable checkpoint" in run.last_line()
+            and "the newest undamaged one beside it" in run.last_line()
+        )
         assert "Traceback" not in run.tail(20000)
 
 
@@ -238,7 +241,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stands(small_disk: Path,
     assert "Traceback" not in run.tail(100000)
     errors = [line for line in run.tail(100000).replace("\r", "\n").splitlines() if "error: " in line]
     assert len(errors) == 1 and "No space left on device" in errors[0], errors
-    assert newest_whole([checkpoints]) is not None
+    assert newest_undamaged([checkpoints]) is not None
     assert not list(checkpoints.glob("*.partial"))
     (small_disk / "filler").unlink()
     assert run.attempt() == [0], run.tail()

@@ -1,16 +1,20 @@
 """sql/valid, sql/exact and sql/execution: judged by hand, and on the WikiSQL rows where they are at hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
-import torch
-from torchmetrics.utilities import dim_zero_sum
 
+from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.judging.judge import VerdictMeans, verdicts
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings
-from dpo_lightning.judging.sql.judge import SQLMetrics, compiles, equivalent_text, same_result
+from dpo_lightning.judging.sql.judge import sql
+from dpo_lightning.judging.sql.normalize import equivalent_text
 from dpo_lightning.judging.sql.sandbox import Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
+from dpo_lightning.models.generate import Reply
+from sql_verdicts import compiles, same_result
 
 WIKISQL = Path(__file__).parents[2] / ".." / "shared" / "data" / "wikisql-test.jsonl"
 
@@ -339,37 +343,40 @@ def test_fillings_depend_on_the_seed_alone():
     assert {1989, 1990, 1991, None} <= years
 
 
-def test_metrics_weigh_replies_and_merge_over_ranks():
-    """Two ranks with 3 and 1 replies; their sum-states added up as torchmetrics does when it synchronises."""
-    wanted = "SELECT name FROM players WHERE goals > 9"
-    first, second, both = SQLMetrics(), SQLMetrics(), SQLMetrics()
-    replies = ["SELECT name FROM players WHERE goals >= 10", "Well,", wanted.lower()]
-    rank_0 = (replies, [wanted] * 3, [PLAYERS] * 3)
-    rank_1 = (["SELECT 1"], [wanted], ["no table"])
-    first.update(*rank_0)
-    second.update(*rank_1)
-    for batch in (rank_0, rank_1):
-        both.update(*batch)
-    for name in first._defaults:
-        setattr(first, name, getattr(first, name) + getattr(second, name))
+WANTED = "SELECT name FROM players WHERE goals > 9"
+
+
+def judged(*answered):
+    """The means of the verdicts on (reply, context) pairs, as they were added up."""
+    means = VerdictMeans()
+    pairs = [PreferencePair("p", f" {WANTED}", "", context) for _, context in answered]
+    replies = [Reply(text, [], True) for text, _ in answered]
+    means.update([verdicts({"sql": sql}, reply, pair) for reply, pair in zip(replies, pairs, strict=True)])
+    return means
+
+
+def test_means_weigh_replies_and_merge_over_ranks():
+    """Two ranks with 3 and 1 replies."""
+    replies = ["SELECT name FROM players WHERE goals >= 10", "Well,", WANTED.lower()]
+    rank_0, rank_1 = [(reply, PLAYERS) for reply in replies], [("SELECT 1", "no table")]
+    first, second, both = judged(*rank_0), judged(*rank_1), judged(*rank_0, *rank_1)
+    first.merge(second.totals)
     assert (
         first.compute()
         == both.compute()
         == {
-            "sql/valid": torch.tensor(2 / 3),
-            "sql/exact": torch.tensor(1 / 4),
-            "sql/execution": torch.tensor(2 / 3),
-            "sql/unjudged": torch.tensor(1 / 4),
+            "sql/valid": 2 / 3,
+            "sql/exact": 1 / 4,
+            "sql/execution": 2 / 3,
+            "sql/unjudged": 1 / 4,
         }
     )
-    assert set(first._reductions.values()) == {dim_zero_sum}
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_metrics_of_nothing_are_nan():
-    values = SQLMetrics().compute()
+def test_means_of_nothing_are_nan():
+    values = judged(("SELECT 1", "no table")).compute()
     assert set(values) == {"sql/valid", "sql/exact", "sql/execution", "sql/unjudged"}
-    assert all(value.isnan() for value in values.values())
+    assert {name for name, value in values.items() if math.isnan(value)} == {"sql/valid", "sql/execution"}
 
 
 @pytest.mark.skipif(not WIKISQL.exists(), reason="the WikiSQL rows are not at hand")

@@ -1,15 +1,14 @@
 """Hostile replies and contexts: judged within limits, nothing written, no crash."""
 
-import functools
 import resource
-import sqlite3
 import sys
 import time
 
 import pytest
 
-from dpo_lightning.judging.sql.judge import compiles, equivalent_text, same_result
+from dpo_lightning.judging.sql.normalize import equivalent_text
 from dpo_lightning.judging.sql.sandbox import MAX_QUERY_CHARS, QueryError, Sandbox
+from sql_verdicts import compiles, same_result
 
 CONTEXT = "CREATE TABLE t (x VARCHAR, y INTEGER); CREATE TABLE u (x VARCHAR, z REAL)"
 WANTED = "SELECT x FROM t WHERE y > 3"
@@ -435,18 +434,6 @@ def test_the_authorizer_alone_stops_what_reaches_outside(family):
                 sandbox.run(reply)
 
 
-def test_older_pythons_bound_memory_by_the_heap_limit(monkeypatch):
-    """Python 3.10 has no Connection.setlimit; the limit of the whole process must not outlive this test."""
-    statements = []
-
-    class OldConnection(sqlite3.Connection):
-        setlimit = property()  # hasattr is False
-
-        def execute(self, sql, *args):
-            statements.append(sql)
-            return super().execute("SELECT 1" if "hard_heap_limit" in sql else sql, *args)
-
-    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=OldConnection))
-    assert compiles("SELECT x FROM t", CONTEXT) is True
-    assert same_result(WANTED, WANTED, CONTEXT) is True
-    assert any("PRAGMA hard_heap_limit" in sql for sql in statements)
+def test_a_year_as_limit_belongs_to_no_column_of_dates():
+    query = "SELECT name FROM t WHERE strftime('%Y', day) = '2010' LIMIT 2010"
+    assert same_result(query, query, "CREATE TABLE t (name TEXT, day DATE)") is True

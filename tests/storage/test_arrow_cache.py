@@ -53,9 +53,11 @@ def test_a_failure_leaves_nothing_behind(cache):
 
 
 def test_what_a_killed_run_left_is_removed_after_a_day(cache):
-    for name, seconds in (("writing-old", 1_000_000), ("writing-now", None)):
+    abandoned = ("writing-old", "old.0123abcd.partial")  # the first one as earlier versions named it
+    kept = ("now.0123abcd.partial", "resumed.partial")  # a shared pass's folder has no random part
+    for name, seconds in (*((name, 1_000_000) for name in abandoned), (kept[0], None), (kept[1], 1_000_000)):
         (cache / name).mkdir(parents=True)
         if seconds:
             os.utime(cache / name, (seconds, seconds))
     cached_dataset("key", SCHEMA, batches, dict)
-    assert sorted(path.name for path in cache.iterdir()) == ["key", "writing-now"]
+    assert sorted(path.name for path in cache.iterdir()) == ["key", *kept]

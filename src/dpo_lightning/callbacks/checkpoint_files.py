@@ -1,11 +1,6 @@
-"""Checkpoints that are whole or not there: written beside and renamed, checked before they are loaded, found again.
+"""Checkpoint files: written atomically, checked before they are loaded, and found again."""
 
-A crash, a full disk or a kill while one is written leaves the one before it as it was.
-"""
-
-import os
 import pickle
-import traceback
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,16 +15,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import failed_restoring
 from dpo_lightning.models.hub import first_line, local_path
+from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.states import check_state
 
-LAST, PREVIOUS, PARTIAL = "last.ckpt", "previous.ckpt", ".partial"
-
-
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 SETTINGS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 DATA_SETTINGS = LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY
-RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}  # Lightning's functions
-BEST = {  # of ModelCheckpoint's state
+BEST = {  # types in ModelCheckpoint's state
     "best_model_path": str,
     "best_model_score": torch.Tensor | None,
     "current_score": torch.Tensor | None,
@@ -39,85 +33,61 @@ BEST = {  # of ModelCheckpoint's state
     "last_model_path": str,
     "dirpath": str | None,
 }
-SHARDED = "meta.pt"  # in the folder of a sharded checkpoint, all but the weights and the optimizer
+SHARDED = "meta.pt"  # in a sharded checkpoint's folder: everything but the weights and the optimizer
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written atomically, checked before loading, and never unpickled."""
+    """Writes Lightning's checkpoint files atomically, checks them before loading, and never unpickles objects."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes beside, flushes to the disk, renames.
+        """Writes a checkpoint as an `atomic_file`.
 
         Raises:
-            UserError: the file cannot be written; one that was there before stands.
+            UserError: the file cannot be written; an earlier one of this name is kept.
         """
-        if "://" in str(path):  # an object store has its own way to be atomic
+        if "://" in str(path):  # object stores are atomic by themselves
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
-        partial = path.with_name(path.name + PARTIAL)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with atomic_file(path) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _flush_folder(path.parent)
         except (OSError, RuntimeError) as error:
             reason = _system_error(error)
             if reason is None:
                 raise
-            stands = " (the one before it stands)" if path.exists() else ""
+            kept = " (the one before it is kept)" if path.exists() else ""
             raise UserError(
-                f"the checkpoint '{path}' cannot be written{stands}: {reason.strerror}; make room, or choose another "
-                "folder with trainer.default_root_dir, and go on with --ckpt_path last"
+                f"the checkpoint '{path}' cannot be written{kept}: {reason.strerror}; free some space, or choose "
+                "another folder with trainer.default_root_dir, and resume with --ckpt_path last"
             ) from error
-        finally:
-            _remove(partial)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        """Loads tensors and plain values, to the CPU unless told otherwise.
+        """Loads tensors and plain values, to the CPU by default.
 
         Raises:
-            UserError: there is no such file, it is damaged, or it holds other Python objects.
+            UserError: there is no such file, it is damaged, or it has other Python objects in it.
         """
         if "://" in str(path):
             try:
                 return super().load_checkpoint(path, map_location or "cpu", weights_only=True)
-            except Exception as error:  # each kind of store has its own
+            except Exception as error:  # each kind of store has its own errors
                 raise UserError(f"--ckpt_path '{path}' cannot be read: {first_line(error)}") from error
         check_checkpoint(path)
         return read_checkpoint(path, map_location or "cpu")
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename in a folder survive a power cut, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's own error in a chain of them: torch.save wraps it while it closes its archive."""
+    """The system's error in a chain of errors: torch.save wraps it while it closes its archive."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # a folder that cannot be written: then it was not written either
-        pass
-
-
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's bytes, None where nothing is: each record has a CRC-32, and all are checked.
+    """What is wrong with a checkpoint's bytes, or None: the CRC-32 of every record is checked.
 
-    A sharded checkpoint is a folder; `meta.pt` is written last.
+    Of a sharded checkpoint, which is a folder, only `meta.pt` is looked for: it is written last.
     """
     if path.is_dir():
         return None if (path / SHARDED).is_file() else f"its {SHARDED} is missing"
@@ -127,41 +97,39 @@ def damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
     except Exception as error:  # a damaged archive fails anywhere in zipfile
-        return str(error) or type(error).__name__
+        return first_line(error)
     return record and f"the bytes of {record} have changed"
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Raises:
-    UserError: there is no such checkpoint, or it is damaged; the newest whole one beside it is named.
-    """
+    """Raises UserError if a checkpoint is missing or damaged, and names the newest undamaged one beside it."""
     path = Path(path)
-    local_path(str(path))  # that can be looked up
+    local_path(str(path))  # refuses names that no file can have
     if not path.exists():
         raise UserError(f"--ckpt_path '{path}': there is no such file")
-    if not path.is_file() and not path.is_dir():  # a pipe would be waited for
-        raise UserError(f"--ckpt_path '{path}' is no file")
+    if not path.is_file() and not path.is_dir():  # reading from a pipe would wait forever
+        raise UserError(f"--ckpt_path '{path}' is not a file")
     if reason := damage(path):
-        whole = next((other for other in newest_first(path.parent) if other != path and not damage(other)), None)
+        other = next((other for other in newest_first(path.parent) if other != path and not damage(other)), None)
         raise UserError(
             f"--ckpt_path '{path}' is not a readable checkpoint: {reason}; "
-            + (f"the newest whole one beside it is '{whole}'" if whole else "there is no other one beside it")
+            + (f"the newest undamaged one beside it is '{other}'" if other else "there is no other one beside it")
         )
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, of a sharded one all but weights and optimizer. `mmap`: tensors are read when used.
+    """A checkpoint's content; of a sharded one, without weights and optimizer. `mmap`: tensors are read when used.
 
     Raises:
-        UserError: it cannot be read, holds Python objects other than tensors and plain values, or is no checkpoint.
+        UserError: it cannot be read, has Python objects in it that are not plain values, or is not a checkpoint.
     """
     file = Path(path) / SHARDED if Path(path).is_dir() else path
     try:
         checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"--ckpt_path '{path}' holds Python objects, which could run code of their own when loaded: only tensors "
-            "and plain values are loaded"
+            f"--ckpt_path '{path}' contains Python objects, which could run code when loaded: only tensors and plain "
+            "values are loaded"
         ) from error
     except Exception as error:  # a damaged file fails anywhere in torch.load
         raise UserError(f"--ckpt_path '{path}' is not a readable checkpoint: {first_line(error)}") from error
@@ -173,22 +141,22 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
 
 
 def _malformed(checkpoint: dict[str, Any], weights: bool) -> str | None:
-    """What a checkpoint's own parts are that they must not be, None where all is well."""
+    """What is wrong with the types of a checkpoint's parts, or None."""
     step = checkpoint["global_step"]
     if type(step) is not int or not 0 <= step < 2**53:
         return f"its global_step is {step!r}, not a number of steps"
     for name in (SETTINGS, DATA_SETTINGS, "callbacks", *(["state_dict"] if weights else [])):
         part = checkpoint.get(name, None if name == "state_dict" else {})
         if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
-            return f"its {name} is missing" if part is None else f"its {name} is no table of names and values"
+            return f"its {name} is missing" if part is None else f"its {name} is not a table of names and values"
     for name, weight in checkpoint["state_dict"].items() if weights else ():
         if not torch.is_tensor(weight):
             return f"the weight {name!r} is {type(weight).__name__}, not a tensor"
     return None
 
 
-def can_go_on(path: Path) -> bool:
-    """Whether a run can go on from a whole file: it is a checkpoint, and not of the weights alone."""
+def is_resumable(path: Path) -> bool:
+    """Whether an undamaged file is a checkpoint with more than the weights, so that a run can be resumed from it."""
     try:
         return "lr_schedulers" in read_checkpoint(path, mmap=True)
     except UserError:
@@ -196,111 +164,103 @@ def can_go_on(path: Path) -> bool:
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Checks what a run is to go on from.
+    """Checks the checkpoint from which a run is to be resumed.
 
     Raises:
-        UserError: it holds the weights alone, or names files for ModelCheckpoint to delete that are none of its own.
+        UserError: it has only weights, or lets ModelCheckpoint delete files that are not its own.
     """
     if "lr_schedulers" not in checkpoint or "loops" not in checkpoint:
         raise UserError(
-            f"--ckpt_path '{path}' holds the weights alone (checkpoint.save_weights_only), so no run can go on from "
-            "it: it can be tested and exported; go on with --ckpt_path last"
+            f"--ckpt_path '{path}' has only the weights (checkpoint.save_weights_only): it can be tested and "
+            "exported, but no run can be resumed from it; resume with --ckpt_path last"
         )
     for name, state in (checkpoint.get("callbacks") or {}).items():
         if name.startswith(ModelCheckpoint.__name__):
-            _check(state, BEST, "ModelCheckpoint's state", path)
+            try:
+                check_state(state, BEST, "ModelCheckpoint's state")
+            except ValueError as error:
+                raise UserError(f"--ckpt_path '{path}' was edited: {error}; resume from another one") from error
         if isinstance(state, dict) and (stray := _stray(state)):
             raise UserError(
-                f"--ckpt_path '{path}' names {stray!r} as one of its run's checkpoints, but that lies elsewhere or "
-                "is none, and what ModelCheckpoint no longer wants it deletes: it was edited; do not use it"
+                f"--ckpt_path '{path}' was edited, do not use it: it names {stray!r} as one of its run's checkpoints, "
+                "which ModelCheckpoint deletes in time, but that lies elsewhere or is not a checkpoint"
             )
 
 
-def _check(state: Any, kind: Any, name: str, path: str | Path) -> None:
-    try:
-        check_state(state, kind, name)
-    except ValueError as error:
-        raise UserError(f"--ckpt_path '{path}' was edited: {error}; go on from another one") from error
-
-
 def _stray(state: dict[str, Any]) -> str | None:
-    """A path in ModelCheckpoint's state, of those that it may delete, that does not lie in its own folder."""
+    """A path that ModelCheckpoint's state lets it delete, although it does not lie in its folder."""
     best = state.get("best_k_models")
     paths = [*(best if isinstance(best, dict) else ()), state.get("kth_best_model_path"), state.get("last_model_path")]
     folder = str(state.get("dirpath"))
     for path in map(str, filter(None, paths)):
-        remote = "://" in path or "::" in path
-        there = (
-            path.rpartition("/")[0] == folder.rstrip("/")
-            if remote
-            else Path(path).resolve().parent == Path(folder).resolve()
-        )
-        if not there or not path.endswith(ModelCheckpoint.FILE_EXTENSION):
+        if "://" in path or "::" in path:  # in an object store
+            own = path.rpartition("/")[0] == folder.rstrip("/")
+        else:
+            own = Path(path).resolve().parent == Path(folder).resolve()
+        if not own or not path.endswith(ModelCheckpoint.FILE_EXTENSION):
             return path
     return None
 
 
 @contextmanager
 def restoring() -> Iterator[None]:
-    """Turns what Lightning raises while it restores a run from a checkpoint into one line.
+    """Turns what Lightning raises while it restores a run from a checkpoint into a UserError.
 
-    Raises:
-        UserError: in place of any error from a state that does not fit this run, as an edited checkpoint's does not.
+    Such errors come from states that do not fit the run, for example those of an edited checkpoint.
     """
     try:
         yield
-    except (UserError, MisconfigurationException, OSError):  # which say it better
+    except (UserError, MisconfigurationException, OSError):  # whose messages are better
         raise
     except Exception as error:
-        frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not RESTORING & set(frames):
+        if not failed_restoring(error):
             raise
         what = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"the run cannot be restored from its checkpoint, whose states do not fit it ({what}): was it written by "
-            "another version, or edited? Go on from another one, or start anew without --ckpt_path"
+            f"the run cannot be restored: the checkpoint's states do not fit it ({what}); was it edited, or written by "
+            "another version? Resume from another one, or start a new run without --ckpt_path"
         ) from error
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first; of two that are equally new, `last.ckpt`."""
-    there = [path for path in folder.glob("*.ckpt") if path.is_file() or path.is_dir()]  # no pipe, no dead link
-    return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
+    """The checkpoints in a folder, newest first; of two of the same age, `last.ckpt` first."""
+    paths = [path for path in folder.glob("*.ckpt") if path.is_file() or path.is_dir()]  # no pipe, no dead link
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
 
 
-def newest_whole(folders: Iterable[Path], to_go_on: bool = False) -> Path | None:
-    """The newest whole checkpoint of the first folder that has checkpoints, None if none has.
+def newest_undamaged(folders: Iterable[Path], resumable: bool = False) -> Path | None:
+    """The newest usable checkpoint of the first folder that has checkpoints; None if no folder has any.
 
-    Damaged ones are passed over, with a warning each, and `to_go_on` from it, those of the weights alone too.
+    Damaged ones are skipped with a warning each and, with `resumable`, so are those from which no run can be resumed.
 
     Raises:
-        UserError: that folder's checkpoints are all damaged.
+        UserError: none of that folder's checkpoints is usable.
     """
     for folder in folders:
         found = newest_first(folder)
         for path in found:
             if reason := damage(path):
-                rank_zero_warn(f"passing over the checkpoint '{path}', which is damaged: {reason}")
-            elif to_go_on and not can_go_on(path):
-                rank_zero_warn(f"passing over the checkpoint '{path}': no run can go on from it (weights alone?)")
+                rank_zero_warn(f"skipping the checkpoint '{path}', which is damaged: {reason}")
+            elif resumable and not is_resumable(path):
+                rank_zero_warn(f"skipping the checkpoint '{path}': no run can be resumed from it (only weights?)")
             else:
                 return path
         if found:
             raise UserError(
                 f"--ckpt_path last: all {len(found)} checkpoints in '{folder}' are damaged"
-                f"{' or none to go on from' if to_go_on else ''}: start anew without --ckpt_path, or give the file "
-                "of an older run"
+                f"{' or cannot be resumed from' if resumable else ''}: start a new run without --ckpt_path, or give "
+                "the file of an older run"
             )
     return None
 
 
 def version(run: Path) -> int:
-    """version_12 -> 12, -1 for another folder."""
+    """The number of a run's folder: 12 for version_12, -1 for other names."""
     number = run.name.removeprefix("version_")
     return int(number) if number.isdecimal() and number != run.name else -1
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """The folders of checkpoints of all runs under a folder, the newest run's first."""
+    """The checkpoint folders of all runs under a folder, the newest run's first."""
     runs = [run for run in (root / "lightning_logs").glob("version_*") if version(run) >= 0]
     return [run / "checkpoints" for run in sorted(runs, key=version, reverse=True)]

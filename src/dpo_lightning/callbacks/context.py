@@ -1,9 +1,9 @@
-"""Trainer -> what the callbacks ask of it: its preference data, its run folder, its TensorBoard writer."""
+"""What callbacks need from the trainer: its data, its run folder, its TensorBoard writer, each other."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -16,29 +16,46 @@ C = TypeVar("C", bound=Callback)
 
 
 def preference_data(trainer: Trainer, asker: object) -> PreferenceDataModule:
-    """The run's datamodule.
+    """The run's datamodule, which `asker` needs.
 
     Raises:
-        UserError: the run has none, or not a PreferenceDataModule; `asker` is who needs it.
+        UserError: there is none, or it is no PreferenceDataModule.
     """
     data = trainer.datamodule
     if not isinstance(data, PreferenceDataModule):
-        found = "none" if data is None else type(data).__name__
+        kind = "none" if data is None else type(data).__name__
         raise UserError(
-            f"{type(asker).__name__} needs the texts of a PreferenceDataModule, but the run's datamodule is {found}: "
+            f"{type(asker).__name__} needs the texts of a PreferenceDataModule, but the run's datamodule is {kind}: "
             "call trainer.fit(module, datamodule=PreferenceDataModule(...)) or leave the callback out"
         )
     return data
 
 
 def run_folder(trainer: Trainer) -> Path | None:
-    """Where the run keeps its files, None in a trial run (`fast_dev_run`). To be called on all ranks."""
-    folder = trainer.log_dir
+    """The folder of the run's files, None in a trial run (`fast_dev_run`). Call it on all ranks."""
+    folder = trainer.log_dir  # a collective call
     return None if trainer.fast_dev_run else Path(folder or trainer.default_root_dir)
 
 
+def batches_per_epoch(trainer: Trainer, data: PreferenceDataModule) -> int:
+    """Training batches of an epoch on each device; unlike Lightning's own number, known before the first epoch."""
+    batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def optimized_by(trainer: Trainer, module: LightningModule) -> str:
+    """The optimizer with its learning rate, and the schedule of that."""
+    h = module.hparams
+    if not trainer.optimizers:
+        return "none was made"
+    optimizer, schedule = trainer.optimizers[0], f"{h.lr_scheduler_type}, warm-up {h.warmup_steps}"
+    if module.make_scheduler is not None:
+        schedule = type(trainer.lr_scheduler_configs[0].scheduler).__name__
+    return f"{type(optimizer).__name__}, learning rate {optimizer.defaults.get('lr')}, {schedule}"
+
+
 def tensorboard_writer(trainer: Trainer) -> "SummaryWriter | None":
-    """The writer of the run's TensorBoard logger, None without one and on ranks that do not write."""
+    """The writer of the run's TensorBoard logger; None without one, and on all ranks but the first."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             return logger.experiment
@@ -46,5 +63,5 @@ def tensorboard_writer(trainer: Trainer) -> "SummaryWriter | None":
 
 
 def find_callback(trainer: Trainer, kind: type[C]) -> C | None:
-    """The run's callback of a kind."""
+    """The run's first callback of a class, None if it has none."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)

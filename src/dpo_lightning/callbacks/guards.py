@@ -1,6 +1,6 @@
-"""A run -> one clear warning, with its remedy, for each thing that makes preference training fail quietly.
+"""One clear warning, with its remedy, for each known way in which preference training fails quietly.
 
-Checked before the first step (`preflight`), while the run goes on, and at every loss that is not a number.
+Checked before the first step (`preflight`), at logging steps, and at every loss that is not finite.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dpo_lightning.callbacks import learning_checks
-from dpo_lightning.callbacks.checkpoints import LastCheckpoint
+from dpo_lightning.callbacks.checkpoints import newest_checkpoint
 from dpo_lightning.callbacks.context import find_callback, preference_data
 from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.callbacks.validations import settle_validation
-from dpo_lightning.data.batching import EncodedPair, PairBatch, collate, to_pairs
+from dpo_lightning.callbacks.validations import fit_validation_to_epochs
+from dpo_lightning.data.batching import PairBatch, collate, to_pairs
 from dpo_lightning.dpo.gradient_scaler import MAX_SKIPS_IN_A_ROW
 from dpo_lightning.dpo.logps import pair_logps
 from dpo_lightning.errors import UserError
@@ -28,44 +28,44 @@ EOS_DROP = 0.3  # how far the share of replies that end may fall below its best
 REPETITION, REPETITION_RISE = 0.3, 0.2  # how high repetition may be, and how far above its lowest
 
 
-class Seen(NamedTuple):
-    """What tells whether a batch went well; tensors stay on the device until they are looked at."""
+class BatchResult(NamedTuple):
+    """What shows whether a batch went well. The tensors stay on the device until they are checked."""
 
     step: int
     pair_ids: Tensor
     loss: Tensor
-    grad_norm: Tensor | None  # of the step that the batch ended, where gradients are clipped and it was not skipped
+    grad_norm: Tensor | None  # None within accumulation, without gradient clipping, and for a skipped step
 
 
 class GuardsCallback(Callback):
-    """Warns, once each, of what `learning_checks`, `preflight`, displacement and `gone_wrong` tell; stops at NaN.
+    """Warns once of each problem that `learning_checks`, `preflight` and the steps show; stops the run at NaN.
 
-    No step waits for the device because of this: on one CPU process each loss is looked at after its step;
-    elsewhere losses are collected on the device and looked at together, every `log_every_n_steps` and before each
-    checkpoint, so that a bad policy never replaces a good checkpoint. Steps that a gradient scaler skips harm nothing:
-    only where nothing else comes any more is the run stopped.
+    No step waits for the device because of these checks. On one CPU process, each loss is checked after its step;
+    elsewhere losses are collected on the device and checked together, every `log_every_n_steps` and before each
+    checkpoint, so that a bad policy never replaces a good checkpoint. A step that a gradient scaler skips does no harm:
+    the run is stopped only when all steps are skipped.
     """
 
     def __init__(self) -> None:
         self._first_batch: PairBatch | None = None
-        self._step = 0  # that the batch under way belongs to
-        self._unseen: list[Seen] = []
-        self._said: set[str] = set()
+        self._step = 0  # the optimizer step that the current batch is part of
+        self._unchecked: list[BatchResult] = []
+        self._warned_of: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that rows can be named, and mends settings that Lightning would refuse."""
+        """Checks that the data can name their rows, and adapts settings that Lightning would refuse."""
         if stage == "fit":
             preference_data(trainer, self)
-            settle_validation(trainer)
+            fit_validation_to_epochs(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what will keep this run from teaching anything."""
+        """Warns of what would keep this run from teaching anything."""
         if not trainer.fast_dev_run:
             for warning in learning_checks.before_training(trainer):
                 rank_zero_warn(warning)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what kept it from that. Not when the training ends: the last replies are yet to be made then."""
+        """Warns if nothing was learnt; `on_train_end` would be too early, before the last replies."""
         if not trainer.fast_dev_run:
             for warning in learning_checks.after_training(trainer):
                 rank_zero_warn(warning)
@@ -73,13 +73,13 @@ class GuardsCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PairBatch, batch_idx: int
     ) -> None:
-        """Looks at what the steps since have logged."""
+        """Checks what the steps before have logged."""
         self._step = trainer.global_step + 1
         self._first_batch = batch if self._step == 1 and batch_idx == 0 and trainer.ckpt_path is None else None
-        self._look(trainer, pl_module)
+        self._warn(trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Looks at the first batch, before it changes anything."""
+        """Checks the first batch, before any weight changes."""
         if self._first_batch is not None:
             for warning in preflight(trainer, pl_module, self._first_batch):
                 rank_zero_warn(warning)
@@ -88,8 +88,8 @@ class GuardsCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
-        """Looks at the loss: at once where that is free, else where the run waits for the device anyway."""
-        self._unseen.append(Seen(self._step, batch.pair_ids, outputs["loss"].detach(), pl_module.grad_norm))
+        """Checks the loss: at once where that is free, otherwise where the run waits for the device anyway."""
+        self._unchecked.append(BatchResult(self._step, batch.pair_ids, outputs["loss"].detach(), pl_module.grad_norm))
         free = pl_module.device.type == "cpu" and trainer.world_size == 1
         too_often = pl_module.skipped.in_a_row >= MAX_SKIPS_IN_A_ROW
         if free or too_often or trainer.global_step % trainer.log_every_n_steps == 0:
@@ -102,41 +102,43 @@ class GuardsCallback(Callback):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps a policy that has met NaN out of the checkpoints."""
+        """Stops before a policy with NaN is saved."""
         self._stop_at_nan(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at what came after the last step."""
+        """Checks the last steps."""
         self._stop_at_nan(trainer)
-        self._look(trainer, pl_module)
+        self._warn(trainer, pl_module)
         if skipped := pl_module.skipped.total:
             rank_zero_info(
                 f"{skipped} of {trainer.global_step} steps were skipped because their gradients overflowed float16: a "
                 "few are normal, since the gradient scaler finds its scale so"
             )
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+    def _warn(self, trainer: Trainer, module: LightningModule) -> None:
+        """Warns of likelihood displacement and of replies that become worse, once each."""
+        found: dict[str, str] = {}
         if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step > warmup_steps(trainer, module):
             share = trainer.callback_metrics.get("train/rewards/displaced")
-            if "displaced" not in self._said and share is not None and share > DISPLACED:
-                self._said.add("displaced")
-                rank_zero_warn(
+            if share is not None and share > DISPLACED:
+                found["displaced"] = (
                     f"step {trainer.global_step}: the chosen completion of {share:.0%} of the pairs has become less "
                     "likely than it was under the reference (likelihood displacement): lower model.learning_rate, "
                     "raise model.beta, or set model.loss_type: dpop or [sigmoid, sft]"
                 )
         if replies := find_callback(trainer, RepliesCallback):
-            for what, warning in gone_wrong([(showing.step, showing.shares) for showing in replies.showings]).items():
-                if what not in self._said:
-                    self._said.add(what)
-                    rank_zero_warn(warning)
+            found |= reply_warnings([(showing.step, showing.shares) for showing in replies.showings])
+        for kind, warning in found.items():
+            if kind not in self._warned_of:
+                rank_zero_warn(warning)
+        self._warned_of.update(found)
 
     def _stop_at_nan(self, trainer: Trainer) -> None:
-        seen, self._unseen = self._unseen, []
-        if not seen:
+        results, self._unchecked = self._unchecked, []
+        if not results:
             return
-        values = [value for batch in seen for value in (batch.loss, batch.grad_norm) if value is not None]
-        # A sharded policy's norm is a DTensor, whole only when all ranks ask. The bool is the one wait for the device.
+        values = [value for result in results for value in (result.loss, result.grad_norm) if value is not None]
+        # A sharded policy's norm is a DTensor, gathered only if all ranks ask. The bool is the one wait for the device.
         finite = bool(torch.stack([getattr(v, "full_tensor", lambda v=v: v)() for v in values]).isfinite().all())
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             return
@@ -144,45 +146,46 @@ class GuardsCallback(Callback):
         remedy = "lower model.learning_rate, or set trainer.gradient_clip_val: 1.0 or trainer.precision: 32-true"
         if finite:
             raise UserError(f"another process met a loss or gradient that is not finite; {good}; {remedy}")
-        data = trainer.datamodule
-        for batch in seen:
-            for name, value in {"loss": batch.loss, "gradient norm": batch.grad_norm}.items():
+        for result in results:
+            for name, value in {"loss": result.loss, "gradient norm": result.grad_norm}.items():
                 if value is not None and not value.isfinite():
-                    rows = "; ".join(data.where("train", sorted(batch.pair_ids.tolist())))
+                    rows = "; ".join(trainer.datamodule.locations("train", sorted(result.pair_ids.tolist())))
                     raise UserError(
-                        f"the {name} is {value.item()} at step {batch.step}, on these rows: {rows}; {good}; look at "
+                        f"the {name} is {value.item()} at step {result.step}, on these rows: {rows}; {good}; look at "
                         f"the rows, {remedy}"
                     )
 
 
 def last_good(trainer: Trainer) -> str:
-    """Which checkpoint a run that went wrong can go back to, as half a sentence."""
-    written, last = trainer.checkpoint_callback, find_callback(trainer, LastCheckpoint)
-    path = getattr(written, "last_model_path", "") or getattr(written, "best_model_path", "")
-    if last is not None and last.path.exists():
-        path = last.path
+    """Which checkpoint a failed run can go back to, as part of a message."""
+    path = newest_checkpoint(trainer)
     return f"the last good checkpoint is {path}" if path else "no checkpoint was written before"
 
 
 def warmup_steps(trainer: Trainer, module: LightningModule) -> float:
-    """Optimizer steps of warm-up."""
+    """Optimizer steps of warm-up; 0 with a schedule of the user's own, of which it is not known."""
+    if module.make_scheduler is not None:
+        return 0
     steps = module.hparams.warmup_steps
     return steps if steps >= 1 else steps * trainer.estimated_stepping_batches
 
 
 def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> list[str]:
-    """What is wrong before the first step, when policy and reference should still be the same model.
+    """Problems that show before the first step, when policy and reference should still be the same model.
 
-    A few pairs of the first batch are scored as training scores them, in its mode and precision. Where the loss uses
-    no reference, the policy is only compared with itself.
+    Scores a few pairs of the first batch in the mode and precision of training. If the loss uses no reference, the
+    policy is compared with itself alone.
     """
     warnings = []
-    if unended := untrained_eos(to_pairs(batch), trainer.datamodule.tokenizer.eos_token_id):
+    pairs, eos = to_pairs(batch), trainer.datamodule.tokenizer.eos_token_id
+    if unended := sum(pair.chosen_ids[-1] != eos or pair.rejected_ids[-1] != eos for pair in pairs):
         warnings.append(
             f"{unended} of the {batch.num_pairs} pairs of the first batch have a completion that does not end in EOS, "
             "so replies are not taught to stop: encode them with PreferenceDataModule, which adds it"
         )
-    probe = first_pairs(batch, PROBED)
+    probe = collate(pairs[:PROBED], batch.pair_ids[:PROBED].tolist()).to(batch.input_ids.device)
+    if (known := batch.reference_logps) is not None:
+        probe = probe._replace(reference_logps=known[batch.sequence < 2 * PROBED])
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         policy, again = (
             pair_logps(module.causal_lm, probe, module.scoring, sum_squares=module.loss.use_weighting) for _ in range(2)
@@ -209,25 +212,17 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
     return warnings
 
 
-def first_pairs(batch: PairBatch, count: int) -> PairBatch:
-    """The first pairs of a batch, on its device."""
-    probe = collate(to_pairs(batch)[:count], batch.pair_ids[:count].tolist()).to(batch.input_ids.device)
-    known = batch.reference_logps
-    return probe if known is None else probe._replace(reference_logps=known[batch.sequence < 2 * count])
+def reply_warnings(history: Sequence[tuple[int, dict[str, float]]]) -> dict[str, str]:
+    """Warnings by kind where replies have become worse: they no longer end ("eos"), or repeat themselves.
 
-
-def untrained_eos(pairs: Sequence[EncodedPair], eos: int) -> int:
-    """How many pairs have a completion whose last trained token is not EOS."""
-    return sum(pair.chosen_ids[-1] != eos or pair.rejected_ids[-1] != eos for pair in pairs)
-
-
-def gone_wrong(shown: Sequence[tuple[int, dict[str, float]]]) -> dict[str, str]:
-    """Warnings by kind from the shares of all replies so far, (step, shares) each: no longer ending, repeating."""
+    Args:
+        history: the step and the means of the verdicts at each round of replies.
+    """
     found: dict[str, str] = {}
-    if len(shown) < 2:
+    if len(history) < 2:
         return found
     remedy = "lower model.learning_rate, raise model.beta, or stop the run earlier"
-    (step, now), before = shown[-1], [shares for _, shares in shown[:-1]]
+    (step, now), before = history[-1], [shares for _, shares in history[:-1]]
     best = max(shares["reply/eos_rate"] for shares in before)
     if now["reply/eos_rate"] < best - EOS_DROP:
         found["eos"] = (

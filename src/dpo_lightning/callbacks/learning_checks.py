@@ -1,7 +1,7 @@
-"""Facts about a run -> a warning and its remedy, where nothing will be learnt, or was, although the numbers look fine.
+"""Warnings, each with its remedy, for runs that teach nothing although their metrics look fine.
 
-A margin grows and an accuracy reaches 1 as soon as the rejected completion is told from the chosen one, whatever the
-replies are. Each function takes facts and gives a text or None; `before_training` and `after_training` collect them.
+Margins grow and accuracies reach 1 as soon as the model tells the rejected completion from the chosen one, whatever its
+replies are. Each check takes facts and returns a warning or None; `before_training` and `after_training` collect them.
 """
 
 import math
@@ -14,58 +14,47 @@ from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.pair import PreferencePair
 
-LOOKED_AT = 1000  # training pairs
-FEW = 0.05  # share of rows that is an accident rather than a habit
+CHECKED_PAIRS = 1000  # of the training data
+RARE = 0.05  # a smaller share of the rows is an accident and no warning
 FEW_STEPS, ENOUGH_STEPS = 30, 60  # optimizer steps; 62 taught SQL at the founding recipe's learning rate of 1e-5
 NO_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
 AFTER_A_WORD = ",.:;!?)"  # punctuation that a blank follows
 
 
 def before_training(trainer: Trainer) -> Iterator[str]:
-    """What is to be said of the training data and the length of the run, before the first step."""
+    """Warnings about the training data and the length of the run."""
     data = trainer.datamodule
-    pairs = data.pairs("train", range(min(LOOKED_AT, len(data.datasets["train"]))))
-    tokenizer = data.tokenizer
-    written_out = set(getattr(tokenizer, "get_added_vocab", dict)())
+    pairs = data.pairs("train", range(min(CHECKED_PAIRS, len(data.datasets["train"]))))
+    special_tokens = set(getattr(data.tokenizer, "get_added_vocab", dict)())
     by_epochs = trainer.max_steps < 0 and trainer.overfit_batches == 0 and trainer.limit_train_batches == 1.0
     warnings = [
-        plain_for_a_chat_model(pairs, bool(tokenizer.chat_template), written_out),
+        plain_for_a_chat_model(pairs, bool(data.tokenizer.chat_template), special_tokens),
         joined(pairs),
         ends_in_blank(pairs),
         too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs) if by_epochs else None,
-        no_steps(trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches),
     ]
     yield from filter(None, warnings)
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            yield f"nothing is trained, because trainer.{name} is 0: the model stays as it is"
+            return
 
 
 def after_training(trainer: Trainer) -> Iterator[str]:
-    """What is to be said of the replies after the last step."""
+    """Warnings about the last replies."""
     replies = find_callback(trainer, RepliesCallback)
-    if replies and len(replies.showings) > 1 and trainer.global_step:
-        first, last = replies.showings[0], replies.showings[-1]
-        wanted = [pair.chosen for pair in replies.pairs[: len(last.texts)]]
-        warning = empty_replies(first.texts, last.texts, wanted)
-        if not warning and not 0 < trainer.max_steps < FEW_STEPS:  # else so few steps are asked for as a trial
-            warning = same_replies(first.texts, last.texts, wanted)
-        if warning:
-            yield warning
-
-
-def no_steps(max_steps: int, max_epochs: int | None, limit: float) -> str | None:
-    """A run that trains nothing, by its settings."""
-    for name, value in {"max_steps": max_steps, "max_epochs": max_epochs, "limit_train_batches": limit}.items():
-        if value == 0:
-            return f"nothing is trained, because trainer.{name} is 0: the model stays as it is"
-    return None
+    if not replies or len(replies.showings) < 2 or not trainer.global_step:
+        return
+    before, after = replies.showings[0].texts, replies.showings[-1].texts
+    wanted = [pair.chosen for pair in replies.pairs[: len(after)]]
+    if warning := empty_replies(before, after, wanted):
+        yield warning
+    elif not 0 < trainer.max_steps < FEW_STEPS:  # otherwise the user asked for a short trial
+        yield from filter(None, [same_replies(before, after, wanted)])
 
 
 def too_few_steps(steps: float, epochs: int | None) -> str | None:
-    """A run of too few optimizer steps to learn anything.
-
-    Args:
-        steps: of the whole run.
-        epochs: that these are.
-    """
+    """Checks that a run of `epochs` epochs, which are `steps` optimizer steps in all, is long enough."""
     if not 0 < steps < FEW_STEPS or not epochs or epochs < 0:
         return None
     enough = math.ceil(ENOUGH_STEPS * epochs / steps)
@@ -75,17 +64,14 @@ def too_few_steps(steps: float, epochs: int | None) -> str | None:
     )
 
 
-def plain_for_a_chat_model(pairs: Sequence[PreferencePair], has_template: bool, markers: set[str]) -> str | None:
-    """Plain prompts for a model that was taught to answer in its chat template.
+def plain_for_a_chat_model(pairs: Sequence[PreferencePair], has_template: bool, special_tokens: set[str]) -> str | None:
+    """Checks that a model with a chat template is not trained on plain text.
 
-    Args:
-        pairs: of the training data.
-        has_template: the tokenizer has a chat template.
-        markers: special tokens; a prompt with one of them is a rendered conversation already.
+    Prompts with a special token are conversations that were rendered already.
     """
     if not has_template or any(pair.chat for pair in pairs):
         return None
-    if any(marker in pair.prompt for pair in pairs for marker in markers):
+    if any(token in pair.prompt for pair in pairs for token in special_tokens):
         return None
     return (
         "the tokenizer has a chat template, so the model was probably taught to answer conversations, but the training "
@@ -95,31 +81,37 @@ def plain_for_a_chat_model(pairs: Sequence[PreferencePair], has_template: bool, 
 
 
 def joined(pairs: Sequence[PreferencePair]) -> str | None:
-    """Completions that begin without a blank, right after a word or its punctuation."""
+    """Checks for completions that follow a word or its punctuation without a blank."""
     share = _share(pairs, lambda pair: runs_together(pair.prompt, pair.chosen))
-    if share < FEW:
-        return None
-    return (
-        f"the completions of {share:.0%} of the rows follow their prompt without a blank ('Answer:SELECT'), as in "
+    return share and (
+        f"the completions of {share} of the rows follow their prompt without a blank ('Answer:SELECT'), as in "
         "no text that the model was pretrained on: begin completions with a blank (of context, question, answer "
         'rows: data.completion_template: " {answer}"), or end prompts in a new line'
     )
 
 
 def ends_in_blank(pairs: Sequence[PreferencePair]) -> str | None:
-    """Prompts that end in a blank, which the tokenizer would have made part of the next word."""
+    """Checks for prompts that end in a blank, which tokenizers make part of the next word."""
     share = _share(pairs, lambda pair: pair.prompt.endswith((" ", "\t")))
-    if share < FEW:
-        return None
-    return (
-        f"the prompts of {share:.0%} of the rows end in a blank, but in a model's tokens a blank belongs to the word "
+    return share and (
+        f"the prompts of {share} of the rows end in a blank, but in a model's tokens a blank belongs to the word "
         "after it: leave it out of the prompt and begin the completion with it (of context, question, answer rows: "
         "data.prompt_template and data.completion_template)"
     )
 
 
+def _share(pairs: Sequence[PreferencePair], condition: Callable[[PreferencePair], bool]) -> str | None:
+    """The share of the plain-text pairs that meet a condition, as text; None where it is small.
+
+    Conversations do not count: their chat template separates prompt and reply.
+    """
+    plain = [pair for pair in pairs if not pair.chat and pair.chosen]
+    share = sum(map(condition, plain)) / len(plain) if plain else 0.0
+    return f"{share:.0%}" if share >= RARE else None
+
+
 def runs_together(prompt: str, completion: str) -> bool:
-    """Whether two words, or punctuation and a word, lack the blank between them, in scripts that have blanks."""
+    """Whether a blank is missing between two words, or punctuation and a word, in scripts that have blanks."""
     if not prompt or not completion or not _in_a_word(completion[0]):
         return False
     if prompt[-1] in AFTER_A_WORD:
@@ -132,31 +124,25 @@ def _in_a_word(character: str) -> bool:
     return character.isalnum() and not unicodedata.name(character, "").startswith(NO_BLANKS)
 
 
-def _share(pairs: Sequence[PreferencePair], is_so: Callable[[PreferencePair], bool]) -> float:
-    """Of the pairs of plain text; a chat template parts prompt and reply itself."""
-    plain = [pair for pair in pairs if not pair.chat and pair.chosen]
-    return sum(map(is_so, plain)) / len(plain) if plain else 0.0
-
-
 def empty_replies(before: Sequence[str], after: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """Replies that are all empty after the training, though others were wanted."""
+    """Checks that not all replies are empty after training, unless empty ones are wanted."""
     if not after or any(text.strip() for text in after) or not any(text.strip() for text in wanted):
         return None
-    since = "as it was before" if not any(text.strip() for text in before) else "though before they were not"
+    since = "though before they were not" if any(text.strip() for text in before) else "as it was before"
     return (
-        f"after the training every reply that was looked at is empty, {since}: the margin and the accuracy "
-        "only tell that a preferred completion is likelier than a rejected one, not that the model answers; "
+        f"after the training every reply that was checked is empty, {since}: the margin and the accuracy only "
+        "say that a preferred completion is likelier than a rejected one, not that the model answers; "
         "train longer (trainer.max_epochs), raise model.learning_rate, set model.loss_type: [sigmoid, sft], and for an "
         "instruct model give the data as messages"
     )
 
 
 def same_replies(before: Sequence[str], after: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """Replies that the training did not change, though others were wanted."""
+    """Checks that training changed a reply, unless all were right from the beginning."""
     right = [text.strip() for text in after] == [text.strip() for text in wanted]
     if not after or list(before) != list(after) or right:
         return None
     return (
-        "after the training every reply that was looked at is the same as before: nothing that shows was learnt; train "
+        "after the training every reply that was checked is the same as before, so nothing visible was learnt: train "
         "longer (trainer.max_epochs), raise model.learning_rate, or set model.loss_type: [sigmoid, sft]"
     )

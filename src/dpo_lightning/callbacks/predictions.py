@@ -1,4 +1,4 @@
-"""Replies of `predict` -> a .jsonl file, a line per prompt in the order of the data, continued where it stopped."""
+"""Writes the replies of `predict` to a .jsonl file, which an interrupted run continues."""
 
 from pathlib import Path
 from typing import Any
@@ -13,43 +13,41 @@ from dpo_lightning.data.batching import PromptBatch
 from dpo_lightning.data.encoding import tokenizer_fingerprint
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.generate import Reply
+from dpo_lightning.parsing import check_settings
 from dpo_lightning.storage.digests import key_digest, weights_digest
 from dpo_lightning.storage.jsonl import Lines, append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.locks import hold, let_go
 
 
 class ReplyWriter(BasePredictionWriter):
-    """Writes the replies of `predict` to a .jsonl file, a line per prompt in the order of the data.
+    """Writes the replies of `predict` to the file `output`, a JSON line per prompt in the order of the data.
 
-    A file that an interrupted run of the same model on the same prompts left is continued. Any other file is left as
-    it is, and so is one that another `predict` is writing.
-
-    Args:
-        output: the file.
+    If an interrupted run of the same model on the same prompts left such a file, it is continued. Any other file that
+    exists is refused and left unchanged, and so is one that another `predict` is writing.
     """
 
     def __init__(self, output: str = "replies.jsonl") -> None:
+        check_settings(ReplyWriter.__init__, locals(), "predictions.")
         super().__init__(write_interval="batch")
         self.output = output
-        self._found = Lines([], [], b"")  # in the file
-        self._kept = 0  # lines of it that are not made again
+        self._existing = Lines([], [], b"")  # of the file
+        self._kept = 0  # how many of these lines stay
         self._all_prompts: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves to the loader, which is made after this, only the prompts that have no reply yet.
+        """Reduces the data to the prompts without a reply, before the loader is created.
 
         Raises:
-            UserError: the file cannot be written, is being written, or holds something else than replies to these
-                prompts.
+            UserError: the file cannot be written, is being written, or does not hold replies to these prompts.
         """
         if stage != "predict":
             return
         data = preference_data(trainer, self)
-        self._take_file(trainer)
+        self._lock_file(trainer)
         prompts = data.datasets["predict"]
-        self._found = self._read(list(zip(prompts["row"][:], prompts["prompt"][:], strict=True)))
-        # At least one prompt for each process stays, so that there is always something to run and check.
-        self._kept = min(len(self._found.objects), max(0, len(prompts) - trainer.world_size))
+        self._existing = self._read(list(zip(prompts["row"][:], prompts["prompt"][:], strict=True)))
+        # Each process answers at least one prompt, so that the model is always loaded and checked.
+        self._kept = min(len(self._existing.objects), max(0, len(prompts) - trainer.world_size))
         self._all_prompts = prompts
         data.datasets["predict"] = prompts.select(range(self._kept, len(prompts)))
 
@@ -58,14 +56,14 @@ class ReplyWriter(BasePredictionWriter):
         output = Path(self.output)
         return output.with_name(f".{output.name}.lock")
 
-    def _take_file(self, trainer: Trainer) -> None:
+    def _lock_file(self, trainer: Trainer) -> None:
         problem = None
         if trainer.is_global_zero:
             try:
                 Path(self.output).parent.mkdir(parents=True, exist_ok=True)
                 open(self.output, "ab").close()
                 if not hold(self._lock):
-                    problem = self._refusal("is being written by another predict", "wait for its end")
+                    problem = self._refusal("is being written by another predict", "wait until it ends")
             except OSError as error:
                 problem = f"replies cannot be written to '{self.output}': {error.strerror}"
         if problem := trainer.strategy.broadcast(problem):
@@ -73,35 +71,31 @@ class ReplyWriter(BasePredictionWriter):
 
     def _read(self, prompts: list[tuple[int, str]]) -> Lines:
         try:
-            found = read_lines(Path(self.output))
+            lines = read_lines(Path(self.output))
         except ValueError as error:
             raise UserError(self._refusal("is not a file of replies")) from error
-        for number, line in enumerate(found.objects, 1):
+        for number, line in enumerate(lines.objects, 1):
             if number > len(prompts) or (line.get("row"), line.get("prompt")) != prompts[number - 1]:
-                raise UserError(
-                    self._refusal(f"holds, in line {number}, a reply to another prompt than these data have")
-                )
-        ours = b""
-        for row, prompt in prompts[len(found.objects) :][:1]:
-            if could_be_half(found.rest, {"row": row, "prompt": prompt, "reply": ""}):
-                ours = found.rest
-        if found.rest != ours:
-            raise UserError(
-                self._refusal(f"is not a file of replies: line {len(found.ends) + 1}, its last, is not half a reply")
-            )
-        return found
+                raise UserError(self._refusal(f"holds, in line {number}, a reply to another prompt than the data have"))
+        following = prompts[len(lines.objects) :][:1]
+        if lines.rest and not any(
+            could_be_half(lines.rest, {"row": row, "prompt": prompt, "reply": ""}) for row, prompt in following
+        ):
+            last = len(lines.ends) + 1
+            raise UserError(self._refusal(f"is not a file of replies: its last line, {last}, is not part of one"))
+        return lines
 
-    def _refusal(self, what: str, remedy: str = "delete it to start anew") -> str:
-        return f"'{self.output}' {what}: choose another file with --predictions.output, or {remedy}"
+    def _refusal(self, problem: str, remedy: str = "delete it to start again") -> str:
+        return f"'{self.output}' {problem}: choose another file with --predictions.output, or {remedy}"
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks, now that the weights are there, that the kept replies are this model's.
+        """Checks, now that the weights are loaded, that the existing replies are this model's.
 
         Raises:
-            UserError: they are another model's, or were made in another way.
+            UserError: another model generated them, or the same one with other settings.
         """
         self._model = reply_digest(trainer, pl_module)
-        if any(line.get("model") != self._model for line in self._found.objects):
+        if any(line.get("model") != self._model for line in self._existing.objects):
             raise UserError(
                 self._refusal(
                     "holds replies of another model (other weights, or another tokenizer, trainer.precision, "
@@ -109,7 +103,7 @@ class ReplyWriter(BasePredictionWriter):
                 )
             )
         if trainer.is_global_zero:
-            keep_lines(Path(self.output), self._found, self._kept)
+            keep_lines(Path(self.output), self._existing, self._kept)
         if self._kept:
             rank_zero_info(f"{self._kept} of {len(self._all_prompts)} replies are in {self.output} already")
 
@@ -123,7 +117,7 @@ class ReplyWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Writes a batch of replies, those of all processes in the order of the data."""
+        """Writes a batch of replies from all processes, in the order of the data."""
         answered = list(zip(batch.pair_ids.tolist(), prediction, strict=True))
         if trainer.world_size > 1:
             shards: list[Any] = [None] * trainer.world_size
@@ -142,26 +136,24 @@ class ReplyWriter(BasePredictionWriter):
         append_lines(Path(self.output), lines)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says where the replies are."""
+        """Reports where the replies are."""
         trainer.datamodule.datasets["predict"] = self._all_prompts
         rank_zero_info(f"replies written to {self.output}")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves the file to others."""
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        """Unlocks the file."""
         let_go(self._lock, remove=True)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same."""
-        let_go(self._lock, remove=True)
+    on_exception = teardown  # after which Lightning does not call teardown
 
 
 def reply_digest(trainer: Trainer, module: LightningModule) -> str:
-    """What the replies of a run hang on beside their prompts, in 12 hex digits. To be called on all ranks."""
+    """A digest of all that replies depend on beside the prompts, in 12 hex digits. Call it on all ranks."""
     data = trainer.datamodule
-    how = [data.max_length, tokenizer_fingerprint(data.tokenizer), str(trainer.precision)]
-    return key_digest([model_digest(module), *how])[:12]
+    encoding = [data.max_length, tokenizer_fingerprint(data.tokenizer), str(trainer.precision)]
+    return key_digest([model_digest(module), *encoding])[:12]
 
 
 def model_digest(module: LightningModule) -> str:
-    """What a model's replies hang on, in 12 hex digits: every weight, and the limit on new tokens."""
+    """A digest of every weight and of the limit on new tokens, in 12 hex digits."""
     return key_digest([weights_digest(module.causal_lm), module.hparams.max_new_tokens])[:12]

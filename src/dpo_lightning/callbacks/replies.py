@@ -1,6 +1,8 @@
-"""Prompts -> greedy replies, their judgment, and the callback that shows and keeps them before, during and after."""
+"""Replies to held-out prompts before, during and after training: generated, judged, printed and kept."""
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,70 +12,72 @@ from dpo_lightning.callbacks.context import preference_data, run_folder, tensorb
 from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_prompts
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.judge import counts, judge, shares
+from dpo_lightning.judging.judge import Verdict, VerdictMeans, find_judges, verdicts
+from dpo_lightning.judging.quantities import marks, quantity
 from dpo_lightning.judging.views import markdown_table, show_replies
-from dpo_lightning.models.generate import Reply, generate
+from dpo_lightning.models.generate import Reply
+from dpo_lightning.parsing import AtLeast1, Count, check_settings
 from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.states import check_state
 
-REMEMBERED = 6  # prompts whose replies are kept in memory and in checkpoints, for the report
+REMEMBERED = 6  # prompts whose replies stay in memory and in checkpoints, for the report
 
 
 def answer(trainer: Trainer, module: LightningModule, prompts: PromptBatch) -> list[Reply]:
-    """The policy's replies, on the run's device and in its precision."""
+    """The policy's greedy replies, on the run's device and in its precision."""
     prompts = PromptBatch(*(tensor.to(module.device) for tensor in prompts))
     with trainer.precision_plugin.forward_context():
-        return generate(
-            module.causal_lm,
-            prompts.input_ids,
-            prompts.attention_mask,
-            trainer.datamodule.tokenizer,
-            module.hparams.max_new_tokens,
-        )
+        return module.predict_step(prompts, 0)
 
 
 class Showing(NamedTuple):
-    """What was answered at one step."""
+    """The replies at one step."""
 
     step: int
-    texts: list[str]  # of the first `REMEMBERED` prompts
-    judged: list[dict[str, float | None]]  # of the same
-    shares: dict[str, float]  # of all prompts
-    counts: dict[str, int] | None = None  # how many replies each share is of; None in checkpoints from before it was
-    changed: int | None = None  # replies that are not those of the first showing
+    texts: list[str]  # replies to the first `REMEMBERED` prompts
+    judged: list[dict[str, Verdict]]  # the verdicts on these; older checkpoints have 0 and 1 for booleans
+    shares: dict[str, float]  # means of the verdicts on the replies to all prompts
+    counts: dict[str, int] | None = None  # replies behind each mean; None in older checkpoints
+    changed: int | None = None  # replies that differ from those before training; None in older checkpoints
 
 
 STATE = {"reference": [(str, [int], bool)], "showings": [list]}  # `Reply` and `Showing`
-JUDGED, SHARED = {str: int | float | None}, ("reply/eos_rate", "reply/length", "reply/repetition")
+JUDGED, SHARED = {str: bool | int | float | None}, ("reply/eos_rate", "reply/length", "reply/repetition")
 SHOWING = (int, [str], [JUDGED], dict.fromkeys(SHARED, int | float), {str: int}, int | None)
 
 
 class RepliesCallback(Callback):
-    """Answers held-out prompts before, during and after training.
+    """Answers the same held-out prompts before, during and after training.
 
-    The same prompts are answered every time. The console shows them beside the first and the wanted reply, TensorBoard
-    gets a text page with policy and reference side by side and the shares of `judge`, and `replies.jsonl` in the run's
-    folder a line per reply. The reference's replies are the policy's before training: they are generated once.
+    The console prints a table with the reply before training, the current one and the wanted one. TensorBoard gets the
+    means of all verdicts and a page of text with policy and reference side by side; `replies.jsonl` in the run's folder
+    gets a line per reply with its verdicts. The reference's replies are the policy's before training, so they are
+    generated once.
 
     Args:
-        every_n_steps: optimizer steps between two showings; 0 shows only before and after.
-        num_prompts: held-out prompts that are answered each time.
-        num_shown: how many of them are shown in the console.
+        every_n_steps: optimizer steps between two rounds of replies; 0 is only before and after training.
+        num_prompts: held-out prompts to answer each time.
+        num_shown: how many of them the console prints.
+        judge: a judge of `dpo_lightning.judging.judge`, one of your own (`my_module:my_judge`), or several.
     """
 
-    def __init__(self, every_n_steps: int = 50, num_prompts: int = 16, num_shown: int = 4) -> None:
-        if every_n_steps < 0 or num_prompts < 1 or num_shown < 0:
-            raise UserError("replies: every_n_steps and num_shown must be 0 or more, num_prompts at least 1")
+    def __init__(
+        self,
+        every_n_steps: Count = 50,
+        num_prompts: AtLeast1 = 16,
+        num_shown: Count = 4,
+        judge: str | list[str] = "sql",
+    ) -> None:
+        check_settings(RepliesCallback.__init__, locals(), "replies.")
+        self.judges = find_judges(judge)
         self.every_n_steps, self.num_prompts, self.num_shown = every_n_steps, num_prompts, num_shown
         self.pairs: list[PreferencePair] = []
         self.showings: list[Showing] = []
-        self.seconds, self.run_seconds = 0.0, 0.0  # spent on replies, and on the whole training
+        self.seconds, self.run_seconds = 0.0, 0.0  # spent on replies, and on all of the training
         self._reference: list[Reply] = []
 
-    # ------------------------------------------------------------------ when
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the prompts: the first held-out pairs, or training pairs where none are held out."""
+        """Chooses the prompts: the first held-out pairs, or training pairs where none are held out."""
         if stage != "fit":
             return
         data = preference_data(trainer, self)
@@ -85,27 +89,27 @@ class RepliesCallback(Callback):
         self._file = folder / "replies.jsonl" if folder and trainer.is_global_zero else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the replies before the first step. A resumed run goes on where its checkpoint was written."""
+        """Answers before the first step; a resumed run has those replies in its checkpoint."""
         self._began = time.perf_counter()
         if self.showings and self.showings[-1].step > trainer.global_step:
             raise UserError(
                 f"--ckpt_path '{trainer.ckpt_path}' is of step {trainer.global_step}, but has replies of step "
-                f"{self.showings[-1].step}: it was edited; go on from another one"
+                f"{self.showings[-1].step}: it was edited; resume from another one"
             )
-        if self._file is not None:
-            self._open_file()
+        if self._file:
+            self._open_file(self._file)
         if not self.showings:
             self._show(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
-        """Shows the replies every `every_n_steps` steps."""
+        """Answers every `every_n_steps` steps."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the replies after the last step, and says what all of them cost."""
+        """Answers after the last step, and reports the time that replies took."""
         self._show(trainer, pl_module)
         self.run_seconds = time.perf_counter() - self._began
         share = self.seconds / self.run_seconds
@@ -113,24 +117,24 @@ class RepliesCallback(Callback):
         rank_zero_info(f"replies took {self.seconds:.1f} s, {share:.0%} of the training time{advice}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run cannot make again: the replies before training, and what was shown since."""
+        """What a resumed run cannot generate again: the replies before training, and all rounds since."""
         return {
             "reference": [list(reply) for reply in self._reference],
             "showings": [list(showing) for showing in self.showings],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave.
+        """Loads what `state_dict` returned.
 
         Raises:
-            ValueError: it is not as that gave it.
-            UserError: it is of another number of prompts.
+            ValueError: the state has another structure.
+            UserError: the state has another number of prompts.
         """
         check_state(state_dict, STATE, "the replies")
         if self.pairs and state_dict["reference"] and len(state_dict["reference"]) != len(self.pairs):
             raise UserError(
                 f"replies.num_prompts gives {len(self.pairs)}, but {len(state_dict['reference'])} were answered "
-                "in the run that is gone on with, and the same prompts are answered every time: set it back"
+                "in the run that is resumed, and a run answers the same prompts every time: set it back"
             )
         self._reference = [Reply(*fields) for fields in state_dict["reference"]]
         self.showings = [Showing(*fields) for fields in state_dict["showings"]]
@@ -138,93 +142,82 @@ class RepliesCallback(Callback):
             check_state(showing._replace(counts=showing.counts or {}), SHOWING, "a showing of replies")
             check_state(showing.shares, {str: int | float}, "a showing's shares")
 
-    # ------------------------------------------------------------------ what
+    # ------------------------------------------------------------------ one round of replies
 
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
         step = trainer.global_step
         if self.showings and self.showings[-1].step >= step:
             return  # with accumulation a step has several batches
         began = time.perf_counter()
-        replies = answer(trainer, module, self._prompts)  # on all ranks: a sharded policy needs them all
-        if not self._reference:
-            self._reference = replies
-        judged = [judge(reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
-        texts = [reply.text for reply in replies]
-        changed = sum(text != before.text for text, before in zip(texts, self._reference, strict=True))
-        self.showings.append(
-            Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares(judged), counts(judged), changed)
-        )
+        replies = answer(trainer, module, self._prompts)  # on all ranks, which a sharded policy needs
+        self._reference = self._reference or replies
+        judged = [verdicts(self.judges, reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
+        means = VerdictMeans()  # all processes judge the same replies
+        means.update(judged)
+        counts = {name: count for name, (_, count) in means.totals.items() if count}
+        shares = {name: mean for name, mean in means.compute().items() if name in counts}
+        texts, before = ([reply.text for reply in answered] for answered in (replies, self._reference))
+        changed = sum(map(str.__ne__, texts, before))
+        self.showings.append(Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares, counts, changed))
         if trainer.is_global_zero:
-            self._to_console(replies)
-            self._to_tensorboard(trainer, replies, judged)
-            self._to_file(replies, judged)
+            self._to_console(texts, before)
+            self._to_tensorboard(trainer, texts, before, judged)
+            if self._file:
+                append_lines(self._file, self._lines(replies, before, judged))
         self.seconds += time.perf_counter() - began
 
-    def _to_console(self, replies: list[Reply]) -> None:
+    def _to_console(self, texts: list[str], before: list[str]) -> None:
         showing = self.showings[-1]
-        now = {"now": [reply.text for reply in replies]} if replies is not self._reference else {}
+        now = {"now": texts} if len(self.showings) > 1 else {}
         show_replies(
             f"step {showing.step}" if showing.step else "before training",
             [pair.prompt for pair in self.pairs[: self.num_shown]],
-            {
-                "before": [reply.text for reply in self._reference],
-                **now,
-                "wanted": [pair.chosen for pair in self.pairs],
-            },
+            {"before": before, **now, "wanted": [pair.chosen for pair in self.pairs]},
             showing.shares,
             sql=any(pair.context for pair in self.pairs),
         )
 
-    def _to_tensorboard(self, trainer: Trainer, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
+    def _to_tensorboard(
+        self, trainer: Trainer, texts: list[str], before: list[str], judged: list[dict[str, Verdict]]
+    ) -> None:
         showing = self.showings[-1]
         for logger in trainer.loggers:
             logger.log_metrics({f"replies/{name}": share for name, share in showing.shares.items()}, showing.step)
         if writer := tensorboard_writer(trainer):
-            rows = [
-                (pair.prompt, reply.text, before.text, pair.chosen, _in_words(flags))
-                for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
-            ]
+            passed = [", ".join(word for word, is_so in marks(found) if is_so) for found in judged]
+            prompts, wanted = zip(*((pair.prompt, pair.chosen) for pair in self.pairs), strict=True)
+            rows = list(zip(prompts, texts, before, wanted, passed, strict=True))
             page = markdown_table(("prompt", "policy", "reference", "wanted", "the policy's reply is"), rows)
             writer.add_text("replies", page, showing.step)
             writer.flush()
 
     # ------------------------------------------------------------------ replies.jsonl
 
-    def _open_file(self) -> None:
-        """Keeps of a file from before a kill what the run resumed from; the rest is about to be made again."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
+    def _open_file(self, path: Path) -> None:
+        """Cuts a file that a killed run left to the replies before the checkpoint: the others are generated again."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if self._file.exists() and not self._file.is_file():  # a pipe would be waited for
+            if path.exists() and not path.is_file():  # reading a pipe would wait forever
                 raise ValueError("it is no file")
-            lines = read_lines(self._file)
+            lines = read_lines(path)
             steps = [int(line["step"]) for line in lines.objects]
-            ours = all("reply" in line for line in lines.objects) and could_be_half(lines.rest, {"step": 0})
-            if not ours:
+            if not all("reply" in line for line in lines.objects) or not could_be_half(lines.rest, {"step": 0}):
                 raise ValueError("it holds something else")
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"'{self._file}' is not a file of replies: move it away") from error
+            raise UserError(f"'{path}' is not a file of replies: move it away") from error
         last = self.showings[-1].step if self.showings else -1
-        keep_lines(self._file, lines, next((i for i, step in enumerate(steps) if step > last), len(steps)))
+        keep_lines(path, lines, next((i for i, step in enumerate(steps) if step > last), len(steps)))
 
-    def _to_file(self, replies: list[Reply], judged: list[dict[str, float | None]]) -> None:
-        if self._file is None:
-            return
-        lines = (
-            {
+    def _lines(
+        self, replies: list[Reply], before: list[str], judged: list[dict[str, Verdict]]
+    ) -> Iterator[dict[str, Any]]:
+        for pair, reply, reference, found in zip(self.pairs, replies, before, judged, strict=True):
+            yield {
                 "step": self.showings[-1].step,
                 "prompt": pair.prompt,
                 "reply": reply.text,
-                "reference": before.text,
+                "reference": reference,
                 "wanted": pair.chosen,
-                "stopped": reply.stopped,
-                **{name: flag and bool(flag) for name, flag in flags.items() if name.startswith("sql/")},
+                "stopped": reply.stopped,  # that is reply/eos_rate
+                **{name: value for name, value in found.items() if quantity(name).word and name != "reply/eos_rate"},
             }
-            for pair, reply, before, flags in zip(self.pairs, replies, self._reference, judged, strict=True)
-        )
-        append_lines(self._file, lines)
-
-
-def _in_words(judged: dict[str, float | None]) -> str:
-    """{"reply/eos_rate": 1.0, "sql/valid": 1.0, "sql/exact": 0.0, ...} -> "stopped, valid"."""
-    words = {"reply/eos_rate": "stopped", "sql/valid": "valid", "sql/exact": "exact", "sql/execution": "same result"}
-    return ", ".join(word for name, word in words.items() if judged.get(name))

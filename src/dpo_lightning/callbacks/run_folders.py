@@ -1,10 +1,11 @@
-"""A Lightning logger -> the same with a folder that is this run's alone, however many runs start or resume at once.
+"""Lightning's loggers with a folder that only this run uses, however many runs start or resume at once.
 
-A new folder is claimed by making it: who comes second takes the next number. A folder that is given, that of a run
-that is resumed or one with a version of the user's choice, is locked until the run ends, and refused to a second run.
+A new folder is claimed by creating it: the second run takes the next number. An existing folder (of a resumed run, or
+with a version chosen by the user) is locked until the run ends, and a second run that wants it is refused.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dpo_lightning.callbacks.checkpoint_files import version
 from dpo_lightning.errors import UserError
-from dpo_lightning.storage.locks import hold, let_go
+from dpo_lightning.internals.lightning import ChoosesVersion, is_open, set_version, version_is_open
+from dpo_lightning.models.hub import reason_of
+from dpo_lightning.storage.locks import hold, in_use, let_go
 
 LOCK = "run.lock"  # in the run's folder
 
 
-class _OwnFolder:
-    """Claims a logger's folder before anything is written to it: when the run's first process makes its writer.
+class _OwnFolder(ChoosesVersion):
+    """Claims a logger's folder before anything is written to it: when the run's first process creates its writer.
 
-    That is after the command line and the rows were found right, so a run that ends there leaves no folder.
+    By then the settings and the rows have been checked, so a run that fails those checks leaves no folder.
     """
 
-    numbered: bool  # its version is the next free one
+    numbered: bool  # the version is chosen here: the next free one
 
     @property
     @rank_zero_experiment
@@ -32,32 +35,29 @@ class _OwnFolder:
         """As Lightning's.
 
         Raises:
-            UserError: the folder cannot be made, or another run is in it.
+            UserError: the folder cannot be created, or another run uses it.
         """
-        if self._experiment is not None or "://" in str(self.save_dir):
+        if is_open(self) or "://" in str(self.save_dir):
             return super().experiment
         try:
             if self.numbered:
                 os.makedirs(_expanded(self.root_dir), exist_ok=True)
-                while not _made(self._folder()):
-                    self._version += 1
-                made = super().experiment  # before the lock's file is there: CSVLogger wants an empty folder
+                while not _created(self._folder()):
+                    set_version(self, self.version + 1)
+                super().experiment  # noqa: B018  # before the lock's file exists: CSVLogger wants an empty folder
             if hold(self._folder() / LOCK):
-                return made if self.numbered else super().experiment
+                return super().experiment
         except OSError as error:
             raise UserError(
-                f"the run's folder '{self._folder()}' cannot be written: {error.strerror or error}; choose another "
-                "with trainer.default_root_dir"
+                f"the run's folder '{self._folder()}' cannot be written: {reason_of(error)}; choose another with "
+                "trainer.default_root_dir"
             ) from error
-        raise UserError(
-            f"'{self._folder()}' is in use by a run that still goes on: wait for its end or stop it, or start a run of "
-            "its own without --ckpt_path"
-        )
+        raise in_use(str(self._folder()), "start a new run without --ckpt_path")
 
-    def _get_next_version(self) -> int:
-        """As Lightning's, which falls over folders such as `version_²`: then they are passed over."""
+    def next_version(self, lightnings: Callable[[], int]) -> int:
+        """Lightning's, which fails on folders such as `version_²`: those are ignored."""
         try:
-            return super()._get_next_version()
+            return lightnings()
         except ValueError:
             return max(map(version, _expanded(self.root_dir).glob("version_*")), default=-1) + 1
 
@@ -66,7 +66,7 @@ class _OwnFolder:
         return _expanded(os.path.join(self.root_dir, version))
 
     def finalize(self, status: str) -> None:
-        """As Lightning's; then the folder is free."""
+        """As Lightning's, then unlocks the folder."""
         super().finalize(status)
         let_go(self._folder() / LOCK)
 
@@ -75,8 +75,8 @@ def _expanded(path: str) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
-def _made(folder: Path) -> bool:
-    """Makes a folder; False where it is there already."""
+def _created(folder: Path) -> bool:
+    """Creates a folder; False if it already exists."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -85,21 +85,21 @@ def _made(folder: Path) -> bool:
 
 
 class OwnTensorBoardLogger(_OwnFolder, TensorBoardLogger):
-    """Lightning's, with a folder of its own."""
+    """A TensorBoardLogger that claims its folder."""
 
 
 class OwnCSVLogger(_OwnFolder, CSVLogger):
-    """Lightning's, with a folder of its own."""
+    """A CSVLogger that claims its folder."""
 
 
 OWN = {TensorBoardLogger: OwnTensorBoardLogger, CSVLogger: OwnCSVLogger}
 
 
 def with_own_folder(logger: Logger) -> Logger:
-    """The same logger, made to claim its folder if it is one of those that number theirs."""
+    """The same logger, which claims its folder if it is of a class that numbers its folders."""
     kind = OWN.get(type(logger))
     if kind is None:
         return logger
-    own = kind.__new__(kind)
-    vars(own).update(vars(logger), numbered=logger._version is None)
+    own: Any = kind.__new__(kind)
+    vars(own).update(vars(logger), numbered=version_is_open(logger))
     return own

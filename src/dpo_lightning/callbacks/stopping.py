@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C -> the step is finished and saved, then the run ends; SLURM's requeue waits for the step too."""
+"""On SIGTERM or Ctrl-C a run finishes its step, saves and ends; SLURM's requeue waits for the step as well."""
 
 import signal
 import threading
@@ -12,27 +12,28 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.errors import Stopped
+from dpo_lightning.internals.lightning import cluster_environment
 
-ENDING = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+ENDING: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StoppingCallback(Callback):
-    """While it trains, a signal only takes a note; it is acted on between two steps, by all processes at the same one.
+    """Notes signals during training and acts on them between two steps, on all processes after the same step.
 
-    SIGTERM and the first Ctrl-C save `last.ckpt` and end the run (`Stopped`). A second Ctrl-C ends it at once. SLURM's
-    requeue signal, if Lightning handles it, saves and requeues in Lightning's way, but no longer inside of a step.
+    SIGTERM and the first Ctrl-C save `last.ckpt` and end the run (`Stopped`); a second Ctrl-C ends it at once. SLURM's
+    requeue signal, if Lightning handles it, saves and requeues as Lightning does, but never in the middle of a step.
     """
 
     def __init__(self) -> None:
-        self._noted = self._said = 0  # the number of a signal
-        self._before: dict[int, Any] = {}  # handlers that were replaced
+        self._noted = self._announced = 0  # signal numbers
+        self._before: dict[int, Any] = {}  # the replaced handlers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signals, after Lightning has."""
+        """Replaces the signal handlers, Lightning's included."""
         if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may
+            return  # only the main thread may set handlers
         signals = [*ENDING]
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             signals.append(environment.requeue_signal)
         self._before = {number: signal.signal(number, self._note) for number in signals}
@@ -42,31 +43,20 @@ class StoppingCallback(Callback):
             raise Stopped(number)
         self._noted = number
 
-    def _say(self) -> None:
-        """Says once what was noted. Not in the handler: printing in the midst of a print would spoil both."""
+    def _announce(self, *args: Any, **kwargs: Any) -> None:
+        """Announces a noted signal once. Not done in the handler, which could interrupt another print."""
         number = self._noted
-        if number in ENDING and number != self._said:
-            self._said = number
+        if number in ENDING and number != self._announced:
+            self._announced = number
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             rank_zero_info(f"\n{ENDING[number]}: finishing this step{again}")
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what was noted."""
-        self._say()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Says what was noted, before others show replies or validate."""
-        self._say()
-
-    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """Says what was noted: a validation is finished first."""
-        self._say()
+    # At a batch's end before replies are shown; a validation is finished before the signal is acted on.
+    on_after_backward = on_train_batch_end = on_validation_batch_start = _announce
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Says what was noted and, where an optimizer step is complete, acts on it."""
-        self._say()
+        """Announces a noted signal and, if an optimizer step is complete, acts on it."""
+        self._announce()
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._act(trainer)
 
@@ -85,15 +75,10 @@ class StoppingCallback(Callback):
             last.save(trainer)
         raise Stopped(number, trainer.global_step)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the signals back."""
-        self._give_back()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
+    def on_train_end(self, *args: Any) -> None:
+        """Restores the signal handlers, also after an error."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    on_exception = on_train_end

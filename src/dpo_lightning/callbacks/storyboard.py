@@ -1,12 +1,15 @@
-"""What a run logs -> a TensorBoard that tells its story: chosen charts, hyperparameters beside results, histograms."""
+"""What TensorBoard shows beyond single scalars: chosen charts, hyperparameters beside results, histograms."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dpo_lightning.callbacks.context import tensorboard_writer
+from dpo_lightning.callbacks.context import find_callback, tensorboard_writer
+from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.judging.judge import JUDGES
+from dpo_lightning.judging.quantities import QUANTITIES, reply_charts, results
 
-# Title of a chart -> regular expressions of the tags in it; TensorBoard's "custom scalars" tab.
+# Group -> title of a chart -> regular expressions of its tags, for TensorBoard's "custom scalars" tab.
 CHARTS = {
     "learning": {
         "loss": ["(train|val)/loss$"],
@@ -15,11 +18,10 @@ CHARTS = {
         "rewards": ["(train|val)/rewards/(chosen|rejected)$"],
     },
     "replies": {
-        "SQL: valid, exact, same result": ["replies/sql/(valid|exact|execution)$"],
-        "replies: ended by themselves, repetition": ["replies/reply/(eos_rate|repetition)$"],
-        "replies: length": ["replies/reply/length$"],
+        **{title: [f"replies/{name}$" for name in words] for title, words in reply_charts(QUANTITIES).items()},
+        "Replies: length": ["replies/reply/length$"],
     },
-    "is it well?": {
+    "diagnostics": {
         "KL": ["(train|val)/kl$"],
         "displaced": ["(train|val)/rewards/displaced$"],
         "gradient norm": ["train/grad_norm$"],
@@ -27,34 +29,32 @@ CHARTS = {
         "pairs per second": ["train/pairs_per_second$"],
     },
 }
-# Shown beside the hyperparameters: their last value in the run.
+# Listed beside the hyperparameters, each with its last value in the run.
 RESULTS = (
     "val/loss",
     "val/rewards/accuracies",
     "val/rewards/margins",
     "val/kl",
-    "replies/sql/valid",
-    "replies/sql/exact",
-    "replies/sql/execution",
-    "replies/reply/eos_rate",
+    *(f"replies/{name}" for name in results(QUANTITIES)),
     "train/pairs_per_second",
 )
 
 
 class StoryboardCallback(Callback):
-    """Writes to a run's TensorBoard logger, where it has one, what plain scalars cannot say.
+    """Completes the TensorBoard log of a run, if it has one:
 
-    - custom scalars: `CHARTS`;
-    - hparams: all settings, with the metrics of `RESULTS`;
-    - histograms: the margins of all pairs at each validation (of all ranks).
+    - custom scalars: `CHARTS`, and a chart for each judge of the user's own;
+    - hparams: all settings, with the metrics of `RESULTS`. Verdicts of a user's own judge are not among them, since
+      TensorBoard needs their names before the first reply is judged: they are in the charts, and in `validate`'s log;
+    - histograms: the margins of all pairs at each validation, from all ranks.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the layout and the settings.
 
-        The settings are written by hand and before Lightning does: TensorBoard heeds only the first such record of a
-        run, and Lightning's names no metrics (or, given metrics, logs a point of its own into their curves). The
-        metrics named here are the live curves, so a run that is killed shows its results too.
+        The settings are written here and before Lightning does so: TensorBoard uses only the first such record of a
+        run, and Lightning's has no metrics (or, with metrics, adds a point to their curves). The metrics named here
+        are the curves themselves, so that TensorBoard has the results of a killed run as well.
         """
         writer = tensorboard_writer(trainer)
         if writer is None:
@@ -64,7 +64,11 @@ class StoryboardCallback(Callback):
         layout = {
             group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in CHARTS.items()
         }
+        replies = find_callback(trainer, RepliesCallback)
+        own = [name for name in replies.judges if name not in JUDGES] if replies else []
+        layout["replies"] |= {name: ["Multiline", [f"replies/{name}/"]] for name in own}
         writer.add_custom_scalars(layout)
+        assert writer.file_writer is not None  # until it is closed
         for summary in hparams(settings(trainer, pl_module), dict.fromkeys(RESULTS, 0.0)):
             writer.file_writer.add_summary(summary)
 
@@ -72,22 +76,22 @@ class StoryboardCallback(Callback):
         """Writes the histogram of margins."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        margins = pl_module.val_metrics.all_margins()  # on all ranks
+        margins = pl_module.val_metrics.all_margins()  # a collective call
         writer = tensorboard_writer(trainer)
-        if writer and len(margins) and margins.isfinite().all():  # else GuardsCallback says it, and ends the run
-            # A tag of its own: TensorBoard drops the points of a tag that is a scalar and a histogram.
+        if writer and len(margins) and margins.isfinite().all():  # otherwise GuardsCallback stops the run
+            # A separate tag: TensorBoard drops the points of a tag that is both a scalar and a histogram.
             writer.add_histogram("margins/val", margins.float().cpu(), trainer.global_step)
 
 
 def settings(trainer: Trainer, module: LightningModule) -> dict[str, bool | int | float | str]:
-    """All settings of module, data and trainer that a run can differ in, by name."""
-    found: dict[str, Any] = {
+    """All settings of module, data and trainer that can differ between runs, by name."""
+    values: dict[str, Any] = {
         name: value
         for part in (module, trainer.datamodule)
         for name, value in getattr(part, "hparams", {}).items()
         if not name.startswith("_")
     }
-    found |= {
+    values |= {
         "max_epochs": trainer.max_epochs,
         "max_steps": trainer.max_steps,
         "precision": trainer.precision,
@@ -96,4 +100,6 @@ def settings(trainer: Trainer, module: LightningModule) -> dict[str, bool | int 
         "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
         "devices": trainer.world_size,
     }
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in found.items()}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in values.items()
+    }

@@ -1,40 +1,43 @@
-"""`chat`: questions from the keyboard or a pipe -> replies of reference and policy, side by side, as they come.
+"""The command `chat`: asks the reference and the policy questions, and streams their replies side by side.
 
-A question becomes the prompt that the model was trained with (`dpo_lightning.data.asking`). Replies go to stdout,
-whatever else there is to say to stderr, so that what is piped out is replies alone.
+A question becomes a prompt as in training (`dpo_lightning.data.prompt_format`). Replies go to stdout and everything
+else to stderr, so that a pipe gets only replies.
 """
 
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.asking import FILE, Asking, places, read_asking, shown
+from dpo_lightning.cli.chat_prompts import assumed_prompt_format, check_template, model_folder, note, remarks
 from dpo_lightning.data.cells import MAX_CELL
 from dpo_lightning.data.encoding import encode_prompts, load_tokenizer
-from dpo_lightning.data.formats import RowOptions
+from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.views import visible
-from dpo_lightning.models.policy import ADAPTER_CONFIG, load_policy, tokenizer_name
+from dpo_lightning.models.generate import generate, prompt_room
+from dpo_lightning.models.policy import load_policy, tokenizer_name
+from dpo_lightning.parsing import AtLeast1, OneLineErrorParser, check_settings
+from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HELP = """A question and Enter asks it.
-/schema CREATE TABLE ...  the schema of the questions that follow; without a text, none
+HELP = """Type a question and press Enter.
+/schema CREATE TABLE ...  the schema for the next questions; without a text, none
 /help                     this text
-exit, quit, Ctrl-D        end; Ctrl-C stops a reply, and ends where none is on its way"""
+exit, quit, Ctrl-D        end; Ctrl-C stops a reply, or ends if there is none"""
 ENDS = ("exit", "quit", "/exit", "/quit")
 Stream = Callable[[str], Iterator[str]]  # prompt -> pieces of the reply
 
 
 class Speaker(NamedTuple):
-    """A model that answers, as `switch` leaves it."""
+    """A model that replies while the context of `switch` is active."""
 
     name: str
     model: "PreTrainedModel"
@@ -52,133 +55,49 @@ def chat(
     reference: str | None = None,
     schema: str = "",
     prompt_template: str | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: AtLeast1 = 64,
     trust_remote_code: bool = False,
 ) -> None:
     """Answers questions from the keyboard or a pipe, one a line.
 
     Args:
-        model: folder of a run, or that `fit` or `export` wrote, or a hub id.
-        reference: model to compare with; left out, of an adapter its base model, else none.
+        model: folder of a run, folder that `fit` or `export` wrote, or a hub id.
+        reference: model to compare with; by default the base model of an adapter, else none.
         schema: the {context} of the questions; `/schema TEXT` changes it.
-        prompt_template: the prompt, from {context} and {question}; left out, the one that the model was trained with
-            or, where its folder does not say, the tokenizer's chat template or the one that training uses by default.
-        max_new_tokens: longest reply.
+        prompt_template: the prompt, from {context} and {question}; by default that of the model's training or, if its
+            folder does not have it, the tokenizer's chat template, else the default of training.
+        max_new_tokens: length limit of a reply.
         trust_remote_code: run a hub model's own Python code.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens is {max_new_tokens}: it must be at least 1")
+    check_settings(chat, locals(), "--")
     model = model_folder(model, "--model")
     reference = reference and model_folder(reference, "--reference")
-    trained = read_asking(model)
-    asking = trained if prompt_template is None else Asking(False, prompt_template)
-    check_template(asking, "--prompt_template" if prompt_template is not None else f"'{model}'")
+    trained = read_prompt_format(model)
+    prompt_format = trained if prompt_template is None else PromptFormat(False, prompt_template)
+    check_template(prompt_format, "--prompt_template" if prompt_template is not None else f"'{model}'")
     speakers = load_speakers(model, reference, trust_remote_code)
     tokenizer = speakers[-1].tokenizer
     if trained:
-        trained.fit_out(tokenizer)
-    asking = asking or assumed_asking(tokenizer)
-    asking.prompt("probe", "", tokenizer)  # a chat template that fails is said before the first question
-    for line in remarks(model, asking, trained, given=prompt_template is not None):
+        trained.apply_to(tokenizer)
+    prompt_format = prompt_format or assumed_prompt_format(tokenizer)
+    prompt_format.prompt("probe", "", tokenizer)  # a broken chat template is reported before the first question
+    for line in remarks(model, prompt_format, trained, given=prompt_template is not None):
         note(line)
-    replies = {s.name: lambda prompt, s=s: s.answer(prompt, max_new_tokens, asking.chat) for s in speakers}
-    converse(replies, lambda question, schema: asking.prompt(question, schema, tokenizer), schema, sys.stdin)
-
-
-def model_folder(name: str, option: str) -> str:
-    """The folder or hub id to load for what was given; of a run's folder, the model that it wrote.
-
-    Raises:
-        UserError: it is a checkpoint, another file, or a run's folder without a model.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".ckpt" and path.exists():
-        raise UserError(
-            f"{option} '{name}' is a checkpoint: write its model as a folder first, with "
-            f"`python cli.py export --ckpt_path {name} --output_dir FOLDER`, and give that folder"
-        )
-    if path.is_file():
-        raise UserError(f"{option} '{name}' is a file: give the folder of a model, or a hub id")
-    if not path.is_dir() or any((path / config).exists() for config in ("config.json", ADAPTER_CONFIG)):
-        return name
-    inner = path / "huggingface"
-    if inner.is_dir():
-        note(f"{option}: the model of this run, '{inner}'")
-        return str(inner)
-    if found := next((p for folder in (path, path / "checkpoints") for p in sorted(folder.glob("*.ckpt"))), None):
-        raise UserError(
-            f"{option} '{name}' has checkpoints but no exported model: write one first, with "
-            f"`python cli.py export --ckpt_path {found} --output_dir FOLDER`, and give that folder"
-        )
-    return name
-
-
-def check_template(asking: Asking | None, where: str) -> None:
-    """Raises UserError for a template that does not ask the question, or has more than plain places."""
-    if asking is None or asking.prompt_template is None:
-        return
-    try:
-        found = places(asking.prompt_template)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-    if "question" not in found:
-        raise UserError(f"{where}: the template {shown(asking.prompt_template)} does not have {{question}}")
-
-
-def assumed_asking(tokenizer: "PreTrainedTokenizerBase") -> Asking:
-    """The usual way to ask a model of which no more is known than its tokenizer."""
-    if tokenizer.chat_template:
-        return Asking(chat=True)
-    return Asking(chat=False, prompt_template=RowOptions().prompt_template)
-
-
-def remarks(model: str, asking: Asking, trained: Asking | None, given: bool) -> Iterator[str]:
-    """What the user is to know of how the model is asked, a line each.
-
-    Args:
-        asking: how it is asked.
-        trained: how it was trained to be asked, if that is known.
-        given: the user chose the template.
-    """
-    if trained is None and not given:
-        yield f"it is not known how '{model}' was trained to be asked (no {FILE} in it); assumed is {way(asking)}"
-    elif trained is not None and given and (trained.chat or trained.prompt_template != asking.prompt_template):
-        yield f"'{model}' was trained with {way(trained)}, and may answer worse to --prompt_template"
-    elif trained is not None and not given:
-        yield f"'{model}' is asked as it was trained, with {way(trained)}"
-    if not asking.uses_schema:
-        yield "a schema has no part in this"
-
-
-def way(asking: Asking) -> str:
-    """A way of asking in words."""
-    if asking.chat:
-        return "the tokenizer's chat template"
-    if asking.prompt_template is None:
-        return "bare prompts: the line that is typed is the prompt, as it is"
-    return f"the template {shown(asking.prompt_template)}"
-
-
-def note(text: str) -> None:
-    """Says something that is no reply."""
-    print(visible(text), file=sys.stderr, flush=True)
+    replies: dict[str, Stream] = {
+        s.name: partial(s.answer, max_new_tokens=max_new_tokens, chat=prompt_format.chat) for s in speakers
+    }
+    converse(replies, lambda question, schema: prompt_format.prompt(question, schema, tokenizer), schema, sys.stdin)
 
 
 def run_chat(args: Sequence[str]) -> None:
-    """`chat` with its arguments, the command's name first."""
+    """Runs `chat` with its arguments, the command's name first."""
     from jsonargparse import auto_cli
-
-    from dpo_lightning.cli.trainer import OneLineErrorParser
 
     auto_cli(chat, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
 
 
 def load_speakers(model: str, reference: str | None, trust_remote_code: bool) -> list[Speaker]:
-    """The reference, if there is one, and the policy.
-
-    Raises:
-        UserError: one of them cannot be loaded.
-    """
+    """Loads the reference, if there is one, and the policy, in this order; UserError if one cannot be loaded."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
 
@@ -202,19 +121,17 @@ def stream(
     max_new_tokens: int,
     chat: bool = False,
 ) -> Iterator[str]:
-    """The pieces of a greedy reply as they are generated; who stops listening stops the generation.
+    """The pieces of a greedy reply as they are generated; closing the iterator stops the generation.
 
     Args:
-        chat: the prompt is a chat template's, which has its special tokens already.
+        chat: a chat template has rendered the prompt, so it has its special tokens already.
 
     Raises:
-        UserError: the prompt is nothing to the tokenizer.
+        UserError: the prompt has no tokens.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    eos = tokenizer.eos_token_id
-    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = max(1, limit - max_new_tokens)
+    room = prompt_room(model, max_new_tokens)
     (prompt_ids,) = encode_prompts(tokenizer, [prompt], room, [chat])  # as training does
     if not prompt_ids:
         raise UserError("the prompt has no tokens, so there is nothing to answer")
@@ -225,26 +142,15 @@ def stream(
     def stop(input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
 
-    def generate() -> None:
+    def work() -> None:
         try:
-            with torch.inference_mode():
-                model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=GenerationConfig(
-                        max_new_tokens=min(max_new_tokens, limit - 1),
-                        do_sample=False,
-                        eos_token_id=eos,
-                        pad_token_id=eos,
-                    ),
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                    streamer=pieces,
-                )
-        except Exception as error:  # raised again where the pieces are read
+            mask, criteria = torch.ones_like(ids), StoppingCriteriaList([stop])
+            generate(model, ids, mask, tokenizer, max_new_tokens, stopping_criteria=criteria, streamer=pieces)
+        except Exception as error:  # raised again in the reader's thread
             errors.append(error)
             pieces.end()
 
-    thread = threading.Thread(target=generate, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield from pieces
@@ -256,15 +162,14 @@ def stream(
 
 
 def converse(replies: dict[str, Stream], render: Callable[[str, str], str], schema: str, lines: TextIO) -> None:
-    """Reads lines until their end and shows every model's reply to each.
+    """Reads questions and shows every model's reply to each.
 
-    At a keyboard Ctrl-C stops the reply that is on its way, and ends the conversation where none is; lines from a
-    pipe it ends in any case.
+    At a keyboard, Ctrl-C stops a reply, or ends the conversation if there is none; with a pipe it always ends it.
 
     Args:
-        replies: who answers, in the order of the columns.
-        render: question and schema -> prompt.
-        lines: what is typed or piped in.
+        replies: the models' functions by name, in the order of the columns.
+        render: (question, schema) -> prompt.
+        lines: the keyboard or a pipe.
     """
     typed = lines.isatty()
     _prepare(lines, typed)
@@ -281,7 +186,7 @@ def converse(replies: dict[str, Stream], render: Callable[[str, str], str], sche
         elif command == "/help":
             print(HELP)
         elif line.startswith("/"):
-            note(f"{command} is no command: /help lists them")
+            note(f"{command} is not a command: /help lists them")
         else:
             with suppress(KeyboardInterrupt) if typed else nullcontext():
                 prompt = render(line, schema)
@@ -289,32 +194,32 @@ def converse(replies: dict[str, Stream], render: Callable[[str, str], str], sche
 
 
 def _prepare(lines: TextIO, typed: bool) -> None:
-    """Line editing and history for a keyboard; bytes that are no UTF-8 are kept apart instead of being an error."""
+    """Line editing and history for a keyboard; invalid UTF-8 becomes surrogates instead of an error."""
     if typed:
-        with suppress(ImportError):  # Windows has none, and a console that edits
+        with suppress(ImportError):  # not on Windows, whose console has both
             import readline  # noqa: F401  # input() uses it from now on
     if hasattr(lines, "reconfigure"):
         lines.reconfigure(errors="surrogateescape", **({} if typed else {"encoding": "utf-8-sig"}))
 
 
 def _lines(lines: TextIO, typed: bool) -> Iterator[str]:
-    """The lines without their ends. What cannot be asked is said: too long ones are left out, bad bytes replaced."""
+    """The lines without their ends; with a note each, too long ones are skipped and invalid bytes replaced."""
     number = 0
     while line := _next_line(lines, typed):
         number += 1
         if len(line) > MAX_CELL:
-            note(f"line {number} has more than {MAX_CELL:,} characters and is left out")
+            note(f"line {number} has more than {MAX_CELL:,} characters and is skipped")
             while line and not line.endswith("\n"):
                 line = lines.readline(MAX_CELL)
             continue
-        whole = "".join("\N{REPLACEMENT CHARACTER}" if "\ud800" <= c <= "\udfff" else c for c in line)
-        if whole != line:
-            note(f"line {number} has bytes that are no UTF-8: \N{REPLACEMENT CHARACTER} stands for each of them")
-        yield whole.rstrip("\r\n")
+        valid = "".join("\N{REPLACEMENT CHARACTER}" if "\ud800" <= c <= "\udfff" else c for c in line)
+        if valid != line:
+            note(f"line {number} has bytes that are not UTF-8: each is replaced by \N{REPLACEMENT CHARACTER}")
+        yield valid.rstrip("\r\n")
 
 
 def _next_line(lines: TextIO, typed: bool) -> str:
-    """The next line with its newline, "" at the end."""
+    """The next line with its newline; "" at the end."""
     if not typed:
         return lines.readline(MAX_CELL + 1)
     try:
@@ -325,16 +230,16 @@ def _next_line(lines: TextIO, typed: bool) -> str:
 
 
 def show(replies: dict[str, Iterator[str]], stoppable: bool = False) -> None:
-    """Prints replies while they come: side by side on a terminal, else one after the other.
+    """Prints replies as they are generated: side by side on a terminal, else one after the other.
 
     Args:
-        stoppable: Ctrl-C ends the reply that is coming, and the next one follows.
+        stoppable: whether Ctrl-C stops the current reply only, so that the next one follows.
     """
     from rich.console import Console
 
     console = Console()
     if console.is_terminal:
-        _show_columns(replies, stoppable)
+        _show_columns(replies, stoppable, console)
         return
     for name, pieces in replies.items():
         print(f"{name}: ", end="", flush=True)
@@ -343,7 +248,7 @@ def show(replies: dict[str, Iterator[str]], stoppable: bool = False) -> None:
 
 
 def _each(pieces: Iterator[str], add: Callable[[str], None], stoppable: bool) -> None:
-    """Adds the pieces of a reply as visible text until its end or, if it is stoppable, Ctrl-C."""
+    """Adds the pieces of a reply as visible text, up to its end or to Ctrl-C if it is stoppable."""
     try:
         for piece in pieces:
             add(visible(piece))
@@ -356,7 +261,7 @@ def _each(pieces: Iterator[str], add: Callable[[str], None], stoppable: bool) ->
             pieces.close()
 
 
-def _show_columns(replies: dict[str, Iterator[str]], stoppable: bool) -> None:
+def _show_columns(replies: dict[str, Iterator[str]], stoppable: bool, console: "Console") -> None:
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
@@ -370,7 +275,7 @@ def _show_columns(replies: dict[str, Iterator[str]], stoppable: bool) -> None:
         columns.add_row(*texts.values())
         return columns
 
-    with Live(table(), refresh_per_second=10) as live:
+    with Live(table(), console=console, refresh_per_second=10) as live:
         for name, pieces in replies.items():
 
             def add(piece: str, text: Text = texts[name]) -> None:

@@ -1,7 +1,7 @@
-"""The command line: finds the command and turns its failures into a line and an exit code.
+"""The entry point of the command line: finds the command, and turns errors into one line and an exit code.
 
 A user's mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback instead. Nothing heavy is
-imported before a command is known, so that `--help` and a typo answer at once.
+imported before the command is known, so that `--help` and typos are answered at once.
 """
 
 import difflib
@@ -23,14 +23,14 @@ USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
 TERMINATED_EXIT = 143  # as shells report SIGTERM
 BROKEN_PIPE_EXIT = 141  # as shells report SIGPIPE
-CANNOT_BE_WRITTEN = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room
-    *(errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM),  # no place
+USERS_ERRORS = {  # of the system, that the user can correct
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no space
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EPERM),  # wrong path
 }
 
 
 class Command(NamedTuple):
-    """A command and who runs it: `function` of `module` gets the arguments, this one's name first."""
+    """A command and the function that runs it with the arguments, the command's name first."""
 
     help: str
     module: str = "dpo_lightning.cli.trainer"
@@ -44,32 +44,28 @@ COMMANDS = {
     "predict": Command("write replies to prompts to a file"),
     "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
-    "export": Command("write a checkpoint's model as a Hugging Face folder", function="run_export"),
+    "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
 }
 
 
 def usage() -> str:
-    """What `--help` without a command says."""
-    lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python cli.py COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]",
-            "",
-            "Direct Preference Optimization of causal language models.",
-            "",
-            *lines,
-            "",
-            "`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from.",
-        ]
-    )
+    """The text of `--help` without a command."""
+    commands = "\n".join(f"  {name:10}{command.help}" for name, command in COMMANDS.items())
+    return f"""usage: python cli.py COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+
+Direct Preference Optimization of causal language models.
+
+{commands}
+
+`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from."""
 
 
 def run(args: Sequence[str]) -> None:
     """Runs the command that the first argument names.
 
     Raises:
-        UserError: there is no such command, or the user can mend why it failed.
+        UserError: there is no such command, or the user can correct the reason of its failure.
     """
     name = args[0]
     if name not in COMMANDS:
@@ -77,7 +73,7 @@ def run(args: Sequence[str]) -> None:
         hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(COMMANDS)}"
         raise UserError(f"unknown command '{name}': {hint}")
     command = COMMANDS[name]
-    gc.disable()  # a sixth of the time that the imports take would go to looking for garbage in them
+    gc.disable()  # looking for garbage during the imports would take a sixth of their time
     try:
         module = importlib.import_module(command.module)
     finally:
@@ -91,13 +87,11 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    asks = not args or args[0] in ("-h", "--help")
-    if not asks:
-        keep_quiet()
     try:
-        if asks:
+        if not args or args[0] in ("-h", "--help"):
             print(usage())
         else:
+            keep_quiet()
             run(args)
         sys.stdout.flush()
     except UserError as error:
@@ -107,46 +101,44 @@ def main(args: Sequence[str] | None = None) -> int:
         return USER_ERROR_EXIT
     except Stopped as stop:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            return 0  # else Lightning kills the first process, which started this one
+            return 0  # or Lightning would kill the first process, which started this one
         print(visible(stopped(args, stop)), file=sys.stderr)
         return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED_EXIT
-    except SystemExit as end:
-        if type(end).__name__ == "SIGTERMException":  # Lightning's, outside of the steps; it would exit with 0
+    except (KeyboardInterrupt, SystemExit) as end:
+        if type(end).__name__ == "SIGTERMException":  # Lightning's, outside of training steps; it would exit with 0
             print("ended by SIGTERM", file=sys.stderr)
             return TERMINATED_EXIT
-        if not isinstance(end.__context__, KeyboardInterrupt):  # Lightning's way to end before the first step
+        # Lightning turns Ctrl-C before the first step into a SystemExit.
+        if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
             raise
         print("interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT
-    except BrokenPipeError:  # who reads the output, such as `head`, has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python says so when it ends
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it at exit
         return BROKEN_PIPE_EXIT
     except OSError as error:
-        if debug or error.errno not in CANNOT_BE_WRITTEN:
+        if debug or error.errno not in USERS_ERRORS:
             raise
         name = one_line(str(error.filename or "a file of the run"))
-        print(f"error: {name} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"error: {name} cannot be used: {error.strerror}", file=sys.stderr)
         return USER_ERROR_EXIT
     return 0 if args else USER_ERROR_EXIT
 
 
 def stopped(args: Sequence[str], stop: Stopped) -> str:
-    """How a run that was stopped is gone on with."""
+    """The message about a stopped run, with the command that resumes it."""
     kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (before, arg)]
     kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
     program = "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
     done = "stopped at once" if stop.step is None else f"stopped after step {stop.step}, which is saved"
-    return f"{done}; to go on:\n    {program} {shlex.join(kept)} --ckpt_path last"
+    return f"{done}; to resume:\n    {program} {shlex.join(kept)} --ckpt_path last"
 
 
 def keep_quiet() -> None:
-    """Drops what libraries say that is neither about this run nor for its user; the rest is shown as visible text."""
+    """Hides messages of libraries that do not concern the user, and escapes the rest (`show_only_visible`)."""
     show_only_visible()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else loader workers and tokenizers warn of each other
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or tokenizers warn in every loader worker
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")

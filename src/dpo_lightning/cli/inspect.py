@@ -1,6 +1,6 @@
-"""`inspect`: what a configuration will train on and for how long, before it is paid for. Needs no weights.
+"""The command `inspect`: what a configuration will train on, and for how long. It needs no weights.
 
-Everything comes from the datamodule as training takes it: its checked rows, its encoded pairs, its sampler's batches.
+Everything comes from the datamodule as in training: its checked rows, its encoded pairs, its sampler's batches.
 """
 
 import math
@@ -12,28 +12,29 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from dpo_lightning.callbacks.context import batches_per_epoch
 from dpo_lightning.callbacks.report.callback import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
-from dpo_lightning.data.columns import context_keys, id_counts, numbers
+from dpo_lightning.data.columns import context_keys, id_counts, numeric_column
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.data.reading import RowAccount
 from dpo_lightning.visible import one_line, visible
 
-BINS, BAR = 10, 40  # of a histogram: its rows, and characters of its longest bar
-INDENT = "\n" + 12 * " "  # under the text of a shown pair, so that no line of it looks like one of ours
+BINS, BAR = 10, 40  # of a histogram: rows, and characters of the longest bar
+INDENT = "\n" + 12 * " "  # of a decoded pair's lines, which must not look like ours
 TIMED_STEPS, WARMUP_STEPS = 4, 2
-SHOWN = 300  # characters of a prompt
+LONGEST_PROMPT = 300  # characters; longer ones are cut
 
 
 class InspectCLI(DPOCLI):
-    """The same configuration without a Trainer command, and what to show of it."""
+    """The configuration of a run, with the options of `inspect`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `rows` and `time`."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--rows", type=int, default=3, help="pairs that are shown decoded")
+        parser.add_argument("--rows", type=int, default=3, help="number of pairs to show decoded")
         parser.add_argument("--time", type=bool, default=False, help="load the model and time a few real steps")
 
 
@@ -47,24 +48,24 @@ class Clock(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PairBatch, batch_idx: int
     ) -> None:
-        """Starts."""
+        """Starts the clock."""
         self._began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
-        """Stops, once the loss is really there."""
+        """Stops the clock, after the device has computed the loss."""
         outputs["loss"].item()
         self.seconds.append(time.perf_counter() - self._began)
         self.tokens.append(int((batch.segment_ids != PADDING).sum()))
 
 
 def run_inspect(args: Sequence[str]) -> None:
-    """`inspect`: prints what a configuration will train on."""
+    """Runs `inspect` with its arguments, the command's name first."""
     cli = configured(InspectCLI, args[1:], run=False)
     data, trainer = cli.datamodule, cli.trainer
-    data.trainer = trainer  # which knows the number of devices
-    trainer.strategy.connect(cli.model)  # whose positions bound the pairs
+    data.trainer = trainer  # for the number of devices
+    trainer.strategy.connect(cli.model)  # for the number of positions, which limits the pairs
     data.generates = False
     data.setup("fit")
     for line in inspect(data, cli.config.rows):
@@ -73,7 +74,7 @@ def run_inspect(args: Sequence[str]) -> None:
 
 
 def measured(cli: DPOCLI) -> float:
-    """Seconds that training takes per token on one device here, timed over a few real steps."""
+    """Seconds of training per token on one device here, timed over a few real steps."""
     settings, clock = cli.config.trainer, Clock()
     trainer = Trainer(
         accelerator=settings.accelerator, devices=1, precision=settings.precision, callbacks=[clock],
@@ -86,30 +87,29 @@ def measured(cli: DPOCLI) -> float:
 
 
 def run_line(data: PreferenceDataModule, trainer: Trainer) -> str:
-    """How long the run is in steps."""
+    """The length of the run in steps."""
     batches, steps = length_of_run(data, trainer)
     return (
-        f"an epoch is {batches:,} batches of {data.hparams.batch_size} pairs on each of {trainer.world_size} devices; "
-        f"at {trainer.accumulate_grad_batches} a step the run has {steps:,} steps"
+        f"an epoch has {batches:,} batches of {data.hparams.batch_size} pairs on each of {trainer.world_size} devices; "
+        f"at {trainer.accumulate_grad_batches} per step the run has {steps:,} steps"
     )
 
 
 def length_of_run(data: PreferenceDataModule, trainer: Trainer) -> tuple[int, float]:
-    """Batches of an epoch on each device, and optimizer steps of the run (infinite where nothing ends it)."""
-    batches, limit = len(data.train_dataloader().sampler), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    """Batches of an epoch on each device, and optimizer steps of the run (infinite if nothing limits it)."""
+    batches = batches_per_epoch(trainer, data)
     epochs = trainer.max_epochs if (trainer.max_epochs or -1) >= 0 else math.inf
     most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     return batches, min(most, epochs * math.ceil(batches / trainer.accumulate_grad_batches))
 
 
 def time_line(data: PreferenceDataModule, trainer: Trainer, seconds_per_token: float | None) -> str:
-    """How long the run takes, where it was measured."""
+    """The duration of the run, if it was measured."""
     if seconds_per_token is None:
-        return "--time true loads the model and measures how long that takes here"
+        return "--time true loads the model and measures the time that the run takes here"
     _, steps = length_of_run(data, trainer)
     pairs = data.hparams.batch_size * trainer.accumulate_grad_batches
-    seconds = numbers(data.datasets["train"], "length").mean() * pairs * seconds_per_token
+    seconds = numeric_column(data.datasets["train"], "length").mean() * pairs * seconds_per_token
     return (
         f"about {duration(steps * seconds)} of training here, {seconds:.2f} s a step (measured over {TIMED_STEPS} "
         "steps; validation and replies come on top)"
@@ -117,12 +117,12 @@ def time_line(data: PreferenceDataModule, trainer: Trainer, seconds_per_token: f
 
 
 def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
-    """Lines on a datamodule that is set up for "fit": rows, lengths, batches, and the first `rows` pairs decoded."""
+    """Describes a datamodule that is set up for "fit": rows, lengths, batches, and the first `rows` pairs, decoded."""
     for account in data.accounts.values():
         yield from account_lines(account)
     for name in data.not_generated:
         model = data.hparams.generation["name_or_path"]
-        yield f"{name}: its rejected completions, here empty, are yet to be generated: `fit` begins with that ({model})"
+        yield f"{name}: `fit` will first generate its rejected completions with {model}; here they are empty"
     yield ""
     for name, pairs in data.datasets.items():
         yield f"{name}: {len(pairs):,} pairs, {len(np.unique(context_keys(pairs))):,} different contexts (or prompts)"
@@ -132,31 +132,31 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
         yield from histogram(f"train, tokens of {side}", id_counts(train, f"{side}_ids"))
     yield ""
     for cut in ("prompt_cut", "completion_cut"):
-        count = int(numbers(train, cut).sum())
+        count = int(numeric_column(train, cut).sum())
         share = f"{count:,} ({count / len(train):.1%})"
         yield f"{cut.replace('_', 's ')} to fit data.max_length = {data.max_length}: {share}"
     yield f"padding in the first epoch's training batches: {padding(data):.1%} of their tokens"
     if rows:
         yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"
     for position in range(min(rows, len(train))):
-        yield from shown(data, position)
+        yield from decoded_pair(data, position)
 
 
 def account_lines(account: RowAccount) -> Iterator[str]:
-    """What became of the rows of a data set, with the first of each kind."""
+    """How many rows of a data set became pairs or were skipped, with the first of each kind."""
     yield f"{account.source}: {account.rows:,} rows read, {account.pairs:,} pairs"
-    for what, counts in (("skipped", account.skipped), ("kept, though they teach nothing", account.doubtful)):
+    for label, counts in (("skipped", account.skipped), ("kept, though they teach nothing", account.doubtful)):
         for reason, count in counts.items():
-            yield f"  {what}: {count:,} {reason}"
+            yield f"  {label}: {count:,} {reason}"
             yield from (f"    {one_line(line)}" for line in account.first[reason])
     if not account.skipped and not account.doubtful:
         yield "  none skipped, none repeated, no chosen that is its rejected"
 
 
 def histogram(title: str, values: np.ndarray) -> Iterator[str]:
-    """A histogram of whole numbers in text: a line on all of them, then one for each of at most `BINS` ranges."""
+    """A text histogram of integers: a summary, then a line for each of at most `BINS` ranges."""
     low, high = int(values.min()), int(values.max())
-    yield f"{title}: {low} to {high}, median {np.median(values):g}, mean {values.mean():.1f}, {values.sum():,} in all"
+    yield f"{title}: {low} to {high}, median {np.median(values):g}, mean {values.mean():.1f}, {values.sum():,} in total"
     width = max(1, math.ceil((high - low + 1) / BINS))
     counts = np.bincount((values - low) // width)
     for number, count in enumerate(counts.tolist()):
@@ -167,21 +167,21 @@ def histogram(title: str, values: np.ndarray) -> Iterator[str]:
 
 def padding(data: PreferenceDataModule) -> float:
     """Share of padding among the tokens of the first epoch's training batches, on all devices together."""
-    lengths = numbers(data.datasets["train"], "length")
-    sampler = data.train_dataloader().sampler
+    lengths = numeric_column(data.datasets["train"], "length")
+    sampler: Any = data.train_dataloader().sampler
     world = sampler.num_replicas
     batches = [batch[rank::world] for batch in sampler.global_batches() for rank in range(world)]
     return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches)
 
 
-def shown(data: PreferenceDataModule, position: int) -> Iterator[str]:
-    """A training pair as its batch holds it."""
+def decoded_pair(data: PreferenceDataModule, position: int) -> Iterator[str]:
+    """A training pair, decoded from its batch."""
     columns = data.datasets["train"].select_columns(list(EncodedPair._fields))[[position]]
     (pair,) = to_pairs(collate_columns(columns, [position]))
     prompt = data.tokenizer.decode(pair.prompt_ids)
-    yield data.where("train", [position])[0]
+    yield data.locations("train", [position])[0]
     for line in (
-        f"prompt    {'…' + prompt[-SHOWN:] if len(prompt) > SHOWN else prompt}",
+        f"prompt    {'…' + prompt[-LONGEST_PROMPT:] if len(prompt) > LONGEST_PROMPT else prompt}",
         f"chosen    ⟦{data.tokenizer.decode(pair.chosen_ids)}⟧",
         f"rejected  ⟦{data.tokenizer.decode(pair.rejected_ids)}⟧",
     ):

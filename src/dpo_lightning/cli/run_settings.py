@@ -1,46 +1,53 @@
-"""Settings of a run -> UserError where Lightning would fall over them later, or mend them, with a line that says so."""
+"""Checks of a run's settings that Lightning would fail on later, without a clear message."""
 
-import inspect
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
+from dpo_lightning.callbacks.checkpoints import LastCheckpoint
+from dpo_lightning.callbacks.export.callback import ExportCallback
+from dpo_lightning.callbacks.predictions import ReplyWriter
+from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import local_path
+from dpo_lightning.parsing import Seed, check_setting, check_settings
 
-LARGEST_SEED = 2**32 - 1  # that numpy takes
-SECTIONS = ("model", "data", "trainer", "replies", "checkpoint", "last", "predictions", "export")
-PROCESSES = 8  # that any machine may be asked for, to try out distributed runs
+SECTIONS: dict[str, Any] = {  # of settings -> the class that gets them, if it is ours
+    "model": DPOModule,
+    "data": PreferenceDataModule,
+    "trainer": None,
+    "replies": RepliesCallback,
+    "checkpoint": None,
+    "last": LastCheckpoint,
+    "predictions": ReplyWriter,
+    "export": ExportCallback,
+}
+PROCESSES = 8  # allowed on any CPU, to try out distributed runs
 
 
-def check_settings(settings: Namespace) -> None:
-    """Checks the settings of a command before anything is made from them.
-
-    Raises:
-        UserError: the setting, what it is, and what it may be.
-    """
-    for section in SECTIONS:
-        if section in settings and not isinstance(settings[section], Namespace):
-            raise UserError(
-                f"{section} is '{settings[section]}': it must be a section, with settings of its own below it"
-            )
-    check_given("model", settings.model, DPOModule)
-    check_given("data", settings.data, PreferenceDataModule)
-    named = (settings.get("checkpoint") or {}).get("filename") or ""
-    if named.startswith("/") or ".." in named.split("/"):
-        raise UserError(f"checkpoint.filename is '{named}': it must lie in the run's folder of checkpoints")
-    for place in (settings.trainer.get("default_root_dir"), (settings.get("checkpoint") or {}).get("dirpath")):
-        if "://" not in str(place or ""):
-            local_path(str(place or "."))  # that can be looked up
+def check_run_settings(settings: Namespace) -> None:
+    """Raises UserError for a setting of a command that is not allowed, before anything is created from it."""
+    for section, kind in SECTIONS.items():
+        given = settings.get(section, Namespace())
+        if not isinstance(given, Namespace):
+            raise UserError(f"{section} is '{given}': it must be a section with settings below it")
+        if kind:  # the parser accepts null for any setting in a file
+            nulls = {name: None for name, value in given.items() if value is None}
+            check_settings(kind.__init__, nulls, f"{section}.")
+    checkpoint = settings.get("checkpoint") or {}
+    filename = checkpoint.get("filename") or ""
+    if filename.startswith("/") or ".." in filename.split("/"):
+        raise UserError(f"checkpoint.filename is '{filename}': it must lie in the run's folder of checkpoints")
+    for folder in (settings.trainer.get("default_root_dir"), checkpoint.get("dirpath")):
+        if "://" not in str(folder or ""):
+            local_path(str(folder or "."))  # refuses names that no folder can have
     seed = settings.get("seed_everything")
-    if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed_everything is {seed}: it must be from 0 to {LARGEST_SEED}")
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        check_setting("seed_everything", seed, Seed)
     trainer = settings.trainer
     if not isinstance(trainer.get("val_check_interval") or 0, (int, float, str)):
         raise UserError("trainer.val_check_interval is a table: it must be a number of batches, or a time")
@@ -50,28 +57,12 @@ def check_settings(settings: Namespace) -> None:
     if (trainer.get("gradient_clip_val") or 0) < 0:
         raise UserError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}: it must be 0 (no clipping) or more")
     if trainer.get("barebones"):
-        raise UserError("trainer.barebones leaves out checkpoints, logs and replies, which a run is for: leave it out")
+        raise UserError("trainer.barebones switches checkpoints, logs and replies off, which a run needs: leave it out")
     check_processes(trainer.get("accelerator"), trainer.get("devices"))
 
 
-def check_given(section: str, settings: Namespace, made: type) -> None:
-    """Refuses `null` for a setting that must have a value, which the parser lets pass for all.
-
-    Raises:
-        UserError: the setting, and its default.
-    """
-    for name, parameter in inspect.signature(made).parameters.items():
-        if name in settings and settings[name] is None and parameter.default is not None:
-            default = "" if parameter.default is parameter.empty else f" (left out, it is {parameter.default})"
-            raise UserError(f"{section}.{name} is null: it must have a value{default}")
-
-
 def check_processes(accelerator: Any, devices: Any) -> None:
-    """Refuses more processes on the CPU than its machine can hold: each has a copy of the model.
-
-    Raises:
-        UserError: how many there may be.
-    """
+    """Raises UserError for more processes on the CPU than fit: each has its own copy of the model."""
     on_cpu = accelerator == "cpu" or accelerator == "auto" and not torch.cuda.is_available()
     if not on_cpu or torch.backends.mps.is_available() and accelerator == "auto":
         return
@@ -79,22 +70,9 @@ def check_processes(accelerator: Any, devices: Any) -> None:
     try:
         number = int(devices)
     except (TypeError, ValueError):
-        return  # auto, a list, or what Lightning refuses
+        return  # auto, a list, or something that Lightning refuses
     if not 1 <= number <= most:
         raise UserError(
             f"trainer.devices is {devices}: on the CPU it is a number of processes, each with its own copy of the "
             f"model: 1 to {most} here"
         )
-
-
-def refused_folder(error: OSError, args: Sequence[str]) -> UserError | None:
-    """The error of a run that cannot make its folder, None where it is about something else."""
-    folder = next((b for a, b in zip(args, args[1:], strict=False) if a == "--trainer.default_root_dir"), None) or next(
-        (a.partition("=")[2] for a in args if a.startswith("--trainer.default_root_dir=")), None
-    )
-    if not folder or not isinstance(error.filename, str):
-        return None
-    touched, wanted = Path(error.filename).absolute(), Path(folder).absolute()
-    if touched != wanted and touched not in wanted.parents and wanted not in touched.parents:
-        return None
-    return UserError(f"trainer.default_root_dir '{folder}' cannot be written: {error.strerror}")

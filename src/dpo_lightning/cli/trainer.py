@@ -1,4 +1,4 @@
-"""The commands themselves: `fit`, `validate`, `test`, `predict` through LightningCLI, and `download` and `export`."""
+"""The commands `fit`, `validate`, `test` and `predict`, which LightningCLI runs, and `download`."""
 
 import re
 import sys
@@ -12,29 +12,29 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 
 from dpo_lightning.callbacks.checkpoint_files import (
-    DATA_SETTINGS,
     SETTINGS,
     AtomicCheckpointIO,
-    can_go_on,
     check_checkpoint,
     check_resumable,
     checkpoint_folders,
     damage,
+    is_resumable,
     newest_first,
-    newest_whole,
+    newest_undamaged,
     read_checkpoint,
     restoring,
     version,
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
-from dpo_lightning.callbacks.export.callback import ExportCallback, check_options, export_policy, export_target
+from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.progress import RunBar
@@ -44,52 +44,69 @@ from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.cli.download import download
-from dpo_lightning.cli.run_settings import check_settings, refused_folder
-from dpo_lightning.data.asking import Asking, checkpoint_asking, read_asking, settled_template
+from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
+from dpo_lightning.cli.run_settings import check_run_settings
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.generated import MODEL_SETTINGS
-from dpo_lightning.dpo.module import DPOModule
+from dpo_lightning.data.prompt_format import (
+    PromptFormat,
+    checkpoint_prompt_format,
+    read_prompt_format,
+    resolved_template,
+)
+from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
+from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import configured_section, leave_callbacks_out
 from dpo_lightning.models.hardware import fastest_precision
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import load_config, tokenizer_name
 from dpo_lightning.models.sharding import check_strategy
-from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_place
+from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_location
 from dpo_lightning.storage.trust import TRUST, plain_settings
 from dpo_lightning.visible import one_line
 
-# Those without settings.
+# Callbacks without settings.
 CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
 
 
 class DPOCLI(LightningCLI):
-    """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked paths."""
+    """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked settings."""
 
+    config: Namespace
     _logger_options: Mapping[str, Any] = MappingProxyType({})
-    _checkpoint_asking: Asking | None = None
+    _checkpoint_prompt_format: PromptFormat | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callbacks as sections of their own, and defaults that a DPO run wants."""
+        """Adds the callbacks as sections of the configuration, and our defaults."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "step{step}",
                 "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.save_last": False,  # the next one's task
-                "checkpoint.enable_version_counter": False,  # a resumed run writes the same files again
+                "checkpoint.save_last": False,  # LastCheckpoint does
+                "checkpoint.enable_version_counter": False,  # a resumed run replaces its files
             }
         )
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(RepliesCallback, "replies")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
+        parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As LightningCLI's, and checks what Lightning itself would fall over later."""
+        """Parses as LightningCLI does, and checks settings that Lightning would fail on later."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        check_settings(self.config[command] if command else self.config)
+        settings = self.config[command] if command else self.config
+        check_run_settings(settings)
+        if settings.optimizer:
+            given = parser.parse_args(args, defaults=False)
+            self._optimizer_given = (given[command] if command else given).optimizer.get("init_args") or Namespace()
+        if ":" in (settings.model.reference or ""):  # now, as nothing is imported that a checkpoint names
+            import_reference(settings.model.reference)
 
     @property
     def settings(self) -> Namespace:
@@ -100,10 +117,10 @@ class DPOCLI(LightningCLI):
         """Fills in what follows from the rest of the config: tokenizer, template, generating model, precision."""
         config = self.settings
         check_strategy(config.trainer.strategy)
-        asking, where = self._checkpoint_asking, config.get("ckpt_path")
-        if asking is None:
-            asking, where = read_asking(config.model.name_or_path), config.model.name_or_path
-        config.data.prompt_template = settled_template(config.data.prompt_template, asking, where)
+        prompt_format, where = self._checkpoint_prompt_format, config.get("ckpt_path")
+        if prompt_format is None:
+            prompt_format, where = read_prompt_format(config.model.name_or_path), config.model.name_or_path
+        config.data.prompt_template = resolved_template(config.data.prompt_template, prompt_format, where)
         if config.data.tokenizer is None:
             config.data.tokenizer = tokenizer_name(config.model.name_or_path)
         if config.data.rejected == "generated":
@@ -112,27 +129,32 @@ class DPOCLI(LightningCLI):
         if config.trainer.precision is None:
             config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
             rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
+        if config.optimizer:
+            drop_defaults(config.optimizer, self._optimizer_given)
+            config.model.optimizer = with_run_settings(config.optimizer, config.model)
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
 
     def instantiate_classes(self) -> None:
-        """As LightningCLI's, once the model is known to be there: a wrong name is said before data are read."""
+        """Checks that the model exists, before data are read, then does as LightningCLI."""
         load_config(self.settings.model.name_or_path, self.settings.model.trust_remote_code)
         try:
             super().instantiate_classes()
         except UserError:
             raise
         except ValueError as error:
-            missing = re.search(r"Requirement '([^']+)' not met", str(error))  # as Lightning's loggers say it
+            missing = re.search(r"Requirement '([^']+)' not met", str(error))  # the words of Lightning's loggers
             if missing:
                 raise UserError(f"trainer.logger needs a missing package: pip install '{missing[1]}'") from error
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As LightningCLI's, with TensorBoard's hparams free for real metrics, a folder that is this run's alone, and
-        refusals as UserError.
+        """Adds our logger, checkpoint files and progress bar, unless the user gives others.
+
+        Raises:
+            UserError: Lightning refuses the settings.
         """
-        trainer = self._get(self.config_init, "trainer")
+        trainer = configured_section(self, "trainer")
         if trainer.logger in (None, True):
             folder = trainer.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(
@@ -141,26 +163,25 @@ class DPOCLI(LightningCLI):
         plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins] if trainer.plugins else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        if trainer.enable_checkpointing is False:  # Lightning would refuse the run instead of leaving them out
-            keys = self._parser(self.subcommand).callback_keys
-            keys[:] = [key for key in keys if key not in ("checkpoint", "last")]
+        if trainer.enable_checkpointing is False:  # with them, Lightning would refuse the run
+            leave_callbacks_out(self, {"checkpoint", "last"})
         own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
         if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
-            kwargs["callbacks"] = [*own, RunBar()]  # before those that print, so that its line is done when they end
+            kwargs["callbacks"] = [*own, RunBar()]  # first, so that its line is complete when others print
         try:
-            made = super().instantiate_trainer(**kwargs)
+            instance = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
-        made.loggers = [with_own_folder(logger) for logger in made.loggers]
-        return made
+        instance.loggers = [with_own_folder(logger) for logger in instance.loggers]
+        return instance
 
     def _parse_ckpt_path(self) -> None:
-        """Finds the checkpoint that `--ckpt_path` means, and takes over its model's settings, as Lightning's does.
+        """Finds the checkpoint that `--ckpt_path` means, and uses its model settings, as Lightning does.
 
-        Those of them alone that are plain values: what runs code (`trust`) is never taken from a file.
+        Only plain values are used, nothing that runs code (`storage.trust`).
 
         Raises:
-            UserError: it is not there, damaged, of another model, or was edited into what is no checkpoint of ours.
+            UserError: it is missing, damaged, of another model, or edited.
         """
         settings = self.config.get("subcommand") and self.config[self.config.subcommand]
         if not settings or not settings.get("ckpt_path"):
@@ -174,22 +195,22 @@ class DPOCLI(LightningCLI):
         checkpoint = read_checkpoint(path, mmap=True)
         if self.config.subcommand == "fit":
             check_resumable(checkpoint, path)
-        saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
+        saved = saved_settings(checkpoint, path)
         self._check_trust(settings, saved.get("name_or_path"), path)
-        self._checkpoint_asking = checkpoint_asking(checkpoint, path)
+        self._checkpoint_prompt_format = checkpoint_prompt_format(checkpoint, path)
         self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
         given = settings.model.as_dict()
         try:
             self.config = self.parser.parse_object({self.config.subcommand: {"model": saved}}, self.config)
         except UserError as error:
-            raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
+            raise UserError(f"--ckpt_path '{path}' has a setting that does not fit: {error}") from error
         taken = self.config[self.config.subcommand].model.as_dict()
         if changed := [f"{key} = {value!r}" for key, value in taken.items() if value != given.get(key)]:
             rank_zero_info(f"model settings taken from {path}: {', '.join(changed)}")
 
     @staticmethod
     def _check_trust(settings: Namespace, name: Any, path: str) -> None:
-        """Trust that was given to one model is not given to the one that a checkpoint names."""
+        """Raises UserError if the user trusts one model's code, but the checkpoint names another model."""
         trusting = settings.model[TRUST] or settings.data[TRUST] or (settings.data.generation or {}).get(TRUST)
         if trusting and name not in (None, settings.model.name_or_path):
             raise UserError(
@@ -198,36 +219,36 @@ class DPOCLI(LightningCLI):
             )
 
     def _find_last(self, settings: Namespace) -> str | None:
-        """The newest whole checkpoint of the newest run; "last" where only its own logger knows its folder."""
+        """The newest usable checkpoint of the newest run; "last" if only the run's logger knows its folder."""
         if settings.checkpoint.dirpath:
             folders = [Path(settings.checkpoint.dirpath)]
         elif settings.trainer.logger in (None, True):
             folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
         else:
             return "last"
-        path = newest_whole(folders, to_go_on=self.config.subcommand == "fit")
+        path = newest_undamaged(folders, resumable=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
-        # No error for `fit`: so a job that is started again and again can be the same command each time.
-        place = " or ".join(f"'{folder.parent if folder.name == 'checkpoints' else folder}'" for folder in folders)
-        nothing = f"there is no checkpoint yet{f' in {place}' if place else ''}, so the run starts at its beginning"
-        rank_zero_info(f"--ckpt_path last: {path or nothing}")
-        return path and str(path)
+        # Not an error for `fit`, so that a job which is started repeatedly can use the same command each time.
+        paths = " or ".join(f"'{folder.parent if folder.name == 'checkpoints' else folder}'" for folder in folders)
+        none = f"there is no checkpoint yet{f' in {paths}' if paths else ''}, so the run starts from the beginning"
+        rank_zero_info(f"--ckpt_path last: {path or none}")
+        return str(path) if path else None
 
     def _resume_in_its_folder(self, settings: Namespace, path: Path, step: int) -> None:
-        """Lets the run that goes on from its newest checkpoint keep its folder; from an older one it gets a new one."""
+        """Keeps a run's folder if it resumes from its newest checkpoint; from an older one it gets a new folder."""
         run, logs = path.absolute().parent.parent, Path(settings.trainer.default_root_dir or ".") / "lightning_logs"
         if self.config.subcommand != "fit" or run.parent != logs.absolute() or version(run) < 0:
             return
-        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and can_go_on(o))):
-            rank_zero_info(f"{path} is not the newest checkpoint of its run: what follows from it gets its own folder")
+        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and is_resumable(o))):
+            rank_zero_info(f"{path} is not the newest checkpoint of its run: the resumed run gets a new folder")
             return
-        # TensorBoard hides what a run that was killed had logged after its checkpoint: it comes again.
+        # TensorBoard hides what a killed run had logged after its checkpoint, as it is logged again.
         self._logger_options = {"version": version(run), "purge_step": step + 1}
 
 
 class DownloadCLI(DPOCLI):
-    """The same configuration without a Trainer command, and where to download to."""
+    """The configuration of a run, with the option of `download`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `output_dir`."""
@@ -236,8 +257,8 @@ class DownloadCLI(DPOCLI):
 
 
 def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
-    """Parses a configuration and, with `run`, runs the Trainer command in it."""
-    # Not as an argument: Lightning starts the processes of further devices with this process's own command line.
+    """Parses a configuration and, with `run`, runs its Trainer command."""
+    # Not as an argument: Lightning starts the processes of further devices with this process's command line.
     sys.argv[1:] = args
     check_config_files(args)
     try:
@@ -252,15 +273,11 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
             save_config_kwargs={"overwrite": True},
         )
     except UserError as error:
-        raise with_place(error, args) from error
+        raise with_location(error, args) from error
 
 
 def run_trainer(args: Sequence[str]) -> None:
-    """`fit`, `validate`, `test`, `predict`.
-
-    Raises:
-        UserError: Lightning refuses what is asked of it, or what the package's own code raises.
-    """
+    """Runs `fit`, `validate`, `test` or `predict`; what Lightning refuses becomes a UserError."""
     try:
         with restoring():
             configured(DPOCLI, args, run=True)
@@ -269,75 +286,17 @@ def run_trainer(args: Sequence[str]) -> None:
     except ValueError as error:
         if "(ckpt_path=" not in str(error) or isinstance(error, UserError):
             raise
-        raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no best, or no hpc
-    except OSError as error:
-        raise refused_folder(error, args) or error from error
+        raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no "best" or "hpc" checkpoint
 
 
 def run_download(args: Sequence[str]) -> None:
-    """`download`: the tokenizer, model and data sets that a configuration names, for use without a network."""
+    """Runs `download`: saves the tokenizer, model and data sets that a configuration names."""
     config = configured(DownloadCLI, args[1:], run=False).config
     for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
         print(one_line(f"{kind} written to {name}"))
 
 
-def run_export(args: Sequence[str]) -> None:
-    """`export`: a checkpoint as a Hugging Face folder."""
-    from jsonargparse import auto_cli
-
-    auto_cli(export, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
-
-
-def export(
-    ckpt_path: str,
-    output_dir: str,
-    merge: bool = False,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    trust_remote_code: bool = False,
-) -> None:
-    """Writes the model of a checkpoint as a Hugging Face folder.
-
-    Args:
-        ckpt_path: a checkpoint written by `fit`.
-        output_dir: folder to write; what it holds is replaced only where a previous export wrote all of it.
-        merge: with LoRA, write a complete model instead of the adapter.
-        dtype: of the written weights (float32, bfloat16, float16); left out, as they were trained.
-        max_shard_size: largest size of a weights file; more is split into several.
-        trust_remote_code: run the own Python code of the hub model that the checkpoint names.
-    """
-    check_options(dtype, max_shard_size)
-    check_checkpoint(ckpt_path)
-    checkpoint = read_checkpoint(ckpt_path)
-    if "state_dict" not in checkpoint:
-        raise UserError(
-            f"--ckpt_path '{ckpt_path}' is a sharded checkpoint, and `export` reads a single file: make one of it with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt_path}`"
-        )
-    if not checkpoint["global_step"]:
-        raise UserError(f"--ckpt_path '{ckpt_path}' has 0 optimizer steps: nothing was trained, so no model is written")
-    module = DPOModule(**_model_settings(checkpoint, ckpt_path), trust_remote_code=trust_remote_code)
-    target = export_target(module, output_dir, [Path(ckpt_path).parent])
-    target.check()  # before the model is loaded
-    data_settings = checkpoint.get(DATA_SETTINGS, {})
-    tokenizer = data_settings.get("tokenizer")
-    if not isinstance(tokenizer, str):
-        raise UserError(f"--ckpt_path '{ckpt_path}' does not name its tokenizer, so no folder can be written from it")
-    data = PreferenceDataModule(tokenizer, trust_remote_code=trust_remote_code)
-    module.load_state_dict(checkpoint["state_dict"])
-    if asking := checkpoint_asking(checkpoint, ckpt_path):
-        asking.fit_out(data.tokenizer)
-    export_policy(module, data.tokenizer, target, merge, dtype, max_shard_size, data_settings, asking)
-    print(one_line(f"model written to {output_dir}"))
-
-
-def _model_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """A checkpoint's settings of DPOModule, with their types checked as the command line's are."""
-    parser = OneLineErrorParser()
-    parser.add_class_arguments(DPOModule, "model")
-    saved = plain_settings(checkpoint[SETTINGS], signature(DPOModule).parameters, f"--ckpt_path '{path}'")
-    try:
-        settings = parser.parse_object({"model": saved}).model.as_dict()
-    except UserError as error:
-        raise UserError(f"--ckpt_path '{path}' has a setting that this model cannot have: {error}") from error
-    return {name: value for name, value in settings.items() if name != TRUST}
+def saved_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A checkpoint's settings of DPOModule, if they are plain values (`storage.trust`)."""
+    known = {name: value for name, value in signature(DPOModule).parameters.items() if name not in NOT_SAVED}
+    return plain_settings(checkpoint[SETTINGS], known, f"--ckpt_path '{path}'")

@@ -5,10 +5,11 @@ A row of a PairBatch holds a pair with its prompt once:
     prompt[0..P)  chosen[0..C-1)  rejected[0..R-1)
 
 The last token of a completion predicts nothing and is left out; the last prompt token predicts the first token of
-both completions. With an empty rejected completion (EOS alone) the rejected side adds no token at all.
+both completions. An empty rejected completion (EOS alone) adds no token at all.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,31 +19,32 @@ from torch import Tensor
 from dpo_lightning.data.encoding import EncodedPair
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
+REFERENCE_LOGPS = "reference_logps"  # a column that a data set may have, and the field of PairBatch that it becomes
 
 
 class PairBatch(NamedTuple):
-    """B pairs as tensors. N is the number of completion tokens of all pairs, the ones that are predicted.
+    """B pairs as tensors. N is the number of completion tokens of all pairs: the tokens that are predicted.
 
-    In the shared layout a row is a pair; in the separate one (`to_separate`) rows 2b and 2b+1 are the chosen and
-    the rejected sequence of pair b; in the packed one (`to_packed`) a single row holds all pairs. Everything downstream
-    reads only these fields and works with each.
+    In the shared layout a row is a pair; in the separate one (`to_separate`) rows 2b and 2b + 1 are the chosen and the
+    rejected sequence of pair b; in the packed one (`to_packed`) a single row holds all pairs. Everything downstream
+    reads only these fields and works with each layout.
     """
 
     input_ids: Tensor  # [rows, T] int64; padding is 0 and never attended to by a real token
-    position_ids: Tensor  # [rows, T] int64; the rejected part starts again where the prompt ends
+    position_ids: Tensor  # [rows, T] int64; the rejected part restarts where the prompt ends
     segment_ids: Tensor  # [rows, T] int64; 0 prompt, 1 chosen, 2 rejected, -1 padding
-    predict_index: Tensor  # [N] int64 into the flattened [rows * T]: whose hidden state predicts the token
-    targets: Tensor  # [N] int64 token ids that are predicted
-    sequence: Tensor  # [N] int64 in [0, 2B): 2b for pair b's chosen, 2b + 1 for its rejected completion
-    pair_ids: Tensor  # [B] int64 position of the pair in its data set
+    predict_index: Tensor  # [N] int64 into the flattened [rows * T]: the position whose hidden state predicts the token
+    targets: Tensor  # [N] int64, the token ids that are predicted
+    sequence: Tensor  # [N] int64 in [0, 2B): 2b for the chosen completion of pair b, 2b + 1 for its rejected one
+    pair_ids: Tensor  # [B] int64, position of the pair in its data set
     weight: Tensor  # [B] float32, what the pair's loss is multiplied by
-    margin: Tensor  # [B] float32, what the loss demands beyond chosen over rejected, in the unit of beta times nats
-    reference_logps: Tensor | None = None  # [N] float32 nats of the targets under the reference, where known before
-    lengths: tuple[tuple[int, int, int], ...] = ()  # B times the columns of prompt, chosen and rejected part
+    margin: Tensor  # [B] float32, by how much the loss wants chosen above rejected, in units of beta times nats
+    reference_logps: Tensor | None = None  # [N] float32 nats, the targets under the reference, if precomputed
+    lengths: tuple[tuple[int, int, int], ...] = ()  # B times the columns of the prompt, chosen and rejected parts
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on a device; `lengths` stay on the host, where kernels are given their sizes."""
-        return PairBatch(*(field.to(device) if isinstance(field, Tensor) else field for field in self))
+        return PairBatch._make(field.to(device) if isinstance(field, Tensor) else field for field in self)
 
     @property
     def num_pairs(self) -> int:
@@ -51,12 +53,16 @@ class PairBatch(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether a row holds a whole pair."""
+        """Whether a row is a pair."""
         return self.input_ids.shape[0] == self.num_pairs
 
 
-def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
+def collate(
+    pairs: Sequence[EncodedPair], pair_ids: Sequence[int], reference_logps: Sequence[Sequence[float]] | None = None
+) -> PairBatch:
     """Builds a shared-prefix PairBatch, padded on the right to its longest row.
+
+    `reference_logps` has a list for each pair: the log-probs of its chosen and then its rejected tokens.
 
     Two pairs, prompt [5, 6] with chosen [7, 8, 2] and rejected [9, 2], and prompt [5] with [7, 2] and [2]:
 
@@ -88,25 +94,31 @@ def collate(pairs: Sequence[EncodedPair], pair_ids: Sequence[int]) -> PairBatch:
         predict_index += [first + p - 1, *range(first + c, first + len(row))]
         targets += chosen + rejected
         sequence += [2 * b] * len(chosen) + [2 * b + 1] * len(rejected)
-    tensors = (input_ids, position_ids, segment_ids, predict_index, targets, sequence, pair_ids)
     return PairBatch(
-        *(torch.as_tensor(np.asarray(tensor, dtype=np.int64)) for tensor in tensors),
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(segment_ids),
+        torch.tensor(predict_index),
+        torch.tensor(targets),
+        torch.tensor(sequence),
+        torch.as_tensor(pair_ids),
         weight=torch.tensor([pair.weight for pair in pairs]),
         margin=torch.tensor([pair.margin for pair in pairs]),
+        reference_logps=None if reference_logps is None else torch.tensor(list(chain.from_iterable(reference_logps))),
         lengths=tuple((len(prompt), len(chosen) - 1, len(rejected) - 1) for prompt, chosen, rejected in ids),
     )
 
 
 def collate_columns(columns: Mapping[str, Sequence], pair_ids: Sequence[int]) -> PairBatch:
-    """`collate` for pairs that come as columns, one for each field of EncodedPair."""
+    """`collate` for pairs as columns: one for each field of EncodedPair, and `reference_logps` if there is one."""
     pairs = zip(*(columns[field] for field in EncodedPair._fields), strict=True)
-    return collate([EncodedPair(*fields) for fields in pairs], pair_ids)
+    return collate([EncodedPair(*fields) for fields in pairs], pair_ids, columns.get(REFERENCE_LOGPS))
 
 
 def to_separate(batch: PairBatch) -> PairBatch:
-    """The same pairs as 2B rows of ordinary sequences (prompt + one completion), for models that cannot share.
+    """The same pairs as 2B ordinary sequences (prompt + one completion), for models that cannot share a prompt.
 
-    Because position ids start again at the rejected part, a token's column in its own sequence is its position id.
+    Since position ids restart at the rejected part, the column of a token in its own sequence is its position id.
     """
     if not batch.shared:
         return batch
@@ -156,7 +168,7 @@ def consecutive(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def to_pairs(batch: PairBatch) -> list[EncodedPair]:
-    """The pairs that a shared batch was collated from, as lists of ids."""
+    """The pairs that a batch in the shared layout was made from."""
     assert batch.shared
     pairs = []
     for b in range(batch.num_pairs):
@@ -171,7 +183,7 @@ class PromptBatch(NamedTuple):
 
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] int64; 0 at padding
-    pair_ids: Tensor  # [B] int64 position of the prompt in its data set
+    pair_ids: Tensor  # [B] int64, position of the prompt in its data set
 
 
 def collate_prompts(prompts: Sequence[list[int]], pair_ids: Sequence[int]) -> PromptBatch:

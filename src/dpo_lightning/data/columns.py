@@ -1,44 +1,59 @@
-"""A data set that was written by `arrow_cache` -> its columns, without a Python object for every cell."""
+"""A data set that `arrow_cache` wrote -> its columns, without a Python object for every cell."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_lightning.data.reading import PAIR_COLUMNS
+from dpo_lightning.internals.datasets import fingerprint, selected
 from dpo_lightning.storage.arrow_cache import Columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def numbers(data: "Dataset", name: str) -> np.ndarray:
+def numeric_column(data: "Dataset", name: str) -> np.ndarray:
     """A column of numbers or bools, [n], read straight from the table."""
-    return _picked(data, data.data.column(name).to_numpy())
+    return selected(data, data.data.column(name).to_numpy())
 
 
 def id_counts(data: "Dataset", name: str) -> np.ndarray:
-    """How many ids each list of a column has, int32 [n]."""
-    return _picked(data, pc.list_value_length(data.data.column(name)).to_numpy())
+    """The length of each list in a column, int32 [n]."""
+    return selected(data, pc.list_value_length(data.data.column(name)).to_numpy())
 
 
-def _picked(data: "Dataset", values: np.ndarray) -> np.ndarray:
-    """Values for all rows of the table -> those of the data set, which may be a selection of them."""
-    return values if data._indices is None else values[data._indices.column(0).to_numpy()]
+def with_column(data: "Dataset", name: str, values: pa.ChunkedArray) -> "Dataset":
+    """The data set with one more column.
+
+    Args:
+        values: [n]. They are copied into memory if the data set is a selection of its table's rows.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    table_rows = np.arange(data.data.num_rows)
+    rows = selected(data, table_rows)
+    if rows is table_rows:  # not a selection
+        return concatenate_datasets([data, Dataset(pa.table({name: values}), fingerprint=name)], axis=1)
+    order = np.full(len(table_rows), -1)
+    order[rows] = np.arange(len(rows))
+    column = Dataset(pa.table({name: values.take(pa.array(order, mask=order < 0))}), fingerprint=name)
+    return concatenate_datasets([Dataset(data.data, fingerprint=fingerprint(data)), column], axis=1).select(rows)
 
 
 def batches_of(data: "Dataset", columns: Sequence[str] = PAIR_COLUMNS.names) -> Iterator[Columns]:
-    """The columns of the table under a data set as it was written: a few rows at a time."""
+    """The columns of the table under a data set, a few rows at a time."""
     for batch in data.data.table.select(list(columns)).to_batches():
         yield batch.to_pydict()
 
 
 def text_keys(data: "Dataset", name: str) -> np.ndarray:
-    """A number for each text of a column, uint64 [n]: the same for equal texts, in every process."""
+    """A hash of each text of a column, uint64 [n]: the same in every process."""
     texts = (text for columns in batches_of(data, [name]) for text in columns[name])
-    return _picked(data, np.fromiter(map(_text_key, texts), np.uint64, data.data.num_rows))
+    return selected(data, np.fromiter(map(_text_key, texts), np.uint64, data.data.num_rows))
 
 
 def _text_key(text: str) -> int:
@@ -46,6 +61,6 @@ def _text_key(text: str) -> int:
 
 
 def context_keys(data: "Dataset") -> np.ndarray:
-    """A number for each pair, uint64 [n]: the same for pairs with the same context (or prompt, without a context)."""
+    """A hash of each pair's context, or of its prompt if it has no context, uint64 [n]."""
     contexts, prompts = text_keys(data, "context"), text_keys(data, "prompt")
     return np.where(contexts == _text_key(""), prompts, contexts)

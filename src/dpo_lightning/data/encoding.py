@@ -1,13 +1,16 @@
 """PreferencePair -> EncodedPair(prompt_ids, chosen_ids, rejected_ids): tokens, EOS, truncation.
 
-Prompt and completions are tokenized apart, so no token spans the boundary between them, and the prompt's tokens
-are the same whatever follows. Every completion ends in EOS, which is trained like any other token: a model taught
+Prompt and completions are tokenized separately, so no token spans the boundary between them, and the prompt's tokens
+are the same whatever follows. Every completion ends in EOS, which is trained like any other token: a model trained
 without it never stops.
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.errors import UserError
 
@@ -15,14 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+MAX_LENGTH, SHORTEST = 1024, 8  # tokens of a prompt and completion together: the default, and the least that is allowed
+
+
 class EncodedPair(NamedTuple):
-    """Token ids of one pair. The two completions end in EOS and are never empty; the prompt has at least one token."""
+    """Token ids of one pair. Both completions end in EOS; the prompt has at least one token."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    weight: float = 1.0  # what the pair's loss is multiplied by
-    margin: float = 0.0  # what the loss demands beyond chosen over rejected
+    weight: float = 1.0  # multiplies the pair's loss
+    margin: float = 0.0  # by how much the loss wants chosen above rejected
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -43,20 +49,40 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> "PreTr
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    """Checks what the pairs will need of a tokenizer.
-
-    Raises:
-        UserError: it has no EOS token, or a `model_max_length` that no prompt and completion fit into.
-    """
+    """Raises UserError for a tokenizer without EOS, or with a `model_max_length` that is too short for any pair."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer '{name}' has no EOS token, so replies could never be taught to end")
+        raise UserError(f"tokenizer '{name}' has no EOS token, so that a model could not learn to end its replies")
     length = tokenizer.model_max_length
-    # Of a tokenizer that does not know it, 1e30.
-    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 8 or length % 1:
+    # A tokenizer that does not know its length has 1e30.
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= SHORTEST or length % 1:
         raise UserError(
             f"tokenizer '{name}': its model_max_length (in tokenizer_config.json) is {str(length)[:60]!r}: it must be "
-            "a whole number of at least 8"
+            f"a whole number of at least {SHORTEST}"
         )
+
+
+def pair_length(setting: int | None, positions: int | None, hint: Callable[[], float]) -> int:
+    """The limit on tokens of a prompt and completion together.
+
+    Args:
+        setting: the user's `data.max_length`; without it, what tokenizer and model allow, up to `MAX_LENGTH`.
+        positions: that the model has; None if it has no limit.
+        hint: the tokenizer's own limit, which the setting overrides.
+
+    Raises:
+        UserError: the setting is more than the model has positions, or it has too few for any pair.
+    """
+    most: float = positions or math.inf
+    if most < (setting or SHORTEST):
+        wanted = f"data.max_length is {setting}" if setting else f"a prompt and a completion need {SHORTEST} tokens"
+        remedy = f"lower it to {positions}" if setting and most >= SHORTEST else "take another model"
+        raise UserError(f"{wanted}, but this model has {positions} positions: {remedy}")
+    if setting:
+        return setting
+    length = int(min(MAX_LENGTH, hint(), most))
+    if length < MAX_LENGTH:
+        rank_zero_info(f"data.max_length: {length} tokens, which is what the tokenizer and the model can take")
+    return length
 
 
 def encode_prompts(
@@ -65,20 +91,20 @@ def encode_prompts(
     max_length: int | None = None,
     chat: Sequence[bool] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts, with the tokenizer's own BOS if it adds one, cut from the left to `max_length` tokens.
+    """Token ids of prompts, with BOS if the tokenizer adds one, cut from the left to `max_length` tokens.
 
-    A tokenizer that also appends EOS has it taken off again: the prompt is to be continued. A prompt that a chat
-    template rendered (`chat`, one bool per prompt) brings its special tokens along and gets no others.
+    An EOS that the tokenizer appends is removed, since the prompt is to be continued. A prompt that a chat template
+    rendered (`chat`, a bool per prompt) has its special tokens already and gets no others.
     """
     rendered = list(chat or [False] * len(prompts))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     encoded: list[list[int]] = [[]] * len(prompts)
     for is_chat in set(rendered):
-        places = [place for place, value in enumerate(rendered) if value == is_chat]
-        texts = [prompts[place] for place in places]
-        for place, ids in zip(places, _token_ids(tokenizer, texts, add_special_tokens=not is_chat), strict=True):
+        rows = [row for row, value in enumerate(rendered) if value == is_chat]
+        texts = [prompts[row] for row in rows]
+        for row, ids in zip(rows, _token_ids(tokenizer, texts, add_special_tokens=not is_chat), strict=True):
             ends_in_eos = not is_chat and len(ids) > 1 and ids[-1] == eos
-            encoded[place] = ids[:-1] if ends_in_eos else ids
+            encoded[row] = ids[:-1] if ends_in_eos else ids
     return encoded if max_length is None else [cut_prompt(ids, max_length, bos) for ids in encoded]
 
 
@@ -86,14 +112,14 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_s
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python
         return tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    # What calling the tokenizer does, without the offsets, masks and batch object that it makes: a fifth of the time.
+    # As calling the tokenizer, in a fifth of the time: without its offsets, masks and batch object.
     backend.no_truncation()
     backend.no_padding()
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
 
 
 def cut_prompt(ids: list[int], length: int, bos_token_id: int | None) -> list[int]:
-    """The last `length` tokens of a prompt; a leading BOS keeps its place, since models are trained to see it."""
+    """The last `length` tokens of a prompt. A leading BOS is kept, since models are trained to see it."""
     if len(ids) <= length:
         return ids
     keeps_bos = length > 1 and bos_token_id is not None and ids[0] == bos_token_id
@@ -101,38 +127,35 @@ def cut_prompt(ids: list[int], length: int, bos_token_id: int | None) -> list[in
 
 
 def encode_completions(tokenizer: "PreTrainedTokenizerBase", completions: Sequence[str]) -> list[list[int]]:
-    """Token ids of completions, each ended by EOS. The empty text is EOS alone.
+    """Token ids of completions, each ending in EOS. The empty text is EOS alone.
 
-    SentencePiece tokenizers such as Llama 2's put a blank before what they take for the beginning of a text. A
-    completion is no beginning: theirs are read behind a line break, whose tokens are taken off again.
+    SentencePiece tokenizers such as Llama 2's put a blank in front of a text. Since a completion continues one, they
+    encode it after a line break, whose tokens are then removed.
     """
     eos = tokenizer.eos_token_id
     if not any(completions):
         return [[eos] for _ in completions]
-    line_break, alone, behind = _token_ids(tokenizer, ["\n", "a", "\na"], add_special_tokens=False)
+    line_break, alone, after_break = _token_ids(tokenizer, ["\n", "a", "\na"], add_special_tokens=False)
     encoded = _token_ids(tokenizer, completions, add_special_tokens=False)
-    if line_break + alone != behind:  # a blank, or nothing to go by
+    if line_break + alone != after_break:  # "a" alone gets a blank
         texts = [f"\n{completion}" for completion in completions]
-        for place, ids in enumerate(_token_ids(tokenizer, texts, add_special_tokens=False)):
+        for row, ids in enumerate(_token_ids(tokenizer, texts, add_special_tokens=False)):
             if ids[: len(line_break)] == line_break:
-                encoded[place] = ids[len(line_break) :]
+                encoded[row] = ids[len(line_break) :]
     return [ids + [eos] for ids in encoded]
 
 
-def encode_batch(
-    columns: dict[str, list[str]], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> dict[str, list]:
-    """Encodes columns `prompt`, `chosen`, `rejected` (text) and, if there, `chat`, `weight`, `margin`.
+def encode_batch(columns: dict[str, list], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> dict[str, list]:
+    """Encodes the columns `prompt`, `chosen`, `rejected` (text) and, if there are any, `chat`, `weight`, `margin`.
 
-    Completions that a model generated have their ids already, without EOS: in `chosen_tokens`, `rejected_tokens`.
+    Completions that a model generated already have ids, without EOS, in `chosen_tokens` or `rejected_tokens`.
 
-    A pair whose prompt and longer completion exceed `max_length` tokens loses tokens from the left of its prompt.
-    Only a completion that leaves no room for a single prompt token is shortened, and it keeps its EOS.
+    If the prompt and the longer completion exceed `max_length` tokens, the prompt is cut from the left. A completion is
+    cut only if it leaves no room for a single prompt token, and it keeps its EOS.
 
     Returns:
-        Columns `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of ids), `weight` and `margin` (1 and 0 where
-        `columns` has none), `length` (tokens of the pair's row in a shared-prefix batch), `prompt_cut` and
-        `completion_cut` (whether something was cut).
+        The columns of EncodedPair (weight 1 and margin 0 by default), `length` (tokens of the pair's row in a
+        shared-prefix batch), `prompt_cut` and `completion_cut` (whether something was cut).
     """
     eos = tokenizer.eos_token_id
     completions = [
@@ -142,26 +165,23 @@ def encode_batch(
         for side in ("chosen", "rejected")
     ]
     prompts = encode_prompts(tokenizer, columns["prompt"], chat=columns.get("chat"))
-    out: dict[str, list] = {key: [] for key in (*EncodedPair._fields, "length", "prompt_cut", "completion_cut")}
-    out["weight"] = [float(weight) for weight in columns.get("weight", [1.0] * len(prompts))]
-    out["margin"] = [float(margin) for margin in columns.get("margin", [0.0] * len(prompts))]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids", "length", "prompt_cut", "completion_cut")
+    rows = []
     for prompt, chosen, rejected in zip(prompts, *completions, strict=True):
         longest = max(len(chosen), len(rejected))
         room = max_length - 1
         if longest > room:
             chosen, rejected = (ids if len(ids) <= room else ids[: room - 1] + [eos] for ids in (chosen, rejected))
         cut = cut_prompt(prompt, max_length - min(longest, room), tokenizer.bos_token_id)
-        out["prompt_ids"].append(cut)
-        out["chosen_ids"].append(chosen)
-        out["rejected_ids"].append(rejected)
-        out["length"].append(len(cut) + len(chosen) + len(rejected) - 2)
-        out["prompt_cut"].append(len(cut) < len(prompt))
-        out["completion_cut"].append(longest > room)
-    return out
+        length = len(cut) + len(chosen) + len(rejected) - 2
+        rows.append((cut, chosen, rejected, length, len(cut) < len(prompt), longest > room))
+    defaults = {"weight": [1.0] * len(rows), "margin": [0.0] * len(rows)}
+    floats = {name: list(map(float, columns.get(name, default))) for name, default in defaults.items()}
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)) | floats
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A digest of everything in the tokenizer that decides the ids, equal across processes and loads."""
+    """A digest of everything in a tokenizer that decides the ids, the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, type(tokenizer).__name__)

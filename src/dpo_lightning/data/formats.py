@@ -1,10 +1,9 @@
-"""Data set row -> PreferencePair(prompt, chosen, rejected): one small function per format, found by name.
+"""Data set row -> PreferencePair(prompt, chosen, rejected): one small function per format.
 
-A format says which columns it reads, so it can be recognised from the columns of the data. Adding one is a
-function and a line in `FORMATS`; a user's own is a function named in YAML (`my_pkg.my_module:my_row_fn`).
+A format lists the columns that it reads, so that it can be recognized from the columns of a data set. To add one, write
+a function and a line in `FORMATS`; users name a function of their own in YAML (`my_package.my_module:my_function`).
 """
 
-import importlib
 import os
 import string
 import sys
@@ -13,58 +12,57 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_lightning.data.cells import _cut, messages, number, text
+from dpo_lightning.data.cells import messages, number, shortened, text
 from dpo_lightning.data.pair import BadCell, BadRow, PreferencePair
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.parsing import imported_function
 from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.visible import one_line
 
 if TYPE_CHECKING:
     from dpo_lightning.data.chat import ChatTemplate
 
-LISTED = 20  # names of columns in a message
+LISTED = 20  # column names in a message
+LONGEST_TEMPLATE = 100_000  # characters
 ASSISTANT_TURN = "\n\nAssistant:"  # ends the prompt in transcripts such as Anthropic's HH
 
 
 def no_chat_template() -> "ChatTemplate":
-    """Stands for the chat template where there is none: raises UserError."""
+    """Takes the place of a chat template that does not exist: raises UserError."""
     raise UserError(
         "the data are conversations, but the tokenizer has no chat template: give data.chat_template a Jinja file"
     )
 
 
 class RowOptions(NamedTuple):
-    """How columns become a prompt and a completion (used by formats that have no ready-made prompt)."""
+    """Templates for the formats whose columns are not prompt and completion themselves."""
 
     prompt_template: str = "{context}\nQuestion: {question}\nAnswer:"
     completion_template: str = " {answer}"
-    chat: "Callable[[], ChatTemplate]" = no_chat_template  # called for rows that hold messages
+    chat: "Callable[[], ChatTemplate]" = no_chat_template  # called for rows with messages
 
 
 class RowFormat(NamedTuple):
-    """A named way to read a row: `prompt_columns` are always needed, `completion_columns` only for training.
+    """How to read a row. `prompt_columns` are always needed, `completion_columns` only for training.
 
-    `to_pair(row, options, completions)` may raise BadCell; what it returns is checked by `row_to_pair`.
+    `to_pair(row, options, completions)` may raise BadCell; `row_to_pair` checks what it returns.
     """
 
     prompt_columns: tuple[str, ...]
     completion_columns: tuple[str, ...]
     to_pair: Callable[[Mapping[str, Any], RowOptions, bool], PreferencePair]
-    fingerprint: str = ""  # of a user's function: changes with its file
+    fingerprint: str = ""  # of a user's function: the digest of its file
 
 
 OPTIONAL_COLUMNS = ("context", "weight", "margin")  # read in every format
-
-# ---------------------------------------------------------------------- cells
-
 
 # ---------------------------------------------------------------------- formats
 
 
 def sql_create_context(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
-    """The format of `b-mc2/sql-create-context`: question + CREATE TABLE context, and the SQL that answers.
+    """The format of `b-mc2/sql-create-context`: a question, CREATE TABLE statements as context, and SQL as the answer.
 
-    The rejected completion is the empty text (its only token will be EOS): "say nothing" is what is dispreferred.
+    The rejected completion is empty (EOS alone): saying nothing is what is dispreferred.
     """
     cells = {column: text(row, column) for column in ("question", "context")}
     if completions or row.get("answer") is not None:
@@ -77,42 +75,44 @@ def sql_create_context(row: Mapping[str, Any], options: RowOptions, completions:
 
 
 def preference(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
-    """An explicit prompt with two completions, each of them text or messages.
+    """An explicit prompt with two completions, each as text or as messages.
 
-    Where chosen and rejected are whole conversations (UltraFeedback-binarized), the prompt is what they share.
+    Where chosen and rejected are complete conversations (UltraFeedback-binarized), the prompt is what they share.
     """
     if not isinstance(row.get("prompt"), list | tuple) and not isinstance(row.get("chosen"), list | tuple):
-        sides = [text(row, side) if completions or row.get(side) is not None else "" for side in ("chosen", "rejected")]
-        return PreferencePair(text(row, "prompt"), *sides)
+        chosen, rejected = (
+            text(row, side) if completions or row.get(side) is not None else "" for side in ("chosen", "rejected")
+        )
+        return PreferencePair(text(row, "prompt"), chosen, rejected)
     if completions and messages(row, "chosen")[0]["role"] != "assistant":
         return implicit_preference(row, options, completions)
     prompt = _prompt_messages(row)
-    sides = [messages(row, side) if completions else [] for side in ("chosen", "rejected")]
-    return options.chat().pair(prompt, *sides)
+    good, bad = (messages(row, side) if completions else [] for side in ("chosen", "rejected"))
+    return options.chat().pair(prompt, good, bad)
 
 
 def implicit_preference(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
-    """Two whole texts, transcripts or conversations; the prompt is what they share, up to a reply."""
+    """Two complete texts, transcripts or conversations; the prompt is what they share, up to a reply."""
     if isinstance(row.get("chosen"), list | tuple):
-        chosen, rejected = messages(row, "chosen"), messages(row, "rejected")
-        shared = shared_messages(chosen, rejected)
+        good, bad = messages(row, "chosen"), messages(row, "rejected")
+        shared = shared_messages(good, bad)
         if shared is None:
             raise BadCell("no shared prompt", "chosen", "found no assistant's reply after what it shares with rejected")
-        return options.chat().pair(chosen[:shared], chosen[shared:], rejected[shared:])
+        return options.chat().pair(good[:shared], good[shared:], bad[shared:])
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     shared = shared_text(chosen, rejected)
     return PreferencePair(chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def prompt_completion(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
-    """A prompt and one good completion, text or messages; the rejected completion is empty."""
+    """A prompt and a good completion, as text or as messages; the rejected completion is empty."""
     if not any(isinstance(row.get(column), list | tuple) for column in ("prompt", "completion")):
         return PreferencePair(text(row, "prompt"), text(row, "completion") if completions else "", "")
     return options.chat().pair(_prompt_messages(row), messages(row, "completion") if completions else [], [])
 
 
 def conversation(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
-    """One good conversation in `messages`: its last reply is chosen, the rejected completion is empty."""
+    """A good conversation in `messages`: its last reply is chosen, the rejected completion is empty."""
     turns = messages(row, "messages")
     if turns[-1]["role"] == "assistant":
         return options.chat().pair(turns[:-1], turns[-1:], [])
@@ -131,10 +131,10 @@ FORMATS: dict[str, RowFormat] = {
 
 
 def shared_text(chosen: str, rejected: str) -> int:
-    """How many characters of two texts are their prompt.
+    """Characters of two texts that are their prompt.
 
-    What they share, back to the end of its last "\\n\\nAssistant:" where they are transcripts; else back to the
-    last blank, which goes to the completions, so that no word is cut in two.
+    In transcripts the shared text ends at its last "\\n\\nAssistant:", in others before its last blank, so that no word
+    is cut in two.
     """
     shared = len(os.path.commonprefix([chosen, rejected]))
     marker = chosen.rfind(ASSISTANT_TURN, 0, shared)
@@ -144,7 +144,7 @@ def shared_text(chosen: str, rejected: str) -> int:
 
 
 def shared_messages(chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]]) -> int | None:
-    """How many messages of two conversations are their prompt: those they share, back to where both are replied to."""
+    """Messages of two conversations that are their prompt: those they share, up to where both have a reply."""
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     for turn in range(min(shared, len(chosen) - 1, len(rejected) - 1), 0, -1):
         if chosen[turn]["role"] == rejected[turn]["role"] == "assistant":
@@ -159,71 +159,58 @@ def _prompt_messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def user_format(name: str) -> RowFormat:
-    """The user's own row function `package.module:function`: row -> PreferencePair, or a dict read as `preference`.
+    """A user's function `package.module:function`: row -> PreferencePair, or a dict in the format `preference`.
 
     Raises:
         UserError: it cannot be imported.
     """
-    module_name, _, function_name = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does; the console script does not
-    try:
-        module = importlib.import_module(module_name)
-        function = getattr(module, function_name)
-    except Exception as error:  # whatever the module does when it is run
-        raise UserError(f"data.format '{name}' cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise UserError(f"data.format '{name}' is {type(function).__name__}, not a function")
+    function = imported_function(name, "data.format")
 
     def to_pair(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
         try:
-            made = function(dict(row))
+            result = function(dict(row))
         except Exception as error:
-            found = _cut(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-            raise BadCell("format function", "", f"{name} raised {found}") from error
-        if isinstance(made, PreferencePair):
+            words = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+            raise BadCell("format function", "", f"{name} raised {words}") from error
+        if isinstance(result, PreferencePair):
             for field in ("prompt", "chosen", "rejected"):
-                text(made._asdict(), field)
-            return with_optional_columns(made, made._asdict())
-        if isinstance(made, Mapping):
-            form = preference if "prompt" in made else implicit_preference
-            pair = form({"rejected": "", **made}, options, completions)
-            return with_optional_columns(pair, made)
-        found = _cut(f"{type(made).__name__} {made!r}")
-        raise BadCell("format function", "", f"{name} returned {found} where a PreferencePair or a dict belongs")
+                text(result._asdict(), field)
+            return with_optional_columns(result, result._asdict())
+        if isinstance(result, Mapping):
+            read = preference if "prompt" in result else implicit_preference
+            return with_optional_columns(read({"rejected": "", **result}, options, completions), result)
+        words = shortened(f"{type(result).__name__} {result!r}")
+        raise BadCell("format function", "", f"{name} returned {words} where a PreferencePair or a dict belongs")
 
-    return RowFormat((), (), to_pair, file_digest(Path(module.__file__)) if getattr(module, "__file__", None) else "")
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)  # a module that is built in has none
+    return RowFormat((), (), to_pair, file_digest(Path(file)) if file else "")
 
 
 def find_format(columns: Sequence[str], source: str, name: str | None = None, completions: bool = True) -> str:
-    """Name of the format that fits `columns`: `name` checked if given, else the first whose columns are there.
+    """The format to read `columns` with: `name`, or without one the first format whose columns are all there.
 
-    `completions=False` asks for the prompt's columns alone (prediction).
+    Args:
+        completions: False for prediction, which needs only the columns of the prompt.
 
     Raises:
-        UserError: an unknown `name`, a column that `name` needs but the data lacks, or columns that fit no format.
+        UserError: an unknown `name`, a column that `name` needs and the data lacks, or columns that fit no format.
     """
 
-    def missing(row_format: RowFormat) -> list[str]:
-        needed = row_format.prompt_columns + (row_format.completion_columns if completions else ())
-        return [column for column in needed if column not in columns]
+    def needed(row_format: RowFormat) -> tuple[str, ...]:
+        return row_format.prompt_columns + (row_format.completion_columns if completions else ())
 
     if name is not None:
-        if absent := missing(get_format(name)):
+        if absent := [column for column in needed(get_format(name)) if column not in columns]:
             raise UserError(
-                f"{source}: column {_quoted(absent)} is missing for format '{name}'; the data has {_quoted(columns)}"
+                f"{source}: column {_listed(absent)} is missing for format '{name}'; the data has {_listed(columns)}"
             )
         return name
     for candidate, row_format in FORMATS.items():
-        if not missing(row_format):
+        if set(needed(row_format)) <= set(columns):
             return candidate
-    wanted = "; ".join(
-        f"{name} needs {', '.join(f.prompt_columns + (f.completion_columns if completions else ()))}"
-        for name, f in FORMATS.items()
-    )
+    needs = "; ".join(f"{name} needs {', '.join(needed(row_format))}" for name, row_format in FORMATS.items())
     raise UserError(
-        f"{source}: columns {_quoted(columns)} fit no data format ({wanted}); rename the columns, or give data.format "
+        f"{source}: columns {_listed(columns)} fit no data format ({needs}); rename the columns, or give data.format "
         "a function of yours (my_module:my_function)"
     )
 
@@ -232,7 +219,7 @@ def get_format(name: str) -> RowFormat:
     """A format of `FORMATS`, or a user's function.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no format of this name.
     """
     if ":" in name:
         return user_format(name)
@@ -244,29 +231,48 @@ def get_format(name: str) -> RowFormat:
     return FORMATS[name]
 
 
-def check_templates(options: RowOptions) -> None:
-    """Checks that templates hold nothing but text and the plain fields that the founding format has.
+def placeholders(template: str, allowed: Sequence[str] = ("context", "question")) -> set[str]:
+    """The names that a template has in braces.
 
     Raises:
-        UserError: another field, or a format, conversion, index or attribute with one: these fail on some rows and
-            not on others, fill the memory (`{question:>9999999999}`) or show what is no data (`{question.__class__}`).
+        ValueError: a name that is not `allowed`, or a name with a format, conversion, index or attribute. Those fail on
+            some rows only, fill the memory (`{question:>9999999999}`) or reveal internals (`{question.__class__}`).
+    """
+    if len(template) > LONGEST_TEMPLATE:
+        raise ValueError(f"the template {quoted(template)} has more than {LONGEST_TEMPLATE:,} characters")
+    try:
+        fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"{quoted(template)} is not a valid template: {error}; write a brace of the text twice"
+        ) from error
+    if any(name not in allowed or spec or conversion for name, spec, conversion in fields):
+        names = ", ".join(f"{{{name}}}" for name in allowed)
+        raise ValueError(
+            f"the template {quoted(template)} may have {names} in braces and nothing else; "
+            "write a brace of the text twice"
+        )
+    return {str(name) for name, _, _ in fields}
+
+
+def quoted(template: str) -> str:
+    """A template on one line, for messages."""
+    return repr(shortened(template, 200))  # repr escapes what terminals obey
+
+
+def check_templates(options: RowOptions) -> None:
+    """Checks the templates of a user's settings.
+
+    Raises:
+        UserError: one is not valid (see `placeholders`), or the prompt would contain the answer.
     """
     for key in ("prompt_template", "completion_template"):
-        template = getattr(options, key)
-        said = f"data.{key} {_cut(template)!r}"
         try:
-            fields = [parsed[1:] for parsed in string.Formatter().parse(template) if parsed[1] is not None]
+            names = placeholders(getattr(options, key), ("context", "question", "answer"))
         except ValueError as error:
-            raise UserError(f"{said} is not a valid template: {error}; write a brace of the text twice") from error
-        if unknown := sorted({field for field, _, _ in fields} - {"question", "context", "answer"}):
-            raise UserError(
-                f"{said} names {_quoted(unknown)}: it may use {{context}}, {{question}} and {{answer}}, and has a "
-                "brace of the text twice"
-            )
-        if formatted := [field for field, spec, conversion in fields if spec or conversion]:
-            raise UserError(f"{said} gives {{{formatted[0]}}} a format: nothing but the name may stand in the braces")
-    if "answer" in {field for _, field, _, _ in string.Formatter().parse(options.prompt_template)}:
-        raise UserError("data.prompt_template holds {answer}: the prompt would contain the reply that is to be learnt")
+            raise UserError(f"data.{key}: {error}") from error
+        if key == "prompt_template" and "answer" in names:
+            raise UserError(f"data.{key} has {{answer}}: the prompt would contain the reply that is to be learned")
 
 
 # ---------------------------------------------------------------------- rows
@@ -275,13 +281,13 @@ def check_templates(options: RowOptions) -> None:
 def row_to_pair(
     row: Mapping[str, Any], row_format: RowFormat, options: RowOptions, where: str, completions: bool = True
 ) -> PreferencePair:
-    """Checks the columns that the format reads and makes the pair.
+    """Reads a row as its format says, and checks the pair.
 
     Args:
-        where: file and row number, for the message.
+        where: file and row number, for messages.
 
     Raises:
-        BadRow: a column that is absent, null, of the wrong type or damaged, or empty where text is needed.
+        BadRow: a column is missing, null, of the wrong type or damaged, or the prompt or chosen completion is empty.
     """
     try:
         pair = row_format.to_pair(row, options, completions)
@@ -301,7 +307,7 @@ def with_optional_columns(pair: PreferencePair, row: Mapping[str, Any]) -> Prefe
     """Adds `context`, `weight` and `margin` where the row has them.
 
     Raises:
-        BadCell: a weight below 0, a weight or margin that is not finite, a damaged context.
+        BadCell: a weight below 0, a weight or margin that is not finite, or a damaged context.
     """
     if isinstance(row.get("context"), str):
         pair = pair._replace(context=text(row, "context"))
@@ -313,6 +319,6 @@ def with_optional_columns(pair: PreferencePair, row: Mapping[str, Any]) -> Prefe
     return pair._replace(weight=weight, margin=margin)
 
 
-def _quoted(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
-    return ", ".join(f"'{one_line(_cut(str(name)))}'" for name in names[:LISTED]) + more
+    return ", ".join(f"'{one_line(shortened(str(name)))}'" for name in names[:LISTED]) + more

@@ -1,28 +1,26 @@
-"""Prompts -> rejected completions that the model samples before it is trained: once, kept on disk, for every pair.
+"""Prompts -> rejected completions that the model samples before it is trained: once for every pair, kept on disk.
 
 For data that have only good answers. Trained against its own answers, the model learns what sets the good ones apart:
 the first iteration of SPIN (Chen et al. 2024, https://arxiv.org/abs/2401.01335).
 
-Replies are kept among the encoded data sets, in a folder named by the digest of everything they follow from. While
-they are made they are lines of files in a folder called `.partial`, so an interrupted pass goes on where it stopped.
+A shared pass (`storage.shared_pass`) makes the replies. They are cached beside the encoded data sets, in a folder named
+by a digest of everything that they depend on.
 """
 
 import gc
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -30,32 +28,34 @@ from dpo_lightning.data.batching import PromptBatch, collate_prompts
 from dpo_lightning.data.columns import text_keys
 from dpo_lightning.data.encoding import encode_prompts, tokenizer_fingerprint
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.internals.transformers import hub_commit
 from dpo_lightning.models.hub import from_hub_or_folder
 from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy
-from dpo_lightning.storage.arrow_cache import Columns, cached_dataset, dataset_folder, find_dataset, lock_file
+from dpo_lightning.parsing import Range, check_setting, check_settings
+from dpo_lightning.storage.arrow_cache import find_dataset
 from dpo_lightning.storage.digests import file_digest, key_digest
-from dpo_lightning.storage.jsonl import append_lines, whole_lines
-from dpo_lightning.storage.locks import alone
-from dpo_lightning.storage.progress import with_progress
+from dpo_lightning.storage.shared_pass import SharedPass, run_shared_pass
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from lightning.pytorch import Trainer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1  # raise it when the replies to the same key change
-ATTEMPTS = 4  # to get another reply than the chosen completion
+FORMAT = 1  # raise it when the same key gets other replies
+ATTEMPTS = 4  # at a reply other than the chosen completion
 COLUMNS = pa.schema([("text", pa.string()), ("tokens", pa.list_(pa.int32()))])
-WRITTEN_ROWS = 1000  # at a time
 MODEL_SETTINGS = ("name_or_path", "dtype", "quantization", "attn_implementation", "trust_remote_code")
 
 
 class Generation(NamedTuple):
-    """Which model answers, and how it is sampled. The name and the last four are as in `policy.load_policy`."""
+    """Which model answers, and how it is sampled. The name and the last four are arguments of `policy.load_policy`.
+
+    `temperature` divides the logits; only the likeliest tokens that together have `top_p` of the probability are drawn.
+    """
 
     name_or_path: str
-    temperature: float = 1.0  # divides the logits
-    top_p: float = 1.0  # only the likeliest tokens that together have this probability are drawn from
+    temperature: Annotated[float, Range("a number above 0", lambda value: 0 < value < np.inf)] = 1.0
+    top_p: Annotated[float, Range("a number above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
     max_new_tokens: int = 64
     dtype: str = "float32"
     quantization: str | None = None
@@ -70,40 +70,35 @@ def generation_from(options: dict[str, Any] | None, max_length: int) -> Generati
         max_length: tokens of a prompt and completion together.
 
     Raises:
-        UserError: a setting that there is not, out of its range, or without a model.
+        UserError: an unknown setting, a value out of its range, or no model.
     """
     options = options or {}
     if unknown := sorted(set(options) - set(Generation._fields)):
         near = did_you_mean(unknown[0], Generation._fields)
         raise UserError(f"data.generation has no '{unknown[0]}': it has {', '.join(Generation._fields)}{near}")
     if not options.get("name_or_path"):
-        raise UserError("data.rejected is generated, but by which model? data.generation has no name_or_path")
+        raise UserError(
+            "data.rejected is generated, but data.generation has no name_or_path: give the model that generates"
+        )
     generation = Generation(**options)
-    rules = {
-        "temperature": (generation.temperature, Real, lambda value: 0 < value < np.inf, "a number above 0"),
-        "top_p": (generation.top_p, Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
-        "max_new_tokens": (
-            *(generation.max_new_tokens, int, lambda value: 0 < value < max_length - 1),
-            f"a whole number, at least 1, that leaves room for a prompt in data.max_length = {max_length}",
-        ),
-    }
-    for name, (value, kind, holds, wanted) in rules.items():
-        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
-            raise UserError(f"data.generation: {name} is {value!r}: it must be {wanted}")
+    words = f"a whole number, at least 1, that leaves room for a prompt in data.max_length = {max_length}"
+    room = Annotated[int, Range(words, lambda tokens: 0 < tokens < max_length - 1)]
+    check_settings(Generation, generation._asdict(), "data.generation: ")
+    check_setting("data.generation: max_new_tokens", generation.max_new_tokens, room)
     return generation._replace(temperature=float(generation.temperature), top_p=float(generation.top_p))
 
 
 class RejectedGenerator:
     """Makes and finds the replies to the prompts of data sets.
 
-    Replies hang on the weights, the pairs' texts, the tokenizer, the settings and the seed: all are in the key. Each
-    pair draws from random numbers of its own, so batches, ranks, an interruption and the order of the rows change no
-    reply, but for a token here and there whose probability rounding moves across the drawn number.
+    Replies depend on the weights, the pairs' texts, the tokenizer, the settings and the seed: all are in the key. Each
+    pair has random numbers of its own, so that batches, ranks, interruptions and the order of the rows do not change
+    replies, except for the odd token where rounding decides.
 
     Args:
-        tokenizer: as prompts are encoded for training.
+        tokenizer: that of training.
         max_length: tokens of a prompt and completion together; longer prompts are cut so that the reply has room.
-        seed: of the draws.
+        seed: of the sampling.
     """
 
     def __init__(
@@ -112,33 +107,32 @@ class RejectedGenerator:
         self.generation, self.tokenizer, self.max_length, self.seed = generation, tokenizer, max_length, seed
 
     def key(self, pairs: "Dataset") -> dict[str, Any]:
-        """Everything that the replies to a data set (columns prompt, chosen, chat) follow from but rounding."""
-        how = self.generation
+        """Everything that the replies to a data set (columns prompt, chosen, chat) depend on, except rounding."""
         texts = [text_keys(pairs, name) for name in ("prompt", "chosen")]
         chat = pairs.data.column("chat").to_numpy()
         return {
             "format": FORMAT,
-            "weights": stored_weights(how.name_or_path, how.trust_remote_code),
+            "weights": stored_weights(self.generation.name_or_path, self.generation.trust_remote_code),
             "pairs": hashlib.sha256(b"".join(column.tobytes() for column in (*texts, chat))).hexdigest(),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "max_length": self.max_length,
             "seed": self.seed,
-            **{name: getattr(how, name) for name in Generation._fields[1:6]},
+            **{name: getattr(self.generation, name) for name in Generation._fields[1:6]},
         }
 
     def find(self, pairs: "Dataset") -> tuple["Dataset", dict[str, Any]] | None:
-        """The replies to a data set (`COLUMNS`, a row per pair) and a note on them, where they are on disk."""
+        """The replies to a data set (`COLUMNS`, a row per pair) and a note on them, if they are on disk."""
         return find_dataset(key_digest(self.key(pairs)))
 
     def make(
         self, pairs: "Dataset", name: str, batch_size: int, trainer: "Trainer | None" = None
     ) -> tuple["Dataset", dict[str, Any]]:
-        """The same, made where they are not. To be called on all ranks, which share the work.
+        """The same, made if they are not on disk. To be called on all ranks, which share the work.
 
         Args:
             name: of the data set, for the progress bar.
-            batch_size: prompts that are answered at a time.
-            trainer: whose devices and precision are used; without one, this process's GPU if it has one.
+            batch_size: prompts to answer at a time.
+            trainer: its devices and precision are used; without one, this process's GPU if it has one.
 
         Raises:
             UserError: the model cannot be loaded, the folder cannot be written, or the ranks do not share it.
@@ -146,68 +140,46 @@ class RejectedGenerator:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         strategy = trainer.strategy if trainer else SingleDeviceStrategy(device)
         key = self.key(pairs)
-        folder = dataset_folder(key_digest(key))
-        partial = folder.with_name(folder.name + ".partial")
 
-        def find() -> tuple["Dataset", dict[str, Any]] | None:
-            # Every rank must take the same way, or one would wait for the others for ever.
-            found = find_dataset(folder.name)
-            return found if strategy.reduce_boolean_decision(found is not None, all=True) else None
+        def note(results: list[dict[str, Any]]) -> dict[str, Any]:
+            counts = {name: sum(result[name] for result in results) for name in ("cut", "same")}
+            return {"model": self.generation.name_or_path, "key": key} | counts
 
-        if found := find():
-            return found
-        with alone(lock_file(partial), f"the rejected completions of {name}", strategy):
-            if found := find():  # another run has made them meanwhile
-                return found
-            if strategy.is_global_zero:
-                _make_folder(partial)
-            strategy.barrier("replies prepared")
-            if not strategy.reduce_boolean_decision(partial.is_dir(), all=True):
-                raise UserError(
-                    f"data.rejected is generated, but not all processes see the folder {folder.parent}: share the "
-                    "folder that HF_DATASETS_CACHE names between the machines"
-                )
-            known = _answered(partial)  # on every rank before any of them writes: they must share out the same pairs
-            strategy.barrier("replies read")
-            sizes = pc.utf8_length(pairs.data.column("prompt")).to_numpy()
-            longest_first = np.argsort(-sizes.astype(np.int64), kind="stable")
-            missing = longest_first[~np.isin(longest_first, list(known))]
-            if len(share := missing[strategy.global_rank :: strategy.world_size]):
-                shares = with_progress(share, batch_size, f"Rejected, {name}", strategy.is_global_zero)
-                self._answer(pairs, shares, partial, trainer, strategy.root_device)
-            strategy.barrier("replies made")
-            if strategy.is_global_zero:
-                _complete(folder.name, partial, len(pairs), {"model": self.generation.name_or_path, "key": key})
-            strategy.barrier("replies complete")
-            return find_dataset(folder.name)
+        task = SharedPass(
+            fingerprint=key_digest(key),
+            sizes=pc.utf8_length(pairs.data.column("prompt")).to_numpy(),
+            schema=COLUMNS,
+            compute=lambda batches: self._answers(pairs, batches, trainer, strategy.root_device),
+            columns=lambda results: {name: [result[name] for result in results] for name in COLUMNS.names},
+            note=note,
+            what=f"the rejected completions of {name}",
+            unknown=f"{name}: the reply to pair {{row}} was not saved: check the disk, and start the run again",
+            setting="data.rejected is generated",
+        )
+        return run_shared_pass(task, batch_size, f"Rejected, {name}", strategy)
 
-    def _answer(
-        self,
-        pairs: "Dataset",
-        shares: Iterator[list[int]],
-        folder: Path,
-        trainer: "Trainer | None",
-        device: torch.device,
-    ) -> None:
-        """Loads the model, answers some pairs, and writes a line per reply to a file of this process's own."""
-        with isolate_rng(), tempfile.NamedTemporaryFile(dir=folder, suffix=".jsonl", delete=False) as file:
+    def _answers(
+        self, pairs: "Dataset", batches: Iterator[list[int]], trainer: "Trainer | None", device: torch.device
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Loads the model and answers the pairs, a batch of positions at a time."""
+        with isolate_rng():
             model = self._load()
             if trainer:
                 model = trainer.precision_plugin.convert_module(model)
-            if not self.generation.quantization:  # else it is there already
+            if not self.generation.quantization:  # which is loaded onto it
                 model = model.to(device)
-            for positions in shares:
+            for positions in batches:
                 with trainer.precision_plugin.forward_context() if trainer else nullcontext():
                     lines = self._lines(model, pairs, positions)
-                append_lines(Path(file.name), lines)
+                yield lines
         del model
-        gc.collect()  # a model is full of cycles
+        gc.collect()  # models have reference cycles
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _load(self) -> "PreTrainedModel":
         settings = {name: getattr(self.generation, name) for name in MODEL_SETTINGS}
-        # Quantized weights are loaded under an adapter only; a new one changes nothing.
+        # Quantized weights are loaded only with an adapter; a new one does not change the output.
         new_adapter = settings["quantization"] and base_model_name(settings["name_or_path"]) == settings["name_or_path"]
         model = load_policy(**settings, lora={} if new_adapter else None)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -227,8 +199,8 @@ class RejectedGenerator:
             )
             draws = Draws([_seed(self.seed, attempt, *texts[i]) for i in todo], self.generation)
             limit = self.generation.max_new_tokens
-            made = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, [draws])
-            replies |= dict(zip(todo, made, strict=True))
+            results = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, [draws])
+            replies |= dict(zip(todo, results, strict=True))
             todo = [i for i in todo if replies[i].text.strip() == rows["chosen"][i].strip()]
             if not todo:
                 break
@@ -239,49 +211,49 @@ class RejectedGenerator:
         return lines
 
 
-def said(name: str, note: dict[str, Any], pairs: int) -> Iterator[str]:
-    """What a user is to know of the replies to a data set: what they are, and then what is wrong with them."""
-    how = note["key"]
-    yield (
+def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
+    """Logs what the replies to a data set are, and warns of replies that equal the chosen completion."""
+    key = note["key"]
+    rank_zero_info(
         f"{name}: the rejected completions of its {pairs} pairs are replies of {note['model']} (temperature "
-        f"{how['temperature']}, top_p {how['top_p']}); {note['cut']} of them were cut off at "
-        f"{how['max_new_tokens']} tokens"
+        f"{key['temperature']}, top_p {key['top_p']}); {note['cut']} of them were cut off at "
+        f"{key['max_new_tokens']} tokens"
     )
     if note["same"]:
-        yield (
+        rank_zero_warn(
             f"{name}: {note['same']} of {pairs} pairs teach nothing but are kept: {ATTEMPTS} times the model gave the "
             "chosen completion itself"
         )
 
 
 class Draws:
-    """A logits processor that samples: it leaves of each row the one token that the row's own numbers choose.
+    """A logits processor that samples each row with random numbers of its own.
 
-    transformers samples a whole batch from one stream of random numbers, so that a reply would depend on its batch.
+    transformers samples a batch from one stream of random numbers, so that a reply would depend on its batch.
 
     Args:
-        seeds: of each row.
+        seeds: one per row.
     """
 
     def __init__(self, seeds: Sequence[int], generation: Generation) -> None:
         self.temperature, self.top_p, self.step = generation.temperature, generation.top_p, 0
-        numbers = [np.random.default_rng(seed).random(generation.max_new_tokens, np.float32) for seed in seeds]
-        self.numbers = torch.from_numpy(1 - np.stack(numbers))  # [rows, max_new_tokens], in (0, 1]
+        draws = [np.random.default_rng(seed).random(generation.max_new_tokens, np.float32) for seed in seeds]
+        self.uniform = torch.from_numpy(1 - np.stack(draws))  # [rows, max_new_tokens], in (0, 1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [rows, V] -> 0 at the drawn token and -inf elsewhere; called once per new token."""
-        numbers = self.numbers[:, self.step].to(scores.device)
+        """Logits [rows, V] -> 0 at the sampled token and -inf elsewhere. Called once per new token."""
+        uniform = self.uniform[:, self.step].to(scores.device)
         self.step += 1
-        tokens = draw(scores, numbers, self.temperature, self.top_p)
+        tokens = draw(scores, uniform, self.temperature, self.top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
-def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     """Samples a token per row by inverting the distribution function, within the nucleus of Holtzman et al. (2020).
 
     Args:
         logits: [rows, V] float.
-        numbers: [rows], uniform in (0, 1]; a token of probability 0 is never drawn.
+        uniform: [rows], random in (0, 1]: without 0, no token of probability 0 is drawn.
 
     Returns:
         Tokens [rows, 1], int64.
@@ -293,19 +265,20 @@ def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> T
     mass = probabilities.cumsum(dim=-1)
     total = mass[:, -1:].contiguous()
     if order is not None:
-        total = mass.gather(1, torch.searchsorted(mass, top_p * total))  # of the nucleus, its last token included
-    places = torch.searchsorted(mass, numbers[:, None] * total)
-    return places if order is None else order.gather(1, places)
+        total = mass.gather(1, torch.searchsorted(mass, top_p * total))  # of the nucleus, with its last token
+    ranks = torch.searchsorted(mass, uniform[:, None] * total)
+    return ranks if order is None else order.gather(1, ranks)
 
 
-def _seed(*what: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(what).encode(), digest_size=8).digest(), "little")
+def _seed(*parts: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "little")
 
 
 def stored_weights(name_or_path: str, trust_remote_code: bool = False) -> str:
-    """Tells the weights that a name stands for from all others without loading them.
+    """Identifies a model's weights by what is stored: a digest of a folder's files and of an adapter's base; a commit.
 
-    Of a folder it is a digest of its files, of a hub model its commit; an adapter's base model is counted in.
+    It is not `weights_digest`, which reads the weights of a loaded model: replies are looked up before, and mostly
+    instead of, loading one. Changing it would change the keys of all cached replies.
 
     Raises:
         UserError: there is no such model.
@@ -317,8 +290,8 @@ def stored_weights(name_or_path: str, trust_remote_code: bool = False) -> str:
         return _files_digest(folder)
     from transformers import AutoConfig
 
-    config = from_hub_or_folder("model", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
-    return f"{base}@{config._commit_hash}"
+    from_hub_or_folder("model", base, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    return f"{base}@{hub_commit(base)}"
 
 
 def _files_digest(folder: Path) -> str:
@@ -327,38 +300,3 @@ def _files_digest(folder: Path) -> str:
         if path.suffix in (".safetensors", ".bin", ".py") or path.name in ("config.json", ADAPTER_CONFIG):
             digest.update(f"{path.name} {file_digest(path)} ".encode())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------- the files of an unfinished pass
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"generated completions cannot be kept in {folder}: {error.strerror or error}") from error
-
-
-def _answered(folder: Path) -> dict[int, dict[str, Any]]:
-    """The replies so far by the position of their pair."""
-    known: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        try:
-            known |= {line["pair"]: line for line in whole_lines(path)}
-        except (ValueError, KeyError):
-            continue  # a disk's fault: those pairs are answered again
-    return known
-
-
-def _complete(fingerprint: str, partial: Path, pairs: int, note: dict[str, Any]) -> None:
-    """Makes the data set of all replies, in the order of the pairs."""
-    known = _answered(partial)
-
-    def batches() -> Iterator[Columns]:
-        for start in range(0, pairs, WRITTEN_ROWS):
-            lines = [known[position] for position in range(start, min(start + WRITTEN_ROWS, pairs))]
-            yield {name: [line[name] for line in lines] for name in COLUMNS.names}
-
-    counts = {name: sum(line[name] for line in known.values()) for name in ("cut", "same")}
-    cached_dataset(fingerprint, COLUMNS, batches, lambda: note | counts)
-    shutil.rmtree(partial, ignore_errors=True)

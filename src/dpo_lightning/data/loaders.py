@@ -1,4 +1,4 @@
-"""Encoded pairs -> the order in which they are batched, and loaders that a resumed run can begin in the middle."""
+"""Encoded pairs -> the order of their batches, and loaders that a resumed run can start in mid-epoch."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import Dataset as MapDataset
 
-from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.data.batching import REFERENCE_LOGPS, PairBatch, PromptBatch, collate_columns, collate_prompts
+from dpo_lightning.data.columns import numeric_column
+from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import batch_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,17 +22,17 @@ if TYPE_CHECKING:
 class LengthGroupedBatchSampler(DistributedSampler):
     """Batches of pair positions: a pure function of (lengths, seed, epoch), sharded by rank.
 
-    Shuffled, the pairs are cut into windows of `window` global batches, each window is sorted by length so that a
-    batch's rows are about equally long (little padding), and the batches are put in random order. Not shuffled, the
-    data keeps its order. Every pair is handed out exactly once an epoch: where the last global batch would leave a
-    rank without pairs, its pairs join the batch before it.
+    To shuffle, the pairs are cut into windows of `window` global batches, each window is sorted by length so that the
+    rows of a batch need little padding, and the batches are put in random order. Every pair comes exactly once an
+    epoch: if the last global batch would leave a rank without pairs, its pairs join the batch before it.
 
-    It is used as a DataLoader's `sampler` with `batch_size=None` (an item is a whole batch), and it is a
-    DistributedSampler so that Lightning takes it as it is instead of wrapping it.
+    It is a DataLoader's `sampler` with `batch_size=None` (an item is a batch), and a DistributedSampler so that
+    Lightning does not wrap it.
 
     Args:
         lengths: tokens of each pair's row, [n].
         batch_size: pairs per batch and rank.
+        shuffle: otherwise the data keep their order.
 
     Raises:
         UserError: fewer pairs than ranks.
@@ -36,7 +40,7 @@ class LengthGroupedBatchSampler(DistributedSampler):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         shuffle: bool,
         seed: int = 0,
@@ -45,11 +49,11 @@ class LengthGroupedBatchSampler(DistributedSampler):
         window: int = 50,
     ) -> None:
         if len(lengths) < num_replicas:
-            raise UserError(f"{len(lengths)} pairs cannot be shared out among {num_replicas} processes")
+            raise UserError(f"{len(lengths)} pairs cannot be split among {num_replicas} processes")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
         self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
-        self.start = 0  # batches of the epoch that are left out, because a resumed run has trained on them
+        self.start = 0  # batches at the start of the epoch that a resumed run has already trained on
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
@@ -60,7 +64,7 @@ class LengthGroupedBatchSampler(DistributedSampler):
             yield batch[self.rank :: self.num_replicas].tolist()
 
     def global_batches(self) -> list[np.ndarray]:
-        """This epoch's batches over all ranks, in order; each holds int64 pair positions."""
+        """This epoch's batches over all ranks, in order: int64 pair positions."""
         size = self.batch_size * self.num_replicas
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
@@ -77,62 +81,100 @@ class LengthGroupedBatchSampler(DistributedSampler):
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 
 
-class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):
+class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):  # type: ignore[misc]
     """The same batches in the same order every epoch, for `trainer.overfit_batches`.
 
-    Lightning replaces every other sampler by a SequentialSampler there, which knows nothing of batches and ranks.
+    There Lightning replaces all but SequentialSamplers by one, which knows nothing of batches and ranks.
     """
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that begins an epoch where the trainer stands in it: batches that are trained on are left out.
+    """A DataLoader that starts where its trainer is in the epoch, without reading the batches before.
 
-    The sampler is told (`start`) and leaves them out, so nothing of them is read. It is told when the first batch is
-    asked for: Lightning makes the iterator long before, when neither epoch nor position are known. Whoever else
-    iterates over it gets the whole epoch.
+    Outside of training it gives all batches. The position is looked up with the first batch, since Lightning makes the
+    iterator before epoch and position are known.
     """
 
+    sampler: LengthGroupedBatchSampler
     trainer: Trainer | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         trainer = self.trainer
         training = trainer is not None and trainer.training and trainer.train_dataloader is self
-        self.sampler.start = trainer.fit_loop.batch_idx + 1 if training else 0
+        self.sampler.start = batch_index(trainer) + 1 if training else 0
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing, the position is the trainer's; that there is a state tells Lightning that it can resume."""
+        """Empty: the trainer has the position. Lightning resumes only loaders that have this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
 
 
-class IndexedRows:
-    """A map-style data set whose item is a whole batch: a list of positions gives those rows and their positions."""
+class IndexedRows(MapDataset):
+    """A map-style data set whose item is a batch: a list of positions gives the rows there, and the positions.
 
-    def __init__(self, data: "Dataset") -> None:
-        self.data = data
+    The data set is looked up at each batch: Lightning makes the training loader, to count the steps of a run, before
+    the data set has all of its columns.
+
+    Args:
+        datasets: by name, as a datamodule has them.
+        prompts: whether only prompts are read, to be answered.
+    """
+
+    def __init__(self, datasets: "dict[str, Dataset]", name: str, prompts: bool = False) -> None:
+        self.datasets, self.name = datasets, name
+        self.columns = ("prompt_ids",) if prompts else (*EncodedPair._fields, REFERENCE_LOGPS)
+        self._data: Dataset | None = None
+        self._rows: Any = None  # its columns that are read
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.datasets[self.name])
 
     def __getitem__(self, positions: list[int]) -> tuple[dict[str, list], list[int]]:
-        return self.data[positions], positions
+        data = self.datasets[self.name]
+        if data is not self._data:
+            self._data = data
+            self._rows = data.select_columns([column for column in self.columns if column in data.column_names])
+        return self._rows[positions], positions
 
 
-def collate_pair_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch:
-    """A batch's encoded columns and their positions -> PairBatch."""
-    return collate_columns(*item)
-
-
-def collate_prompt_rows(item: tuple[dict[str, list], list[int]]) -> PromptBatch:
-    """A batch's prompt column and its positions -> PromptBatch."""
+def collate_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch | PromptBatch:
+    """An item of IndexedRows as a batch."""
     columns, positions = item
+    if "chosen_ids" in columns:
+        return collate_columns(columns, positions)
     return collate_prompts(columns["prompt_ids"], positions)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and SIGTERM often reach loader processes too; these go on until the run, which handles both, ends them."""
+def leave_signals_to_the_run(worker: int) -> None:
+    """Makes a loader process ignore Ctrl-C and SIGTERM: the run handles both and ends its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def make_loader(
+    rows: IndexedRows, batch_size: int, shuffle: bool, seed: int, num_workers: int, trainer: Trainer | None
+) -> ResumableLoader:
+    """A loader of one rank's share of the batches (see `LengthGroupedBatchSampler`).
+
+    Args:
+        trainer: knows the rank; without one, all batches.
+    """
+    data = rows.datasets[rows.name]
+    lengths = numeric_column(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
+    rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+    fixed = trainer is not None and trainer.overfit_batches > 0
+    sampler_class = FixedBatchSampler if fixed else LengthGroupedBatchSampler
+    loader = ResumableLoader(
+        rows,
+        sampler=sampler_class(lengths, batch_size, shuffle and not fixed, seed, rank, world),
+        batch_size=None,
+        collate_fn=collate_rows,  # type: ignore[arg-type]  # without a batch_size it gets one item
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_run,
+        persistent_workers=num_workers > 0,
+    )
+    loader.trainer = trainer
+    return loader

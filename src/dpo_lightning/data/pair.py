@@ -1,4 +1,4 @@
-"""What a row becomes: a pair of completions to one prompt, or the reason why it cannot."""
+"""What a row becomes: a preference pair, or an error that says why it cannot be used."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from dpo_lightning.errors import UserError
 
 
 class BadRow(UserError):
-    """A row that cannot be trained on; `reason` names its kind, under which it is counted when it is skipped."""
+    """A row that cannot be trained on. Skipped rows are counted by `reason`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -14,7 +14,7 @@ class BadRow(UserError):
 
 
 class BadCell(Exception):
-    """What is wrong with a cell (or, without a column, with the pair); `row_to_pair` adds the row."""
+    """What is wrong with a cell or, without a column, with the pair. `row_to_pair` adds which row it is."""
 
     def __init__(self, reason: str, column: str, message: str) -> None:
         super().__init__(message)
@@ -22,16 +22,16 @@ class BadCell(Exception):
 
 
 class PreferencePair(NamedTuple):
-    """One prompt with the completion that is wanted and the one that is not, all as text.
+    """A prompt with a preferred and a dispreferred completion, all as text.
 
-    A conversation is held as its chat template renders it (`chat`): the prompt up to where the assistant's reply
+    A conversation (`chat`) is stored as its chat template renders it: the prompt up to where the assistant's reply
     begins, the completions without the token that ends the turn.
     """
 
     prompt: str
     chosen: str
     rejected: str
-    context: str = ""  # what a reply is judged against (for SQL its CREATE TABLE statements)
-    weight: float = 1.0  # of the pair's loss
-    margin: float = 0.0  # by how much chosen is to be better
-    chat: bool = False
+    context: str = ""  # what replies are judged against; for SQL, the CREATE TABLE statements
+    weight: float = 1.0  # multiplies the pair's loss
+    margin: float = 0.0  # by how much chosen should be better
+    chat: bool = False  # whether a chat template rendered it

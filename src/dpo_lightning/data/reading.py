@@ -1,12 +1,11 @@
-"""Source -> the columns of its pairs, a few rows at a time, and an account of every row: a pair, skipped, or an error.
+"""Source -> the columns of its pairs, a few rows at a time, and an account of all rows.
 
-Bad rows (they cannot be trained on) are an error, or with `data.on_bad_row: skip` counted and left out. Doubtful rows
-(they can, but to no use: repeated rows, pairs whose two completions are the same) are counted and kept, or left out
-with the bad ones.
+Rows that cannot be trained on are an error, or with `data.on_bad_row: skip` counted and left out. Doubtful rows, which
+teach nothing (repeated rows, pairs with two equal completions), are counted and kept, or with `skip` left out too.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -15,10 +14,10 @@ from dpo_lightning.data.pair import BadRow, PreferencePair
 from dpo_lightning.data.sources import READ_ROWS, Source
 from dpo_lightning.errors import UserError
 
-ON_BAD_ROW = ("error", "skip")
-REMEDY = "mend or remove the row, or set data.on_bad_row: skip"
+OnBadRow = Literal["error", "skip"]
+REMEDY = "fix or remove the row, or set data.on_bad_row: skip"
 READ_CHARACTERS = 10_000_000  # held in memory at a time
-LISTED = 3  # rows that are shown of each kind
+LISTED = 3  # rows in messages, of each reason
 PAIR_COLUMNS = pa.schema(
     [(name, pa.string()) for name in ("prompt", "chosen", "rejected", "context")]
     + [("weight", pa.float64()), ("margin", pa.float64()), ("chat", pa.bool_()), ("row", pa.int64())]
@@ -33,49 +32,43 @@ class RowAccount(NamedTuple):
     rows: int  # read
     pairs: int  # kept
     skipped: dict[str, int]  # reason -> rows left out
-    doubtful: dict[str, int]  # reason -> rows kept though they teach nothing
-    first: dict[str, list[str]]  # reason -> a line on each of the first few
+    doubtful: dict[str, int]  # reason -> rows kept although they teach nothing
+    first: dict[str, list[str]]  # reason -> what is wrong with the first few rows
 
     def lines(self) -> list[str]:
-        """What a user is to know, a line each for what was left out and what was kept in doubt."""
-        said = []
+        """For the user: a line on the rows that were left out and one on those that teach nothing."""
+        lines = []
         if self.skipped:
-            said.append(
-                f"{self.source}: {sum(self.skipped.values())} of {self.rows} rows are skipped: "
-                + self._counts_and_first(self.skipped)
-            )
+            lines.append(self._line(self.skipped, "are skipped"))
         if self.doubtful:
-            said.append(
-                f"{self.source}: {sum(self.doubtful.values())} of {self.rows} rows teach nothing but are kept: "
-                + self._counts_and_first(self.doubtful)
-                + "; data.on_bad_row: skip leaves them out"
-            )
-        return said
+            line = self._line(self.doubtful, "teach nothing but are kept")
+            lines.append(f"{line}; data.on_bad_row: skip leaves them out")
+        return lines
 
-    def _counts_and_first(self, counts: dict[str, int]) -> str:
-        shown = "; ".join([line for reason in counts for line in self.first[reason]][:LISTED])
-        return ", ".join(f"{count} {reason}" for reason, count in counts.items()) + f" (the first: {shown})"
+    def _line(self, counts: dict[str, int], words: str) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        examples = "; ".join([line for reason in counts for line in self.first[reason]][:LISTED])
+        return f"{self.source}: {sum(counts.values())} of {self.rows} rows {words}: {reasons} (the first: {examples})"
 
 
 class PairReader:
-    """Reads a source once through `batches`; `account` then tells what became of its rows.
+    """Reads a source once, through `batches`; `account` then says what became of its rows.
 
     Args:
-        completions: whether the rows are for training; for prediction a prompt is enough, and may be asked twice.
-        on_bad_row: "error" or "skip".
+        completions: False for prediction: a prompt is enough, and repeated ones are answered.
     """
 
     def __init__(
-        self, source: Source, row_format: RowFormat, options: RowOptions, completions: bool, on_bad_row: str
+        self, source: Source, row_format: RowFormat, options: RowOptions, completions: bool, on_bad_row: OnBadRow
     ) -> None:
         self.source, self.row_format, self.options = source, row_format, options
         self.completions, self.skip = completions, on_bad_row == "skip"
         self.rows = self.pairs = 0
-        self.chat = False  # whether any of them is a conversation
+        self.chat = False  # whether any row is a conversation
         self.skipped: dict[str, int] = {}
         self.doubtful: dict[str, int] = {}
         self.first: dict[str, list[str]] = {}
-        self._seen: set[int] = set()  # hashes of the pairs so far; 64 bits are enough to tell millions apart
+        self._seen: set[int] = set()  # hashes of the pairs so far; 64 bits tell millions apart
 
     @property
     def account(self) -> RowAccount:
@@ -83,16 +76,15 @@ class PairReader:
         return RowAccount(self.source.name, self.rows, self.pairs, self.skipped, self.doubtful, self.first)
 
     def batches(self) -> Iterator[dict[str, list[Any]]]:
-        """`PAIR_COLUMNS`, those of PreferencePair and `row` (its number in the source), a few rows at a time.
+        """`PAIR_COLUMNS`: the fields of PreferencePair and `row`, its number in the source; a few rows at a time.
 
         Raises:
-            BadRow: on_bad_row is "error" and there is one.
-            UserError: no row is left, or the rest of the file cannot be read.
+            BadRow: for the first bad row, if `on_bad_row` is "error".
+            UserError: no row can be used, or the rest of the file cannot be read.
         """
         kept: list[tuple] = []
         size = 0
-        form = self.row_format
-        columns = form.prompt_columns + form.completion_columns
+        columns = self.row_format.prompt_columns + self.row_format.completion_columns
         for number, row in self.source.rows((*columns, *OPTIONAL_COLUMNS) if columns else ()):
             self.rows += 1
             pair = self._pair(number, row)
@@ -117,7 +109,7 @@ class PairReader:
         try:
             if isinstance(row, BadRow):
                 raise row
-            pair = row_to_pair(row, self.row_format, self.options, self.source.where(number), self.completions)
+            pair = row_to_pair(row, self.row_format, self.options, self.source.location(number), self.completions)
         except BadRow as error:
             if not self.skip:
                 raise BadRow(error.reason, f"{error}; {REMEDY}") from None
@@ -126,7 +118,7 @@ class PairReader:
         reason = self._doubt(pair) if self.completions else None
         if reason is None:
             return pair
-        self._count(self.skipped if self.skip else self.doubtful, reason, self.source.where(number))
+        self._count(self.skipped if self.skip else self.doubtful, reason, self.source.location(number))
         return None if self.skip else pair
 
     def _doubt(self, pair: PreferencePair) -> str | None:

@@ -1,8 +1,8 @@
-"""Chat template + messages -> text, in a process of its own that has little time and little memory.
+"""Chat template + messages -> text, in a process of its own with limits on time and memory.
 
-A chat template is a program, and it comes with data and models of strangers. Jinja's sandbox keeps it from files and
-from Python, but not from loops without end or from filling the memory, and no list of forbidden operations does
-(`10**10**10`, `'x' * 10**10`, doubling a text 40 times). A process that is ended does. One serves all templates.
+A chat template is a program that may come from strangers. Jinja's sandbox keeps it from files and from Python, but not
+from endless loops or from filling the memory (`10**10**10`, `'x' * 10**10`, doubling a text 40 times), and neither does
+a list of forbidden operations. Ending the process does. One process serves all templates.
 """
 
 import atexit
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
-SECONDS = 5  # for one conversation; usual are milliseconds
-MEGABYTES = 512  # beyond what the process has when it starts
+SECONDS = 5  # for one conversation, which usually takes milliseconds
+MEGABYTES = 512  # beyond what the process has at its start
 LONGEST = 20_000_000  # characters of a rendered conversation
 START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dpo_lightning.data.rendering import serve; serve()"
@@ -35,19 +35,19 @@ START = (
 def render_chats(
     tokenizer: "PreTrainedTokenizerBase", template: str | None, chats: Sequence[tuple[Messages, bool]]
 ) -> list[str]:
-    """What `tokenizer.apply_chat_template` gives for each, or an error where that would take too long or too much.
+    """The result of `tokenizer.apply_chat_template` for each chat, within limits on time and memory.
 
     Args:
-        template: Jinja; left out, the tokenizer's own.
-        chats: messages, each with whether the text is to end where a reply begins.
+        template: Jinja source; None: the tokenizer's own.
+        chats: messages, each with whether the text should end where a reply begins.
 
     Raises:
-        ValueError: the template cannot be compiled, or refuses the messages.
+        ValueError: the template cannot be compiled or refuses the messages.
         UserError: it takes more time or memory than any conversation does.
     """
     from transformers import PreTrainedTokenizerBase
 
-    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # it does without Jinja
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # it does not use Jinja
         render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
         return [render(list(messages), add_generation_prompt=reply_follows) for messages, reply_follows in chats]
     if not all(messages for messages, _ in chats):
@@ -64,7 +64,7 @@ def render_chats(
 
 
 class _Worker:
-    """The process, started when it is first needed, and anew where it was ended."""
+    """The process. It is started when needed, also after it was ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
@@ -73,24 +73,24 @@ class _Worker:
 
     def ask(self, request: bytes) -> dict[str, Any]:
         with self._lock:
-            for _ in range(2):  # it may have been ended by something else, such as a machine that slept
+            for _ in range(2):  # something else may have ended it, such as a suspended machine
                 try:
                     if line := self._exchange(request):
                         return json.loads(line)
                 except OSError:
                     pass
-                except BaseException:  # Ctrl-C: what it would answer now would be taken for the next answer
+                except BaseException:  # Ctrl-C: its answer would be taken for the next one
                     self.end()
                     raise
                 self.end()
         raise UserError(
             f"the chat template takes more than {SECONDS} seconds or {MEGABYTES} MiB of memory for one conversation: "
-            "mend it, or take another one"
+            "fix it, or take another one"
         )
 
     def _exchange(self, request: bytes) -> bytes:
-        """The line that answers, nothing where the process has ended."""
-        if self._process is None or self._owner != os.getpid():  # a fork must not talk into its parent's pipe
+        """The line that answers, empty if the process has ended."""
+        if self._process is None or self._owner != os.getpid():  # a fork must not use its parent's pipe
             self._owner = os.getpid()
             limits = json.dumps([SECONDS, MEGABYTES])
             self._process = subprocess.Popen(
@@ -100,15 +100,17 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
+            assert self._process.stdout
             if not self._process.stdout.readline():
                 self.end()
                 raise UserError("the process that renders chat templates cannot be started: is there memory for it?")
+        assert self._process.stdin and self._process.stdout
         self._process.stdin.write(request + b"\n")
         self._process.stdin.flush()
         return self._process.stdout.readline()
 
     def end(self) -> None:
-        """Ends the process, if there is one of ours."""
+        """Ends the process, if this one started it."""
         process, self._process = self._process, None
         if process is not None and self._owner == os.getpid():
             process.kill()
@@ -121,10 +123,10 @@ atexit.register(_WORKER.end)
 
 
 def serve() -> None:
-    """The process: a line of JSON with what to render -> a line with the texts, or with why there are none."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    """What the process runs: a line of JSON with what to render -> a line with the texts, or with an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever is printed is no answer
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
     from transformers.utils.chat_template_utils import render_jinja_template
 
     seconds, megabytes = json.loads(sys.argv[2])
@@ -160,9 +162,9 @@ def _answer(render: Callable[..., Any], requests: list[dict[str, Any]]) -> dict[
 
 
 def _end_in(seconds: float) -> None:
-    """Ends this process in so many seconds, whatever Python is in the midst of; 0: not at all."""
+    """Ends this process after some seconds, whatever it is doing; 0 calls that off."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # nobody handles its signal, so the system ends the process
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # without a handler, its signal ends the process
     elif seconds:  # Windows
         faulthandler.dump_traceback_later(seconds, exit=True)
     else:
@@ -170,7 +172,7 @@ def _end_in(seconds: float) -> None:
 
 
 def _limit_memory(megabytes: int) -> None:
-    """Limits what this process may take from now on, where the system can."""
+    """Limits the memory that this process may still take, on systems that can."""
     try:
         import resource
 
@@ -178,5 +180,5 @@ def _limit_memory(megabytes: int) -> None:
             now = int(sizes.read().split()[0]) * resource.getpagesize()
         limit = now + megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (ImportError, OSError, ValueError):  # Windows, macOS: the time is limited still
+    except (ImportError, OSError, ValueError):  # Windows, macOS: only time is limited
         pass

@@ -3,10 +3,9 @@
 import codecs
 import csv
 import json
-import math
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from dpo_lightning.data.formats import FORMATS
 from dpo_lightning.data.pair import BadRow
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.datasets import fingerprint
 from dpo_lightning.models.hub import first_line, from_hub_or_folder, local_path, looks_local
 from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.visible import one_line
@@ -33,83 +33,66 @@ SPLIT_NAMES = {
     "test": ("test",),
     "predict": ("test", "predict"),
 }
-
-
 Row = dict[str, Any] | BadRow
 
 
 class Source(NamedTuple):
-    """Rows of one data set, with what is needed to talk about them."""
+    """The rows of a data set, and their names for messages."""
 
-    name: str  # as the user wrote it, with the split that was picked, fit to be shown (see `one_line`)
+    name: str  # as the user wrote it, with the split, safe to print (see `one_line`)
     columns: Sequence[str]
     read: Callable[[Sequence[str]], Iterator[tuple[int, Row]]]  # see `rows`
-    fingerprint: str  # changes when the data changes
-    unit: str = "row"  # what numbers count: rows, or the lines of a file
+    fingerprint: str  # changes with the data
+    unit: str = "row"  # what row numbers count: rows, or lines of a file
 
     def rows(self, columns: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
         """Each row with its number, counted from 1; a BadRow stands for one that cannot be read.
 
         Args:
-            columns: those that are wanted, as far as they are there; others may be left out. None named: all.
+            columns: that are needed; others may be left out, and missing ones are ignored. Empty: all.
 
         Raises:
             UserError: the rest of the file cannot be read.
         """
         return self.read([column for column in columns if column in self.columns])
 
-    def where(self, number: int) -> str:
-        """How a row is named in messages."""
+    def location(self, number: int) -> str:
+        """The name of a row in messages: "rows.jsonl, line 6"."""
         return f"{self.name}, {self.unit} {number}"
-
-
-def dataset_weights(names: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
-    """The data sets of a setting with their weights: how often an epoch has each of their pairs, 1 where none is given.
-
-    Raises:
-        UserError: a weight that is not above 0, a data set that is named twice.
-    """
-    if not names:
-        return {}
-    if isinstance(names, Mapping):
-        for name, weight in names.items():
-            if not 0 < weight < math.inf:
-                raise UserError(f"data.train_dataset: the weight of '{name}' is {weight}: it must be above 0")
-        return {name: float(weight) for name, weight in names.items()}
-    names = [names] if isinstance(names, str) else names
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"data.train_dataset names '{twice[0]}' twice: give it a weight of 2, as in {{{twice[0]}: 2}}")
-    return dict.fromkeys(names, 1.0)
 
 
 def open_source(name: str, stage: str) -> Source:
     """Opens a data set by name. `NAME:SPLIT` picks a split of a hub data set or of a saved DatasetDict.
 
     Args:
-        stage: "train", "val", "test" or "predict": which split is meant where several are there and none is named.
+        stage: "train", "val", "test" or "predict", which decides the split if none is named.
 
     Raises:
-        UserError: a missing, empty or unreadable file or folder, an unknown file type or split, an unreachable hub.
+        UserError: a missing, empty or unreadable file or folder, an unknown file type or split, or an unreachable hub.
     """
     path = local_path(name)
     if path.is_file():
-        return _open_file(one_line(name), path)
-    base, _, split = name.partition(":")
-    dataset, split = _pick_split(load_dataset_named(base), one_line(name), split, stage)
-    return _from_dataset(one_line(f"{base}:{split}" if split else name), dataset)
+        source = _open_file(one_line(name), path)
+    else:
+        base, _, split = name.partition(":")
+        dataset, split = _pick_split(load_dataset_named(base), one_line(name), split, stage)
+        source = _from_dataset(one_line(f"{base}:{split}" if split else name), dataset)
+    if next(source.rows(source.columns[:1]), None) is None:
+        raise UserError(f"data set '{source.name}' has no rows")
+    return source
 
 
 def load_dataset_named(name: str) -> Any:
-    """The Dataset or DatasetDict of a folder written by `save_to_disk`, or else of a hub id.
+    """The Dataset or DatasetDict of a folder written by `save_to_disk`, or of a hub id.
 
     Raises:
-        UserError: a folder that is not there or cannot be loaded, an unknown hub id, an unreachable hub.
+        UserError: a folder that is missing or cannot be loaded, an unknown hub id, or an unreachable hub.
     """
     from datasets import load_dataset, load_from_disk
 
     path = local_path(name)
     if path.exists() and not path.is_dir():
-        kind = KINDS.get(stat.S_IFMT(path.stat().st_mode), "no file")
+        kind = KINDS.get(stat.S_IFMT(path.stat().st_mode), "not a file")
         raise UserError(f"data set '{one_line(name)}' is {kind}, and only files and folders can be read")
     local = path.is_dir()
     if not local and (path.suffix in FILE_TYPES or looks_local(name)):
@@ -118,7 +101,7 @@ def load_dataset_named(name: str) -> Any:
 
 
 def _open_file(name: str, path: Path) -> Source:
-    """Opens a file; `name` is fit to be shown."""
+    """Opens a file; `name` is safe to print."""
     if path.suffix not in FILE_TYPES:
         raise UserError(f"data set '{name}': files of type {', '.join(FILE_TYPES)} can be read, not '{path.suffix}'")
     try:
@@ -132,7 +115,7 @@ def _open_file(name: str, path: Path) -> Source:
 
 
 def _open_jsonl(name: str, path: Path) -> Source:
-    """A file of an object per line. Blank lines are not rows."""
+    """A file with an object per line. Blank lines are not rows."""
 
     def read(_: Sequence[str]) -> Iterator[tuple[int, Row]]:
         with path.open("rb") as lines:
@@ -140,7 +123,7 @@ def _open_jsonl(name: str, path: Path) -> Source:
                 if line.strip():
                     yield number, _parse_line(line, f"{name}, line {number}", first=number == 1)
 
-    return Source(name, _columns(name, read([])), read, file_digest(path), "line")
+    return Source(name, _columns(read([])), read, file_digest(path), "line")
 
 
 def _parse_line(line: bytes, where: str, first: bool) -> Row:
@@ -164,8 +147,8 @@ def _as_row(row: Any, where: str) -> Row:
     return BadRow("not an object", f"{where}: found {found} where an object with named columns belongs")
 
 
-def _columns(name: str, rows: Iterable[tuple[int, Row]]) -> list[str]:
-    """The columns that the first rows have. They may come and go between rows: each row is checked when it is read."""
+def _columns(rows: Iterable[tuple[int, Row]]) -> list[str]:
+    """The columns of the first 100 rows. Rows may differ: each is checked when it is read."""
     columns: dict[str, None] = {}
     bad = None
     for _, row in islice(rows, 100):
@@ -173,13 +156,13 @@ def _columns(name: str, rows: Iterable[tuple[int, Row]]) -> list[str]:
             bad = bad or row
         else:
             columns |= dict.fromkeys(row)
-    if not columns:
-        raise bad or UserError(f"data set '{name}' holds no rows")
+    if bad and not columns:
+        raise bad
     return list(columns)
 
 
 def _open_json(name: str, path: Path) -> Source:
-    """A file of one list of objects, bare or as in {"data": [...]}. Other files are taken for an object per line."""
+    """A file with a list of objects, bare or as in {"data": [...]}; or else with an object per line."""
     if _has_object_per_line(path):
         return _open_jsonl(name, path)
     try:
@@ -195,14 +178,13 @@ def _open_json(name: str, path: Path) -> Source:
         for number, value in enumerate(values, 1):
             yield number, _as_row(value, f"{name}, row {number}")
 
-    return Source(name, _columns(name, read([])), read, file_digest(path))
+    return Source(name, _columns(read([])), read, file_digest(path))
 
 
 def _has_object_per_line(path: Path) -> bool:
-    """Whether a .json file is really .jsonl: its first line is more than the beginning of what it opens.
+    """Whether a .json file is really .jsonl: its first line is more than the beginning of a value.
 
-    A first line that was broken off is told from such a beginning by the second: an object of its own, with a brace
-    that nothing has asked for (after `{` or `,` a name belongs).
+    A first line that was cut off looks like such a beginning, but then the second line is an object of its own.
     """
     with path.open("rb") as file:
         lines = (line for line in file if line.removeprefix(codecs.BOM_UTF8).strip())
@@ -215,7 +197,7 @@ def _has_object_per_line(path: Path) -> bool:
     except json.JSONDecodeError as error:
         if error.pos < len(text):
             return True
-        return text.startswith("{") and _is_object(second)  # else it goes on in the next line
+        return text.startswith("{") and _is_object(second)  # else the value continues there
     except (ValueError, RecursionError):
         return True
     return bool(second) or not isinstance(value, dict) or not _row_lists(value)
@@ -229,8 +211,8 @@ def _is_object(line: bytes) -> bool:
 
 
 def _row_lists(value: dict[str, Any]) -> list[str]:
-    """The keys of an object under which there are rows; none where the object is a row itself."""
-    columns = {column for form in FORMATS.values() for column in form.prompt_columns + form.completion_columns}
+    """The keys of an object that have rows; empty if the object itself is a row."""
+    columns = {column for known in FORMATS.values() for column in known.prompt_columns + known.completion_columns}
     if not columns.isdisjoint(value):
         return []
     return [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
@@ -252,9 +234,9 @@ def _wrapped_rows(name: str, value: dict[str, Any]) -> list[Any]:
 def _open_csv(name: str, path: Path) -> Source:
     """A file of comma-separated texts under a line of column names. Blank lines are not rows; numbers stay text.
 
-    Bytes that are no UTF-8 come through as lone surrogates, which `dpo_lightning.data.formats` refuses cell by cell.
+    Bytes that are not UTF-8 become lone surrogates, which `data.cells` refuses cell by cell.
     """
-    csv.field_size_limit(2**31 - 1)  # a long cell is to be counted as one, not to end the reading
+    csv.field_size_limit(2**31 - 1)  # a long cell is one bad row, not the end of reading
 
     def records() -> Iterator[tuple[int, list[str] | csv.Error]]:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -289,8 +271,6 @@ def _open_csv(name: str, path: Path) -> Source:
             else:
                 yield line, dict(zip(header, cells, strict=True))
 
-    if not any(True for _ in read([])):
-        raise UserError(f"data set '{name}' holds no rows")
     return Source(name, header, read, file_digest(path), "line")
 
 
@@ -300,11 +280,9 @@ def _open_parquet(name: str, path: Path) -> Source:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns, count = file.schema_arrow.names, file.metadata.num_rows
+            columns = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"data set '{name}' cannot be read: {first_line(error)}") from error
-    if not count:
-        raise UserError(f"data set '{name}' holds no rows")
     if twice := [column for column, count in Counter(columns).items() if count > 1]:
         raise UserError(f"data set '{name}': two columns have the name '{one_line(twice[0])}'")
 
@@ -323,9 +301,6 @@ def _open_parquet(name: str, path: Path) -> Source:
 
 
 def _from_dataset(name: str, dataset: Any) -> Source:
-    if len(dataset) == 0:
-        raise UserError(f"data set '{name}' holds no rows")
-
     def read(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
         number = 0
         picked = dataset.select_columns(list(wanted)) if wanted else dataset
@@ -334,11 +309,11 @@ def _from_dataset(name: str, dataset: Any) -> Source:
                 number += 1
                 yield number, row
 
-    return Source(name, dataset.column_names, read, dataset._fingerprint)
+    return Source(name, dataset.column_names, read, fingerprint(dataset))
 
 
 def _batch_rows(batch: Any, name: str, before: int) -> Iterable[Row]:
-    """The rows of an Arrow table or batch as dicts; `before` is how many rows came before it."""
+    """The rows of an Arrow table or batch as dicts; `before`: rows that were read before it."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond Python's
@@ -353,7 +328,7 @@ def _batch_rows(batch: Any, name: str, before: int) -> Iterable[Row]:
 
 
 def _pick_split(dataset: Any, name: str, split: str, stage: str) -> tuple[Any, str]:
-    """The Dataset of a split and the split's name, which is empty where there are no splits."""
+    """The Dataset of a split and the split's name, which is empty if there are no splits."""
     from datasets import DatasetDict
 
     if not isinstance(dataset, DatasetDict):

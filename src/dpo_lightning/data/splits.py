@@ -1,7 +1,7 @@
-"""Pairs -> which of them are held out, and how often an epoch has the others: positions, seeded."""
+"""Pairs -> positions of those that are held out, and of the others as often as an epoch has them. Seeded."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,43 +9,63 @@ import numpy as np
 from dpo_lightning.errors import UserError
 
 
+def dataset_weights(names: str | Sequence[str] | Mapping[str, float] | None) -> dict[str, float]:
+    """The data sets of a setting with their weights: how often an epoch has each of their pairs, by default once.
+
+    Raises:
+        UserError: a weight that is not above 0, or a data set that is named twice.
+    """
+    if not names:
+        return {}
+    if isinstance(names, Mapping):
+        for name, weight in names.items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.train_dataset: the weight of '{name}' is {weight}: it must be above 0")
+        return {name: float(weight) for name, weight in names.items()}
+    names = [names] if isinstance(names, str) else names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"data.train_dataset names '{twice[0]}' twice: give it a weight of 2, as in {{{twice[0]}: 2}}")
+    return dict.fromkeys(names, 1.0)
+
+
 def mixed(rows: np.ndarray, starts: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
-    """Positions as often as their data set's weight says, ascending: 2.5 is twice each, and a seeded half once more.
+    """Positions as often as the weight of their data set says, ascending: 2.5 is all twice and a random half once more.
 
     Args:
-        rows: positions in the data sets laid end to end, ascending, [n].
+        rows: positions in the concatenated data sets, ascending, [n].
         starts: position of each data set's first row.
-        weights: one for each data set.
+        weights: one per data set.
     """
     rng = np.random.default_rng(seed)
     parts = np.split(rows, np.searchsorted(rows, starts[1:]))
     kept = []
     for part, weight in zip(parts, weights, strict=True):
-        whole, share = divmod(weight, 1)
-        kept += [part] * int(whole) + ([rng.permutation(part)[: round(share * len(part))]] if share else [])
+        times, share = divmod(weight, 1)
+        kept += [part] * int(times) + ([rng.permutation(part)[: round(share * len(part))]] if share else [])
     return np.sort(np.concatenate(kept))
 
 
-def split_by_key(keys: Sequence[Any], sizes: dict[str, float], seed: int, source: str) -> dict[str, np.ndarray]:
-    """Seeded split of positions in which equal keys (contexts) stay together.
+def split_by_key(
+    keys: Sequence[Any] | np.ndarray, sizes: dict[str, float], seed: int, source: str
+) -> dict[str, np.ndarray]:
+    """A seeded random split of positions in which rows with equal keys (contexts) stay together.
 
     Args:
-        keys: a key per row.
-        sizes: name of a held-out split -> share below 1, or number of rows but at most a tenth of them; it gets at
-            least that many rows.
+        keys: one per row.
+        sizes: of each held-out split, the least share of the rows (below 1) or number of rows (cut to a tenth).
 
     Returns:
         Name -> positions, ascending int64, for every size above 0 and for "train", the rest.
 
     Raises:
-        UserError: too few different keys to give every split one.
+        UserError: there are too few different keys to give every split one.
     """
-    most = math.ceil(0.1 * len(keys))  # of a number of rows: a small data set is there to be trained on
+    most = math.ceil(0.1 * len(keys))  # most of a small data set is for training
     wanted = {
         name: min(size, most) if size >= 1 else math.ceil(size * len(keys)) for name, size in sizes.items() if size > 0
     }
     _, first, group, counts = np.unique(np.asarray(keys), return_index=True, return_inverse=True, return_counts=True)
-    left = np.argsort(first).tolist()  # groups in the order in which they come
+    left = np.argsort(first).tolist()  # groups, in the order of their first rows
     np.random.default_rng(seed).shuffle(left)
     split_of_group = np.zeros(len(first), dtype=np.int64)
     for number, size in enumerate(wanted.values(), 1):

@@ -1,1 +1,1 @@
-"""The embedded default: a tiny pretrained GPT-2 and a text-to-SQL data set that ship with the package."""
+"""The demo: a tiny pretrained GPT-2 and a text-to-SQL data set that ship with the package."""

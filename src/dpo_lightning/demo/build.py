@@ -1,10 +1,10 @@
-"""Makes everything that ships in this folder, from nothing: data set, tokenizer, tiny pretrained GPT-2.
+"""Builds everything that ships in this folder from scratch: data set, tokenizer, tiny pretrained GPT-2.
 
     python -m dpo_lightning.demo.build --output_dir FOLDER [--steps N N N] [--threads N]
 
-Writes FOLDER/data/{train,valid,test}.jsonl and the Hugging Face folder FOLDER/model. Deterministic: the data
-and the tokenizer anywhere, the weights on the same kind of CPU with the same threads and library versions.
-About 45 minutes of one core without AMX in all (an hour beside other work), and 1.2 GB of memory.
+Writes FOLDER/data/{train,valid,test}.jsonl and the Hugging Face folder FOLDER/model. Data and tokenizer are the same on
+any machine; the weights on the same kind of CPU with the same number of threads and library versions. Takes about 45
+minutes on one core without AMX, and 1.2 GB of memory.
 """
 
 import argparse
@@ -26,14 +26,14 @@ VOCAB_SIZE = 2048
 POSITIONS = 512
 BATCH_SIZE = 16
 # Steps, peak learning rate and kind of names of each pass. A pass starts from the half-precision weights that the
-# last one saved. The last pass has names like those of a new schema, which the tokenizer cuts into odd pieces.
+# previous one saved. The last pass has names like those of a new schema, which the tokenizer splits into odd pieces.
 PASSES = ((2600, 2.5e-3, plain_word), (1600, 1.5e-3, plain_word), (1200, 1e-3, coined_word))
-# Upper-case words and these little words take the space before them, other words do not: a name is the same
+# Upper-case words and these function words include the space before them, other words do not. So a name has the same
 # tokens in `(name VARCHAR,`, in `AVG(name)` and in a question, which makes it easy to copy.
-LITTLE_WORDS = "the|of|all|is|are|for|each|in|whose|where|which|with|that|than|by|and|or|to|me|a|an"
+FUNCTION_WORDS = "the|of|all|is|are|for|each|in|whose|where|which|with|that|than|by|and|or|to|me|a|an"
 PRETOKENS = "|".join((
     r", ",
-    rf" (?:{LITTLE_WORDS})(?=[ ?.,])",
+    rf" (?:{FUNCTION_WORDS})(?=[ ?.,])",
     r" ?[A-Z][A-Z0-9]+",
     r"[A-Za-z][a-z]*",
     r"[0-9]{1,2}",
@@ -43,7 +43,7 @@ PRETOKENS = "|".join((
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from pretraining texts; EOS is `<|endoftext|>` and nothing pads, as in GPT-2."""
+    """A byte-level BPE trained on pretraining texts. As in GPT-2, EOS is `<|endoftext|>` and there is no pad token."""
     rng = random.Random(f"tokenizer {seed}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -62,7 +62,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int, eos_id: int) -> GPT2LMHeadModel:
-    """About 2.3 million parameters, freshly initialised."""
+    """A GPT-2 of about 2.3 million parameters, freshly initialised."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=POSITIONS, n_embd=192, n_layer=4, n_head=6, initializer_range=0.06,
@@ -70,7 +70,7 @@ def make_model(seed: int, eos_id: int) -> GPT2LMHeadModel:
         bos_token_id=eos_id, eos_token_id=eos_id,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    # Positions start as sines and cosines: attention to the token before, which copying needs, comes sooner.
+    # Positions start as sines and cosines, so that attention to the previous token, which copying needs, forms sooner.
     width = config.n_embd // 2
     angles = torch.arange(config.n_positions)[:, None] / 1000 ** (torch.arange(width) / width)
     model.transformer.wpe.weight.data = 0.08 * torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -78,9 +78,9 @@ def make_model(seed: int, eos_id: int) -> GPT2LMHeadModel:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, word, seed: int):
-    """Endless (input ids [B, T], labels [B, T]) of similarly long texts.
+    """Yields (input ids [B, T], labels [B, T]) of texts of similar length, without end.
 
-    No loss on the context, whose names are random, nor on padding (label -100).
+    The context, whose names are random, and padding have label -100, so they add nothing to the loss.
     """
     rng = random.Random(f"texts {seed}")
     while True:
@@ -90,8 +90,8 @@ def batches(tokenizer: PreTrainedTokenizerFast, word, seed: int):
         groups = [pairs[i : i + BATCH_SIZE] for i in range(0, len(pairs), BATCH_SIZE)]
         rng.shuffle(groups)
         for group in groups:
-            ids = [torch.tensor([*context, *text, tokenizer.eos_token_id]) for context, text in group]
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+            rows = [torch.tensor([*context, *text, tokenizer.eos_token_id]) for context, text in group]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
             labels = ids.clone()
             for row, (context, _) in enumerate(group):
                 labels[row, : len(context)] = -100
@@ -99,7 +99,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, word, seed: int):
 
 
 def pretrain(model: GPT2LMHeadModel, texts, steps: int, peak: float) -> None:
-    """Next-token training in place on `texts`, see `batches`: AdamW, 100 steps of warm-up, cosine decay."""
+    """Trains the model on `texts` (see `batches`) in place: AdamW, 100 steps of warm-up, cosine decay."""
 
     def rate(step: int) -> float:
         return min((step + 1) / 100, 0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
@@ -110,8 +110,8 @@ def pretrain(model: GPT2LMHeadModel, texts, steps: int, peak: float) -> None:
     model.train()
     for step, (ids, labels) in zip(range(steps), texts, strict=False):
         hidden, targets = model.transformer(ids).last_hidden_state[:, :-1], labels[:, 1:]
-        said = targets != -100
-        loss = cross_entropy(model.lm_head(hidden[said]), targets[said])
+        predicted = targets != -100
+        loss = cross_entropy(model.lm_head(hidden[predicted]), targets[predicted])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -122,7 +122,7 @@ def pretrain(model: GPT2LMHeadModel, texts, steps: int, peak: float) -> None:
 
 
 def save_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Half-precision weights; the config still says float32, so that they are loaded as that."""
+    """Saves weights in half precision. The config still says float32, so that they are loaded in float32."""
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.float().config.dtype = torch.float32
@@ -130,13 +130,17 @@ def save_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folde
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the demo's data set, tokenizer and tiny model.")
+    parser = argparse.ArgumentParser(description="Build the demo's data set, tokenizer and tiny model.")
     parser.add_argument("--output_dir", type=Path, required=True, help="where data/ and model/ are written")
     parser.add_argument(
-        "--steps", type=int, nargs=len(PASSES), default=[p[0] for p in PASSES], help="of 16 texts, in each pass"
+        "--steps",
+        type=int,
+        nargs=len(PASSES),
+        default=[p[0] for p in PASSES],
+        help="steps of each pass",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0, help="of tokenizer, weights and pretraining texts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of tokenizer, weights and pretraining texts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     write_data(args.output_dir / "data")

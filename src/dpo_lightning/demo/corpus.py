@@ -1,8 +1,8 @@
-"""The tiny model's pretraining texts: random.Random -> (context, text), a random schema and talk about it.
+"""The tiny model's pretraining texts: random.Random -> (context, text), a random schema and a text about it.
 
-Most tables and columns have made-up names, so that a model trained on these texts must learn to copy names
-from the context; the real words leave out all names of valid and test schemas. Prose follows the prompt
-`Question: ... Answer:`; SQL is only seen after other cues (comments, `SQL:`, a shell).
+Most tables and columns have made-up names, so a model trained on these texts must learn to copy names from the context.
+The real words exclude all names of valid and test schemas. The prompt `Question: ... Answer:` is followed by prose; SQL
+only follows other cues (comments, `SQL:`, a shell).
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ def _names(*splits: str) -> set[str]:
 
 
 HELD_OUT = _names("valid", "test")
-# Real words for names: our list and the training schemas' names.
+# Real words for names: our list, and the names of the training schemas.
 KNOWN_WORDS = sorted({*NOUNS, *_names("train")} - HELD_OUT)
 
 
@@ -69,9 +69,9 @@ def plain_word(rng) -> str:
 
 
 def coined_word(rng) -> str:
-    """Mostly two nouns in one or a noun with a suffix ("doorlamp", "clockship"), no name of a held-out schema.
+    """Mostly two nouns joined, or a noun with a suffix ("doorlamp", "clockship"); never a name of a held-out schema.
 
-    The tokenizer has not seen these words and cuts them up as it does the unseen names of a new schema.
+    The tokenizer has not seen these words and splits them as it splits the names of a new schema.
     """
     if rng.random() < 0.3:
         return plain_word(rng)
@@ -95,15 +95,15 @@ def _values(rng, word, kind: str) -> tuple:
 
 
 def random_schema(rng, word, tables: int) -> Schema:
-    """One table, or two that share a key; at least one text and one number column each; no name twice."""
+    """One table, or two that share a key. Each has at least one text and one number column; no name occurs twice."""
     types = {kind: rng.choice(choices) for kind, choices in SQL_TYPES.items()}
     kinds = [["text", "integer"] for _ in range(tables)]
     for some in kinds:
         some.extend(rng.choices(("text", "integer", "real", "date"), k=rng.choice((1, 1, 2, 3))))
-    names = set()
-    while len(names) < tables + 1 + sum(map(len, kinds)):
-        names.add(_name(rng, word).replace("__", "_"))
-    names = rng.sample(sorted(names), len(names))
+    taken: set[str] = set()
+    while len(taken) < tables + 1 + sum(map(len, kinds)):
+        taken.add(_name(rng, word).replace("__", "_"))
+    names = rng.sample(sorted(taken), len(taken))
     key = Column(f"{names.pop()}_id", "key", (), types["key"])
     schema = []
     for some in kinds:
@@ -126,9 +126,9 @@ def _prose(rng, schema: Schema, query: Query) -> str:
 
 
 def random_text(rng, word=plain_word) -> tuple[str, str]:
-    """(context, text): one schema, and either prose about it or one or two SQL queries of it.
+    """(context, text): one schema, and either prose about it or one or two SQL queries.
 
-    `word` draws the words that names and values are made of.
+    `word` draws the words of which names and values consist.
     """
     kind = rng.choice((*KINDS, "join", "join"))
     schema, query = make_query(rng, random_schema(rng, word, 2 if kind == "join" else 1), kind)

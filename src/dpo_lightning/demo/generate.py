@@ -1,4 +1,4 @@
-"""The shipped data set: schemas of one split -> rows {question, context, answer}, in the order written."""
+"""The demo's data set: schemas of a split -> rows {question, context, answer}."""
 
 import json
 import random
@@ -11,11 +11,11 @@ ROWS_PER_SCHEMA = {"train": 44, "valid": 24, "test": 24}
 
 
 def schema_rows(rng, schema: Schema, number: int) -> list[dict]:
-    """`number` distinct rows about one schema, the kinds of query in turn."""
+    """`number` distinct rows about one schema, cycling through the kinds of query."""
     kinds = [kind for kind in KINDS if kind != "join" or len(schema) == 2]
-    # A joined schema is there for its joins: every other row is one.
+    # Two tables are there to be joined: every other row is a join.
     turns = [kind for kind in kinds for kind in ((kind, "join") if len(schema) == 2 else (kind,))]
-    rows = {}
+    rows: dict[str, dict[str, str]] = {}
     while len(rows) < number:
         asked, query = make_query(rng, schema, turns[len(rows) % len(turns)])
         row = {"question": query.question, "context": create_statement(asked), "answer": query.sql}
@@ -24,7 +24,7 @@ def schema_rows(rng, schema: Schema, number: int) -> list[dict]:
 
 
 def make_rows(split: str) -> list[dict]:
-    """All rows of "train", "valid" or "test", shuffled; the same rows every time."""
+    """All rows of "train", "valid" or "test", shuffled; the same on every call."""
     rng = random.Random(f"rows {split}")
     rows = [row for schema in load_schemas(split) for row in schema_rows(rng, schema, ROWS_PER_SCHEMA[split])]
     rng.shuffle(rows)

@@ -1,8 +1,8 @@
 """Questions about a schema and the SQL that answers them: Schema + random.Random -> Query.
 
-Every kind of query is one function below that returns (gist, sql). The gist is a noun phrase ("the average
-salary of the employees"); a question is a frame around a gist ("What is {gist}?"), and the prose of the tiny
-model's pretraining texts is built around the same gist.
+Every kind of query is a function below that returns (gist, sql). The gist is a noun phrase ("the average salary of the
+employees"). A question is a frame around a gist ("What is {gist}?"), and the prose of the pretraining texts is built
+around the same gist.
 """
 
 from typing import NamedTuple
@@ -38,12 +38,12 @@ VALUES = ("text", "integer", "real", "date")
 
 
 def words(name: str) -> str:
-    """A table's or column's name as it is said in a question."""
+    """The name of a table or column as a question has it."""
     return name.replace("_", " ")
 
 
 def value(rng, column: Column) -> str:
-    """A value of the column, as it is said."""
+    """A random value of the column, as a question has it."""
     if column.kind == "text":
         return rng.choice(column.values)
     if column.kind == "date":
@@ -53,50 +53,50 @@ def value(rng, column: Column) -> str:
 
 
 def literal(column: Column, text: str) -> str:
-    """A value as SQL: text and dates in single quotes."""
+    """A value as SQL has it: text and dates in single quotes."""
     return text if column.kind in NUMBERS else "'" + text.replace("'", "''") + "'"
 
 
 def condition(rng, column: Column) -> tuple[str, str]:
-    """("age is above 30", "{age} > 30"); the braces stand for the column's name, bare or behind an alias."""
+    """A condition in words, and its SQL after the column's name: ("age is above 30", "> 30")."""
     comparisons = COMPARISONS["number" if column.kind in NUMBERS else column.kind]
     operator = rng.choice(list(comparisons))
     text = value(rng, column)
-    said = f"{words(column.name)} {rng.choice(comparisons[operator])} {text}"
-    return said, f"{operator} {literal(column, text)}"
+    phrase = f"{words(column.name)} {rng.choice(comparisons[operator])} {text}"
+    return phrase, f"{operator} {literal(column, text)}"
 
 
 def _where(rng, column: Column) -> tuple[str, str]:
-    said, sql = condition(rng, column)
-    return rng.choice(WHOSE).format(said), f"WHERE {column.name} {sql}"
+    phrase, sql = condition(rng, column)
+    return rng.choice(WHOSE).format(phrase), f"WHERE {column.name} {sql}"
 
 
 def _all(rng, table: Table) -> str:
     return f"{rng.choice(('the', 'all', 'all the'))} {words(table.name)}"
 
 
-def _subject(rng, table: Table, shown: Column, said: str) -> str:
-    return f"the {words(shown.name)} of {_all(rng, table)} {rng.choice(WHOSE).format(said)}"
+def _subject(rng, table: Table, selected: Column, phrase: str) -> str:
+    return f"the {words(selected.name)} of {_all(rng, table)} {rng.choice(WHOSE).format(phrase)}"
 
 
 def filter_(rng, table: Table) -> tuple[str, str]:
     """One condition, one or two columns."""
-    shown = rng.sample(table.of(*VALUES), 1 if rng.random() < 0.7 else 2)
-    said, where = _where(rng, rng.choice([c for c in table.of(*VALUES) if c not in shown]))
-    what = " and ".join(words(column.name) for column in shown)
-    columns = ", ".join(column.name for column in shown)
-    return f"the {what} of {_all(rng, table)} {said}", f"SELECT {columns} FROM {table.name} {where}"
+    selected = rng.sample(table.of(*VALUES), 1 if rng.random() < 0.7 else 2)
+    phrase, where = _where(rng, rng.choice([c for c in table.of(*VALUES) if c not in selected]))
+    what = " and ".join(words(column.name) for column in selected)
+    columns = ", ".join(column.name for column in selected)
+    return f"the {what} of {_all(rng, table)} {phrase}", f"SELECT {columns} FROM {table.name} {where}"
 
 
 def filters(rng, table: Table) -> tuple[str, str]:
     """Two conditions."""
-    shown, first, second = rng.sample(table.of(*VALUES), 3)
-    (said_1, sql_1), (said_2, sql_2) = condition(rng, first), condition(rng, second)
+    selected, first, second = rng.sample(table.of(*VALUES), 3)
+    (phrase_1, sql_1), (phrase_2, sql_2) = condition(rng, first), condition(rng, second)
     word = rng.choice(("and", "and", "or"))
-    said = rng.choice(WHOSE[:3]).format(f"{said_1} {word} {said_2}")
+    phrase = rng.choice(WHOSE[:3]).format(f"{phrase_1} {word} {phrase_2}")
     where = f"{first.name} {sql_1} {word.upper()} {second.name} {sql_2}"
-    sql = f"SELECT {shown.name} FROM {table.name} WHERE {where}"
-    return f"the {words(shown.name)} of {_all(rng, table)} {said}", sql
+    sql = f"SELECT {selected.name} FROM {table.name} WHERE {where}"
+    return f"the {words(selected.name)} of {_all(rng, table)} {phrase}", sql
 
 
 def count(rng, table: Table) -> tuple[str, str]:
@@ -105,8 +105,8 @@ def count(rng, table: Table) -> tuple[str, str]:
     what = f"{what} {words(table.name)}"
     if rng.random() < 0.25:
         return f"{what} {rng.choice(('in the table', 'overall'))}", f"SELECT COUNT(*) FROM {table.name}"
-    said, where = _where(rng, rng.choice(table.of(*VALUES)))
-    return f"{what} {said}", f"SELECT COUNT(*) FROM {table.name} {where}"
+    phrase, where = _where(rng, rng.choice(table.of(*VALUES)))
+    return f"{what} {phrase}", f"SELECT COUNT(*) FROM {table.name} {where}"
 
 
 def _aggregate(function: str, adjectives: tuple[str, ...]):
@@ -116,8 +116,8 @@ def _aggregate(function: str, adjectives: tuple[str, ...]):
         sql = f"SELECT {function}({column.name}) FROM {table.name}"
         if rng.random() < 0.4:
             return gist, sql
-        said, where = _where(rng, rng.choice([c for c in table.of(*VALUES) if c != column]))
-        return f"{gist} {said}", f"{sql} {where}"
+        phrase, where = _where(rng, rng.choice([c for c in table.of(*VALUES) if c != column]))
+        return f"{gist} {phrase}", f"{sql} {where}"
 
     return kind
 
@@ -136,16 +136,16 @@ def distinct(rng, table: Table) -> tuple[str, str]:
 def order_limit(rng, table: Table) -> tuple[str, str]:
     """The first few in an order, or all of them."""
     key = rng.choice(table.of(*NUMBERS))
-    shown = rng.choice([c for c in table.of(*VALUES) if c != key])
+    selected = rng.choice([c for c in table.of(*VALUES) if c != key])
     order, adjective, way = rng.choice((("DESC", "highest", "descending"), ("ASC", "lowest", "ascending")))
-    sql = f"SELECT {shown.name} FROM {table.name} ORDER BY {key.name} {order}"
-    what, by = f"the {words(shown.name)} of", words(key.name)
+    sql = f"SELECT {selected.name} FROM {table.name} ORDER BY {key.name} {order}"
+    what, by = f"the {words(selected.name)} of", words(key.name)
     if rng.random() < 0.35:
         verb = rng.choice(("sorted by", "ordered by"))
         return f"{what} {_all(rng, table)} {verb} {by} in {way} order", sql
     limit = rng.randint(2, 12)
-    said = f"{rng.choice(('the ', ''))}{limit} {words(table.name)} with the {adjective} {by}"
-    return f"{what} {said}", f"{sql} LIMIT {limit}"
+    phrase = f"{rng.choice(('the ', ''))}{limit} {words(table.name)} with the {adjective} {by}"
+    return f"{what} {phrase}", f"{sql} LIMIT {limit}"
 
 
 def group_by(rng, table: Table) -> tuple[str, str]:
@@ -165,69 +165,69 @@ def having(rng, table: Table) -> tuple[str, str]:
     """Groups that meet a condition."""
     group = rng.choice(table.of("text"))
     sql = f"SELECT {group.name} FROM {table.name} GROUP BY {group.name} HAVING"
-    sign, said = rng.choice(((">", "more than"), ("<", "fewer than"), (">=", "at least")))
+    sign, phrase = rng.choice(((">", "more than"), ("<", "fewer than"), (">=", "at least")))
     if rng.random() < 0.6:
         number = rng.randint(2, 30)
-        said = f"{rng.choice(('that has', 'shared by', 'with'))} {said} {number} {words(table.name)}"
-        return f"each {words(group.name)} {said}", f"{sql} COUNT(*) {sign} {number}"
+        phrase = f"{rng.choice(('that has', 'shared by', 'with'))} {phrase} {number} {words(table.name)}"
+        return f"each {words(group.name)} {phrase}", f"{sql} COUNT(*) {sign} {number}"
     column = rng.choice(table.of(*NUMBERS))
-    sign, said = rng.choice(((">", "above"), ("<", "below")))
+    sign, phrase = rng.choice(((">", "above"), ("<", "below")))
     number = value(rng, column)
-    said = f"with an average {words(column.name)} {said} {number}"
-    gist = f"each {words(group.name)} of {_all(rng, table)} {said}"
+    phrase = f"with an average {words(column.name)} {phrase} {number}"
+    gist = f"each {words(group.name)} of {_all(rng, table)} {phrase}"
     return gist, f"{sql} AVG({column.name}) {sign} {number}"
 
 
 def between(rng, table: Table) -> tuple[str, str]:
     """A range."""
     column = rng.choice(table.of("integer", "real", "date"))
-    shown = rng.choice([c for c in table.of(*VALUES) if c != column])
+    selected = rng.choice([c for c in table.of(*VALUES) if c != column])
     texts = [value(rng, column), value(rng, column)]
     low, high = sorted(texts, key=str if column.kind == "date" else float)
-    said = rng.choice(("is between {} and {}", "is from {} to {}", "lies between {} and {}"))
-    gist = _subject(rng, table, shown, f"{words(column.name)} {said.format(low, high)}")
+    phrase = rng.choice(("is between {} and {}", "is from {} to {}", "lies between {} and {}"))
+    gist = _subject(rng, table, selected, f"{words(column.name)} {phrase.format(low, high)}")
     bounds = f"{literal(column, low)} AND {literal(column, high)}"
-    return gist, f"SELECT {shown.name} FROM {table.name} WHERE {column.name} BETWEEN {bounds}"
+    return gist, f"SELECT {selected.name} FROM {table.name} WHERE {column.name} BETWEEN {bounds}"
 
 
 def like(rng, table: Table) -> tuple[str, str]:
     """A text that starts with, ends with or contains some letters."""
     column = rng.choice(table.of("text"))
-    shown = rng.choice([c for c in table.of(*VALUES) if c != column])
+    selected = rng.choice([c for c in table.of(*VALUES) if c != column])
     text = rng.choice(value(rng, column).split())
     size = rng.randint(1, 3)
-    said, pattern = rng.choice((
+    phrase, pattern = rng.choice((
         (f"{rng.choice(('starts with', 'begins with'))} {text[:size]}", f"{text[:size]}%"),
         (f"ends with {text[-size:]}", f"%{text[-size:]}"),
         (f"{rng.choice(('contains', 'includes'))} {text}", f"%{text}%"),
     ))  # fmt: skip
-    gist = _subject(rng, table, shown, f"{words(column.name)} {said}")
-    return gist, f"SELECT {shown.name} FROM {table.name} WHERE {column.name} LIKE {literal(column, pattern)}"
+    gist = _subject(rng, table, selected, f"{words(column.name)} {phrase}")
+    return gist, f"SELECT {selected.name} FROM {table.name} WHERE {column.name} LIKE {literal(column, pattern)}"
 
 
 def in_(rng, table: Table) -> tuple[str, str]:
     """A list of allowed values."""
     column = rng.choice(table.of("text", "integer"))
-    shown = rng.choice([c for c in table.of(*VALUES) if c != column])
+    selected = rng.choice([c for c in table.of(*VALUES) if c != column])
     texts = list(dict.fromkeys(value(rng, column) for _ in range(rng.randint(2, 3))))
-    said = f"{words(column.name)} is {rng.choice(('one of', 'in the list', 'any of'))} {', '.join(texts)}"
-    gist = _subject(rng, table, shown, said)
+    phrase = f"{words(column.name)} is {rng.choice(('one of', 'in the list', 'any of'))} {', '.join(texts)}"
+    gist = _subject(rng, table, selected, phrase)
     items = ", ".join(literal(column, text) for text in texts)
-    return gist, f"SELECT {shown.name} FROM {table.name} WHERE {column.name} IN ({items})"
+    return gist, f"SELECT {selected.name} FROM {table.name} WHERE {column.name} IN ({items})"
 
 
 def nested(rng, table: Table) -> tuple[str, str]:
     """A comparison with an average, or the row that holds the extreme."""
     column = rng.choice(table.of(*NUMBERS))
-    shown = rng.choice([c for c in table.of(*VALUES) if c != column])
-    function, sign, said = rng.choice((
+    selected = rng.choice([c for c in table.of(*VALUES) if c != column])
+    function, sign, phrase = rng.choice((
         ("AVG", ">", "is above the average"), ("AVG", ">", "is greater than the average"),
         ("AVG", "<", "is below the average"), ("AVG", "<", "is less than the average"),
         ("MAX", "=", "is the highest"), ("MIN", "=", "is the lowest"),
     ))  # fmt: skip
-    gist = _subject(rng, table, shown, f"{words(column.name)} {said}")
+    gist = _subject(rng, table, selected, f"{words(column.name)} {phrase}")
     inner = f"SELECT {function}({column.name}) FROM {table.name}"
-    return gist, f"SELECT {shown.name} FROM {table.name} WHERE {column.name} {sign} ({inner})"
+    return gist, f"SELECT {selected.name} FROM {table.name} WHERE {column.name} {sign} ({inner})"
 
 
 def join(rng, schema: Schema) -> tuple[str, str]:
@@ -235,9 +235,9 @@ def join(rng, schema: Schema) -> tuple[str, str]:
     first, second = rng.sample(schema, 2)
     (key,) = {column.name for column in first.of("key")} & {column.name for column in second.of("key")}
     tested = rng.choice(second.of(*VALUES))
-    said, sql = condition(rng, tested)
+    phrase, sql = condition(rng, tested)
     link = rng.choice(("that go with", "linked to", "that belong to", "joined with"))
-    whose = rng.choice(WHOSE).format(said)
+    whose = rng.choice(WHOSE).format(phrase)
     tail = f"{link} {words(second.name)} {whose}"
     source = f"FROM {first.name} AS T1 JOIN {second.name} AS T2 ON T1.{key} = T2.{key}"
     source = f"{source} WHERE T2.{tested.name} {sql}"
@@ -249,8 +249,8 @@ def join(rng, schema: Schema) -> tuple[str, str]:
         function, adjective = rng.choice((("AVG", "average"), ("MAX", "highest"), ("MIN", "lowest")))
         gist = f"the {adjective} {words(column.name)} of {_all(rng, first)} {tail}"
         return gist, f"SELECT {function}(T1.{column.name}) {source}"
-    shown = rng.choice(first.of(*VALUES))
-    return f"the {words(shown.name)} of {_all(rng, first)} {tail}", f"SELECT T1.{shown.name} {source}"
+    selected = rng.choice(first.of(*VALUES))
+    return f"the {words(selected.name)} of {_all(rng, first)} {tail}", f"SELECT T1.{selected.name} {source}"
 
 
 ONE_TABLE = {

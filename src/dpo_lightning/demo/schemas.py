@@ -1,8 +1,8 @@
 """Table schemas: the hand-written text files data/schemas-{train,valid,test}.txt -> list[Schema].
 
-One line is one schema. `table: column=values, ...`; two tables joined by their shared `*_id` column stand on
-one line with ` + ` between them. The values say the type: `@pool` or `a|b|c` is text, `1..9` an integer,
-`0.5..9.5` a real number, `@date` a date, `@key` the shared key. No table or column name is in two splits.
+A line is a schema, `table: column=values, ...`. Two tables that share an `*_id` column are on one line with ` + `
+between them. The values determine the type: `@pool` or `a|b|c` is text, `1..9` an integer, `0.5..9.5` a real number,
+`@date` a date, `@key` the shared key. No table or column name is in two splits.
 """
 
 import random
@@ -31,7 +31,7 @@ SQL_TYPES = {
 
 
 class Column(NamedTuple):
-    """`kind` is a key of SQL_TYPES; `values` are the texts to draw from, or (low, high) of a number."""
+    """`kind` is a key of SQL_TYPES; `values` are texts to draw from, or (low, high) for numbers."""
 
     name: str
     kind: str
@@ -44,7 +44,7 @@ class Table(NamedTuple):
     columns: tuple[Column, ...]
 
     def of(self, *kinds: str) -> list[Column]:
-        """Columns whose kind is one of `kinds`."""
+        """The columns of these kinds."""
         return [column for column in self.columns if column.kind in kinds]
 
 

@@ -1,261 +1,123 @@
-"""Reference log-probs of a data set's pairs on disk: computed once, looked up in every epoch and every later run.
+"""Reference log-probs of a data set's pairs: computed once, kept on disk, a column of the data set in every later run.
 
-A cache is a folder named by the digest of its key, which is everything the numbers depend on. It holds the log-probs
-of all completion tokens, pair after pair, and a manifest that says what they are. While it is being computed it is
-called `.partial` and holds NaN where nothing is known yet, so an interrupted pass goes on where it stopped.
+They are stored among the encoded data sets, in a folder named by a digest of everything they depend on. A shared pass
+(`storage.shared_pass`) computes them.
 """
 
-import json
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+import base64
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from dpo_lightning.data.batching import PairBatch, collate_columns
+from dpo_lightning.data.batching import REFERENCE_LOGPS
 from dpo_lightning.data.columns import id_counts
-from dpo_lightning.data.encoding import EncodedPair
-from dpo_lightning.errors import UserError
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.internals.datasets import cache_folder
+from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.generate import evaluating
-from dpo_lightning.storage.arrow_cache import lock_file
-from dpo_lightning.storage.digests import content_digest, file_digest, key_digest
-from dpo_lightning.storage.locks import alone
-from dpo_lightning.storage.progress import with_progress
+from dpo_lightning.storage.arrow_cache import Columns, dataset_folder
+from dpo_lightning.storage.digests import content_digest, key_digest
+from dpo_lightning.storage.shared_pass import Result, SharedPass, find_results, run_shared_pass
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies import Strategy
 
-    from dpo_lightning.dpo.module import DPOModule
+    from dpo_lightning.dpo.policy_module import PolicyModule
 
-MANIFEST, LOGPS = "manifest.json", "logps.float32"
-FORMAT = 1  # raise it when the files or what they mean change
+FORMAT = 2  # raise it when what is kept, or what it means, changes
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+SCHEMA = pa.schema([(REFERENCE_LOGPS, pa.list_(pa.float32()))])
 
 
-def is_cached(choice: str | None, trainer: "Trainer | None") -> bool:
-    """Whether a fit's reference log-probs come from a cache: as chosen, or else if pairs are seen more than once."""
-    if trainer is None or trainer.state.fn != "fit" or trainer.datamodule is None or choice == "online":
-        return False
-    if choice == "cached":
-        return True
-    data, steps = trainer.datamodule, trainer.max_steps
+def sees_pairs_again(trainer: "Trainer", data: PreferenceDataModule) -> bool:
+    """Whether a fit is longer than one epoch, so that keeping the reference log-probs saves time."""
     pairs_per_step = data.hparams.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-    one_epoch = trainer.max_epochs in (None, 0, 1) or 0 <= steps * pairs_per_step <= len(data.datasets["train"])
-    return not one_epoch
+    one_epoch = 0 <= trainer.max_steps * pairs_per_step <= len(data.datasets["train"])
+    return not one_epoch and trainer.max_epochs not in (None, 0, 1)
 
 
-def open_caches(module: "DPOModule") -> dict[str, "ReferenceCache"]:
-    """Reference log-probs of the training and validation pairs of a fit, computed where they are not on disk yet.
+def add_reference_logps(module: "PolicyModule") -> None:
+    """Gives the training and validation pairs of a fit their reference log-probs as a column.
 
-    Where they are, the reference's weights are not needed. To be called on all ranks, with the policy on its device.
+    A reference is made only if they are not on disk yet. To be called on all ranks, with the policy on its device and
+    `scoring` chosen.
     """
-    datasets = {name: data for name, data in module.trainer.datamodule.datasets.items() if name in ("train", "val")}
-    first = range(min(len(datasets["train"]), module.trainer.datamodule.hparams.batch_size))
-    module.settle_scoring(batch_of(datasets["train"], first).to(module.device))
-    return {name: _open_cache(module, name, data) for name, data in datasets.items()}
+    data, scoring = module.data, module.scoring
+    assert data is not None and scoring is not None
+    for name in [name for name in data.datasets if name in ("train", "val")]:
+        key = {
+            "model": module.hparams.name_or_path,
+            "weights": module.start_digest,
+            "format": FORMAT,
+            "pairs": len(data.datasets[name]),
+            "tokens": content_digest(data.datasets[name], TOKEN_COLUMNS),
+            "layout": "shared" if scoring.shared else "separate",
+            "head": "gathered" if scoring.gathered else "full",
+            "attention": attention_in_use(module.causal_lm),
+            "precision": str(module.trainer.precision),
+        }
+        data.add_column(name, REFERENCE_LOGPS, _logps(module, data, name, key))
 
 
-def _open_cache(module: "DPOModule", name: str, data: "Dataset") -> "ReferenceCache":
-    trainer, root = module.trainer, cache_root()
-    digest, offsets = tokenized_pairs(data)
-    key = {
-        "format": FORMAT,
-        "model": module.hparams.name_or_path,
-        "weights": module.start_digest,
-        "pairs": len(data),
-        "tokens": digest,
-        "layout": "shared" if module.scoring.shared else "separate",
-        "head": "gathered" if module.scoring.gathered else "full",
-        "attention": module.causal_lm.config._attn_implementation,
-        "precision": str(trainer.precision),
-    }
-    what = f"reference log-probs of the {len(data)} {name} pairs"
+def _logps(module: "PolicyModule", data: PreferenceDataModule, name: str, key: dict[str, Any]) -> pa.ChunkedArray:
+    """Log-probs (float32, nats) of each pair's completion tokens, first the chosen's and then the rejected's."""
+    fingerprint, strategy = key_digest(key), module.trainer.strategy
+    sizes = logp_counts(data.datasets[name])
+    what = f"reference log-probs of the {len(sizes)} {name} pairs"
+    if found := find_results(fingerprint, strategy):
+        rank_zero_info(f"{what}: taken from {dataset_folder(fingerprint)}")
+        return found[0].data.column(REFERENCE_LOGPS)
 
-    def find() -> tuple[ReferenceCache | None, str]:
-        cache, why = find_cache(root, key, offsets)
-        # Every rank must take the same way, or one would wait for the others for ever.
-        if not trainer.strategy.reduce_boolean_decision(cache is not None, all=True):
-            return None, why
-        rank_zero_info(f"{what}: taken from {root / key_digest(key)}")
-        return cache, ""
-
-    def score(positions: Sequence[int]) -> Tensor:
-        return reference.logps(batch_of(data, positions).to(module.device), module.scoring).token_logps
-
-    cache, _ = find()
-    if cache is not None:
-        return cache
-    with alone(lock_file(root / key_digest(key)), what, trainer.strategy):
-        cache, why = find()  # another run may have made it meanwhile
-        if cache is not None:
-            return cache
-        rank_zero_info(f"{what}: computed once and kept, because {why}")
+    def compute(batches: Iterator[list[int]]) -> Iterator[list[Result]]:
+        rank_zero_info(f"{what}: computed once and kept, because {_why_missing(key)}")
         reference = module.reference or module.make_reference()
-        with trainer.precision_plugin.forward_context(), evaluating(module.causal_lm):
-            return build_cache(
-                root, key, offsets, score, trainer.datamodule.eval_batch_size, trainer.strategy, f"Reference, {name}"
-            )
+        with module.trainer.precision_plugin.forward_context(), evaluating(module.causal_lm):
+            for positions in batches:
+                batch = data.batch(name, positions).to(strategy.root_device)
+                logps = reference.logps(batch, module.ensure_scoring(batch)).token_logps.float().cpu()
+                parts = zip(positions, logps.split(sizes[positions].tolist()), strict=True)
+                yield [_result(position, part.numpy()) for position, part in parts if not part.isnan().any()]
+
+    task = SharedPass(
+        fingerprint=fingerprint,
+        sizes=sizes,
+        schema=SCHEMA,
+        compute=compute,
+        columns=_columns,
+        note=lambda results: {"key": key, "torch": torch.__version__},
+        what=what,
+        unknown="the reference's log-prob of pair {row} is not a number: look at that row",
+        setting="model.reference is cached",
+        remedy=", or set model.reference: online",
+    )
+    results, _ = run_shared_pass(task, data.eval_batch_size, f"Reference, {name}", strategy)
+    return results.data.column(REFERENCE_LOGPS)
 
 
-def cache_root() -> Path:
-    """Where caches are kept: among the encoded data sets."""
-    import datasets.config
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "reference_logps"
+def logp_counts(data: "Dataset") -> np.ndarray:
+    """The number of completion tokens of each pair, int64 [n]."""
+    return id_counts(data, "chosen_ids").astype(np.int64) + id_counts(data, "rejected_ids")
 
 
-class TokenizedPairs(NamedTuple):
-    """What a cache needs to know of the pairs that it is for."""
-
-    digest: str  # of all token ids, in order
-    offsets: np.ndarray  # [pairs + 1] int64: where a pair's log-probs begin among those of all pairs
-
-
-def tokenized_pairs(data: "Dataset") -> TokenizedPairs:
-    """What the token columns hold."""
-    counts = id_counts(data, "chosen_ids").astype(np.int64) + id_counts(data, "rejected_ids")
-    return TokenizedPairs(content_digest(data, TOKEN_COLUMNS), np.concatenate([[0], np.cumsum(counts)]))
+def _why_missing(key: dict[str, Any]) -> str:
+    """Why log-probs are not on disk, as the end of a sentence."""
+    before = cache_folder() / "reference_logps" / key_digest(key | {"format": 1})
+    if before.exists():
+        return f"'{before}' was written by an earlier version, in another format"
+    return "they have not been computed for these pairs, this model and this precision yet"
 
 
-class ReferenceCache:
-    """Log-probs of every completion token of every pair of a data set.
-
-    Args:
-        folder: of a complete cache, or of one that is being computed.
-        offsets: see `TokenizedPairs`.
-        mode: "r" to look up, "r+" to compute.
-    """
-
-    def __init__(self, folder: Path, offsets: np.ndarray, mode: str = "r") -> None:
-        self.offsets = offsets
-        self.values = np.memmap(folder / LOGPS, dtype=np.float32, mode=mode, shape=(int(offsets[-1]),))
-
-    def look_up(self, pair_ids: Sequence[int]) -> Tensor:
-        """Log-probs [N] float32, nats, of the pairs' completion tokens, in the order of a batch's targets."""
-        parts = [self.values[self.offsets[i] : self.offsets[i + 1]] for i in pair_ids]
-        return torch.from_numpy(np.concatenate(parts))
-
-    def write(self, pair_ids: Sequence[int], token_logps: Tensor) -> None:
-        """The opposite of `look_up`."""
-        values = token_logps.float().cpu().numpy()
-        sizes = [int(self.offsets[i + 1] - self.offsets[i]) for i in pair_ids]
-        for i, part in zip(pair_ids, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
-            self.values[self.offsets[i] : self.offsets[i + 1]] = part
-
-    def missing(self) -> np.ndarray:
-        """Positions of the pairs of which a log-prob is not known, ascending, int64."""
-        unknown = np.isnan(self.values).astype(np.int64)
-        return np.flatnonzero(np.add.reduceat(unknown, self.offsets[:-1]))
+# A pass writes a pair's log-probs as the bytes of their float32 values in base64, which is exact and short.
 
 
-def find_cache(root: Path, key: dict[str, Any], offsets: np.ndarray) -> tuple[ReferenceCache | None, str]:
-    """The complete cache of a key and "", or None and why there is none that can be used."""
-    folder = root / key_digest(key)
-    if not folder.exists():
-        return None, "they were not computed before for these pairs, this model and this precision"
-    if problem := _problem(folder, key):
-        return None, f"the cache {folder} cannot be used: {problem}"
-    return ReferenceCache(folder, offsets), ""
+def _result(position: int, logps: np.ndarray) -> Result:
+    return {"pair": int(position), "logps": base64.b64encode(logps.astype("<f4").tobytes()).decode()}
 
 
-def _problem(folder: Path, key: dict[str, Any]) -> str:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if differing := [name for name in key if manifest["key"].get(name) != key[name]]:
-            return f"its {differing[0]} is {manifest['key'].get(differing[0])}, not {key[differing[0]]}"
-        if file_digest(folder / LOGPS) != manifest["sha256"]:
-            return "its log-probs are not those that were written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it is damaged ({type(error).__name__}: {error})"
-    return ""
-
-
-def build_cache(
-    root: Path,
-    key: dict[str, Any],
-    offsets: np.ndarray,
-    score: Callable[[Sequence[int]], Tensor],
-    batch_size: int,
-    strategy: "Strategy",
-    description: str,
-) -> ReferenceCache:
-    """Computes what is not known yet, each rank its share, and gives the complete cache.
-
-    To be called on all ranks, and by one run at a time.
-
-    Args:
-        score: positions of pairs -> their log-probs as `ReferenceCache.look_up` gives them.
-        batch_size: pairs that are scored at a time.
-        description: of the progress bar.
-
-    Raises:
-        UserError: a log-prob is NaN, the folder cannot be written, or the ranks do not share it.
-    """
-    folder = root / key_digest(key)
-    partial = folder.with_name(folder.name + ".partial")
-    if strategy.is_global_zero:
-        _prepare(partial, key, int(offsets[-1]))
-    strategy.barrier("reference cache prepared")
-    if not strategy.reduce_boolean_decision((partial / LOGPS).exists(), all=True):
-        raise UserError(
-            f"model.reference is cached, but not all processes see the folder {root}: share the folder that "
-            "HF_DATASETS_CACHE names between the machines, or set model.reference: online"
-        )
-    cache = ReferenceCache(partial, offsets, "r+")
-    missing = cache.missing()  # on every rank before any of them writes: they must share out the same pairs
-    strategy.barrier("reference cache read")
-    longest_first = missing[np.argsort(offsets[missing] - offsets[missing + 1], kind="stable")]
-    share = longest_first[strategy.global_rank :: strategy.world_size]
-    for positions in with_progress(share, batch_size, description, strategy.is_global_zero):
-        cache.write(positions, score(positions))
-    cache.values.flush()
-    strategy.barrier("reference cache computed")
-    if len(unknown := cache.missing()):
-        raise UserError(f"the reference's log-prob of pair {unknown[0] + 1} is not a number: look at that row")
-    del cache  # and with it the mapped file: Windows renames no folder with an open one
-    strategy.barrier("reference cache closed")
-    if strategy.is_global_zero:
-        _complete(partial, folder, key)
-    strategy.barrier("reference cache complete")
-    return ReferenceCache(folder, offsets)
-
-
-def _prepare(partial: Path, key: dict[str, Any], tokens: int) -> None:
-    """A partial cache of this key: the one that an interrupted pass left, or a new one without any log-prob."""
-    try:
-        if json.loads((partial / MANIFEST).read_text(encoding="utf-8"))["key"] == key and (
-            (partial / LOGPS).stat().st_size == 4 * tokens
-        ):
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or cut off: made anew
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        np.full(tokens, np.nan, dtype=np.float32).tofile(partial / LOGPS)
-        (partial / MANIFEST).write_text(json.dumps({"key": key}, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"reference log-probs cannot be kept in {partial}: {error.strerror or error}") from error
-
-
-def _complete(partial: Path, folder: Path, key: dict[str, Any]) -> None:
-    manifest = {
-        "what": "log-probabilities (nats, float32) of all completion tokens under the reference model, pair after pair",
-        "key": key,
-        "sha256": file_digest(partial / LOGPS),
-        "torch": torch.__version__,
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)  # one that could not be used
-    partial.rename(folder)
-
-
-def batch_of(data: "Dataset", positions: Sequence[int]) -> PairBatch:
-    """Pairs of an encoded data set as a batch."""
-    return collate_columns(data.select_columns(list(EncodedPair._fields))[list(positions)], positions)
+def _columns(results: list[Result]) -> Columns:
+    return {REFERENCE_LOGPS: [np.frombuffer(base64.b64decode(result["logps"]), "<f4") for result in results]}

@@ -1,4 +1,4 @@
-"""16-true and bf16-true: what stays in float32 where Lightning converts a whole module, and what cannot be trained."""
+"""16-true and bf16-true: what stays in float32 when Lightning converts a module, and what cannot be trained."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,25 +10,28 @@ from torch import Tensor
 
 from dpo_lightning.errors import UserError
 
+# By the Trainer's precision: the dtype of matrix products, and the dtype that weights are converted to.
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+CONVERTED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 SIXTEEN_BITS = {torch.bfloat16, torch.float16}
 
 
-class FullInputs(HalfPrecision):
-    """Lightning's, without rounding batches: theirs are weights, margins and cached log-probs, which no layer reads."""
+class UnroundedInputs(HalfPrecision):
+    """Lightning's, but a batch keeps its dtype: its floats are weights, margins and reference log-probs."""
 
     def convert_input(self, data: Any) -> Any:
-        """Gives the batch as it is."""
+        """Returns the batch as it is."""
         return data
 
 
 def keep_inputs(trainer: Trainer) -> None:
-    """Keeps batches in float32 in a run that computes in 16 bits."""
+    """Makes a run with 16-bit weights leave its batches in float32."""
     if type(plugin := trainer.precision_plugin) is HalfPrecision:
-        trainer.strategy.precision_plugin = FullInputs(plugin.precision)
+        trainer.strategy.precision_plugin = UnroundedInputs(plugin.precision)
 
 
-def full(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `Module._apply` is given -> the same, but where it would convert to 16 bits it only moves to the device."""
+def keep_float32(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Wraps a function for `Module._apply`: a tensor that it would convert to 16 bits only moves to its device."""
 
     def apply(tensor: Tensor) -> Tensor:
         result = function(tensor)

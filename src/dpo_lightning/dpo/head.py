@@ -1,4 +1,4 @@
-"""Hidden states -> log-probs of the tokens that they predict, by the LM head, a chunk at a time."""
+"""Hidden states -> log-probs of the tokens that they predict. The LM head runs on a chunk of them at a time."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ LOGITS_IN_CACHE, LOGITS_AT_ONCE = 2**20, 2**26  # elements that a CPU and that a
 def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities [N] float32 of `targets` [N] from hidden states [N, H], the head applied in chunks.
 
-    With several chunks each one's logits are computed again in the backward pass, so that only one chunk's
-    [HEAD_CHUNK, V] logits are ever held.
+    If there are several chunks, the backward pass computes their logits again, so that only the [HEAD_CHUNK, V] logits
+    of one chunk exist at any time.
     """
     if len(targets) <= HEAD_CHUNK:
         return _target_logps(_logits(model, hidden), targets)
@@ -57,13 +57,13 @@ def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
 class _TargetLogps(torch.autograd.Function):
     """Log-softmax in float32 of logits [N, V], at `targets` [N] only: [N] float32.
 
-    Beyond the logits, as they come, nothing of their size is kept or made: the backward pass writes their gradient
-    where they were. Both passes go by blocks of rows that stay in the cache.
+    Apart from the logits, in the dtype they come in, nothing of their size is kept: the backward pass overwrites them
+    with their gradient. Both passes go through blocks of rows that fit into the cache.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """Gives the log-probabilities."""
+        """Returns the log-probabilities."""
         totals = torch.cat([block.float().logsumexp(-1) for block in logits.split(_block_rows(logits))])
         ctx.save_for_backward(logits, targets, totals)
         return logits.gather(1, targets[:, None]).squeeze(1).float() - totals
@@ -71,7 +71,7 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Gives the gradient of the logits: (1 at the target - probability) times that of the log-probability."""
+        """Returns the gradient of the logits: (1 at the target - probability) times that of the log-probability."""
         logits, targets, totals = ctx.saved_tensors
         rows = _block_rows(logits)
         for block, *columns in zip(*(t.split(rows) for t in (logits, targets, totals, grad)), strict=True):

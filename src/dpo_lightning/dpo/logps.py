@@ -1,8 +1,4 @@
-"""model + PairBatch -> PairLogps: one forward, the LM head only where a completion token is predicted.
-
-Whether a model may read a pair's prompt once (the shared layout of `batching`) is decided here too: from its
-config, and by one comparison with ordinary forwards on real pairs (`choose_scoring`).
-"""
+"""model + PairBatch -> PairLogps: one forward pass, with the LM head only where a completion token is predicted."""
 
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +9,7 @@ from torch import Tensor
 from dpo_lightning.data.batching import PADDING, PROMPT, PairBatch, to_packed, to_separate
 from dpo_lightning.dpo import packing
 from dpo_lightning.dpo.head import _log_sum_squares, _target_logps, head_log_sum_squares, head_logps
+from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.routing import router_loss
 
 if TYPE_CHECKING:
@@ -43,7 +40,7 @@ class PairLogps(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How log-probs are computed for a model: the fast way unless it is known or found to be wrong."""
+    """How to compute the log-probs of a model: the fast way, unless that is known or found to be wrong for it."""
 
     shared: bool = True  # a pair's prompt is read once
     gathered: bool = True  # the head runs only at predicting positions; else the model's own full logits are used
@@ -58,13 +55,13 @@ FAST = Scoring()
 def pair_logps(
     model: "PreTrainedModel", batch: PairBatch, scoring: Scoring = FAST, sum_squares: bool = False
 ) -> PairLogps:
-    """Log-probabilities of every completion token, with gradients where the model has them.
+    """Log-probabilities of all completion tokens, with gradients if the model has them.
 
     Args:
         model: a causal LM of transformers (with adapters injected or not), dropout off.
         batch: shared pairs on the model's device.
-        scoring: what `choose_scoring` found for this model.
-        sum_squares: also give `log_sum_squares`, at the price of a second pass through the head without gradients.
+        scoring: what `shared_prompt.choose_scoring` returned for this model.
+        sum_squares: also compute `log_sum_squares`, by a second pass through the head without gradients.
     """
     # Of a sharded model the weights are gathered first (`dpo_lightning.models.sharding.shard`).
     compute = getattr(model, "sharded_pair_logps", None)
@@ -97,17 +94,18 @@ def _inputs(model: "PreTrainedModel", batch: PairBatch, window: int | None) -> d
     if not batch.shared:
         return {"input_ids": batch.input_ids, "attention_mask": (batch.segment_ids != PADDING).long()}
     mask = shared_prefix_mask(batch.segment_ids)
-    attention_mask = _for_attention(model, mask)
+    everywhere = _for_attention(model, mask)
+    attention_mask: Tensor | dict[str, Tensor] = everywhere
     if window:
         near = _for_attention(model, mask & within_window(batch.position_ids, window))
         # Models that mix layers with and without a window take a mask for each kind, the others the one of all layers.
         layered = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-        attention_mask = {"full_attention": attention_mask, "sliding_attention": near} if layered else near
+        attention_mask = {"full_attention": everywhere, "sliding_attention": near} if layered else near
     return {"input_ids": batch.input_ids, "attention_mask": attention_mask, "position_ids": batch.position_ids}
 
 
 def _for_attention(model: "PreTrainedModel", mask: Tensor) -> Tensor:
-    if model.config._attn_implementation != "eager":
+    if attention_in_use(model) != "eager":
         return mask
     # Eager attention adds its mask; a bool one would silently mean "+1 where attended".
     dtype = torch.get_autocast_dtype(mask.device.type) if torch.is_autocast_enabled(mask.device.type) else model.dtype
@@ -115,9 +113,9 @@ def _for_attention(model: "PreTrainedModel", mask: Tensor) -> Tensor:
 
 
 def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
-    """Who attends to whom, bool [B, 1, T, T] (True = attends): causal, to the prompt and to one's own segment.
+    """The attention mask, bool [B, 1, T, T] (True = attends): causal, to the prompt and to the token's own segment.
 
-    Padding attends to itself too, since a row of the mask without a True would make the softmax NaN.
+    Padding attends to itself, because the softmax of a row without any True would be NaN.
     """
     width = segment_ids.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segment_ids.device).tril_()
@@ -126,8 +124,8 @@ def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
 
 
 def within_window(position_ids: Tensor, window: int) -> Tensor:
-    """Which keys are fewer than `window` positions before their query, bool [B, 1, T, T].
+    """The keys that are fewer than `window` positions before their query, bool [B, 1, T, T].
 
-    Counted on position ids, which run on from the prompt in both completions, not on columns.
+    Counted in position ids, which continue from the prompt in both completions, not in columns.
     """
     return (position_ids[:, :, None] - position_ids[:, None, :] < window)[:, None]

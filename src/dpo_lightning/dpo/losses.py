@@ -2,10 +2,10 @@
 
 Notation: y_w is the chosen and y_l the rejected completion, r_w and r_l their log-ratios log pi(y|x) - log pi_ref(y|x)
 in nats, h = r_w - r_l, beta the strength of the KL constraint, m a pair's margin (0 unless the data has one).
-Names and parameters are TRL's, and so are the values where TRL has the loss; docs/losses.md compares them all.
+Names and parameters are TRL's, and so are the values of losses that TRL has; docs/losses.md compares them all.
 
-Adding a loss is one function with `@loss()`: it takes `Pairs`, its keyword-only arguments are its parameters with their
-ranges and defaults, and the decorator says what else it can do. `preference_loss` checks and mixes them.
+To add a loss, write one function with `@loss()`. It takes `Pairs`; its keyword-only arguments are its parameters with
+their ranges and defaults, and the decorator's flags say what it can be combined with. `preference_loss` mixes losses.
 """
 
 import inspect
@@ -17,31 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_lightning.parsing import NotNegative, Positive, Range
 
-class Range(NamedTuple):
-    """The values that a parameter may have."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-Positive = Annotated[float, Range("above 0", lambda value: 0 < value < math.inf)]
-NotNegative = Annotated[float, Range("0 or more", lambda value: 0 <= value < math.inf)]
 FlippedShare = Annotated[float, Range("in [0, 0.5)", lambda value: 0 <= value < 0.5)]
 SomeFlippedShare = Annotated[float, Range("in (0, 0.5) for exo_pair, usually 1e-3", lambda value: 0 < value < 0.5)]
-Share = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
-Finite = Annotated[float, Range("a finite number", math.isfinite)]
 
 
 class Pairs(NamedTuple):
-    """What a loss sees of B pairs. Columns are chosen and rejected; log-probs are summed over a completion, in nats."""
+    """The inputs of a loss for B pairs. Columns are chosen, rejected; log-probs are sums over a completion, in nats."""
 
     policy: Tensor  # [B, 2] log pi(y|x)
     reference: Tensor  # [B, 2] log pi_ref(y|x); zeros where there is no reference
-    scores: Tensor  # [B, 2] the log-ratios, or what the f-divergence makes of them
+    scores: Tensor  # [B, 2] the log-ratios, transformed by the f-divergence if there is one
     lengths: Tensor  # [B, 2] completion tokens
     margin: Tensor  # [B] m
-    nll: Tensor  # [B] -log pi(y_w|x), the whole completion whatever ld_alpha is
+    nll: Tensor  # [B] -log pi(y_w|x) of the full completion, whatever ld_alpha is
 
     @property
     def ratios(self) -> Tensor:
@@ -53,12 +43,12 @@ class Pairs(NamedTuple):
         return beta * (self.scores[:, 0] - self.scores[:, 1]) - self.margin
 
     def token_mean_nll(self) -> Tensor:
-        """Per pair [B] its part of the negative log-likelihood, so that their mean is that of the batch's tokens."""
+        """Each pair's part of the negative log-likelihood, [B]: their mean is the mean over the batch's tokens."""
         return self.nll * len(self.nll) / self.lengths[:, 0].sum()
 
 
 class Loss(NamedTuple):
-    """A loss and what may be combined with it."""
+    """A loss and what it can be combined with."""
 
     function: Callable[..., Tensor]
     reference_free: bool  # needs the policy's log-probs alone
@@ -66,18 +56,18 @@ class Loss(NamedTuple):
     margin: bool  # has a logit that a pair's margin is subtracted from
     sorts: bool  # sorts within the batch, so that a value belongs to no pair and cannot be weighted
     per_token: bool  # compares log-probs averaged over tokens, not sums: only where no reference is used
-    preference: bool  # tells chosen from rejected; False for a plain likelihood, which leaves all settings to others
+    preference: bool  # compares chosen with rejected; False for a plain likelihood, to which no option applies
 
     @property
     def name(self) -> str:
-        """As in `loss_type`."""
+        """Its name in `loss_type`."""
         return self.function.__name__
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The function's keyword-only parameters."""
-        found = inspect.signature(self.function).parameters
-        return {name: found[name] for name in found if found[name].kind == inspect.Parameter.KEYWORD_ONLY}
+        parameters = inspect.signature(self.function).parameters
+        return {name: p for name, p in parameters.items() if p.kind == inspect.Parameter.KEYWORD_ONLY}
 
 
 LOSSES: dict[str, Loss] = {}
@@ -160,7 +150,7 @@ def exo_pair(pairs: Pairs, *, beta: Positive, label_smoothing: SomeFlippedShare 
         (F.logsigmoid(logits), F.logsigmoid(-logits)),
         (math.log1p(-label_smoothing), math.log(label_smoothing)),
     )
-    return sum(log_q[side].exp() * (log_q[side] - log_p[side]) for side in (0, 1))
+    return torch.stack([q.exp() * (q - p) for q, p in zip(log_q, log_p, strict=True)]).sum(0)
 
 
 @loss(f_divergence=True)

@@ -1,6 +1,6 @@
-"""Per-pair losses and log-probs -> the metrics of preference training, weighted by pairs.
+"""Per-pair losses and log-probs -> the metrics of preference training, as means over pairs.
 
-Sums and counts are kept, so a short last batch weighs what it should, and several ranks add up to what one would see.
+The state is sums and counts, so a short last batch has the right weight, and several ranks give what one rank would.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from dpo_lightning.dpo.half_precision import full
+from dpo_lightning.dpo.half_precision import keep_float32
 from dpo_lightning.dpo.logps import PairLogps
 
 PAIR_METRICS = (
@@ -25,7 +25,7 @@ PAIR_METRICS = (
     "logps/rejected",
     "kl",
 )
-OF_REFERENCE = {"rewards/displaced", "kl"}  # without a reference they do not exist
+OF_REFERENCE = {"rewards/displaced", "kl"}  # left out without a reference
 
 
 class PairMetrics(Metric):
@@ -33,13 +33,13 @@ class PairMetrics(Metric):
 
     `kl` estimates, per pair, how far the policy is from the reference on the data's completion tokens: the mean of
     half the squared log-ratio (the k2 estimator of Schulman 2020, "Approximating KL divergence"), in nats per token.
-    The tokens are the data's, not samples, so read it as a distance that starts at 0.
+    The tokens are the data's, not samples of the policy, so read it as a distance that starts at 0.
 
-    The states stay float32 where the module is converted to 16 bits.
+    The state stays float32 if the module is converted to 16 bits.
 
     Args:
         reference_free: leave out what compares with a reference.
-        keep_margins: remember each pair's margin, for `all_margins`.
+        keep_margins: keep each pair's margin for `all_margins`.
     """
 
     full_state_update = False
@@ -55,13 +55,13 @@ class PairMetrics(Metric):
         if keep_margins:
             self.add_state("margins", [], dist_reduce_fx="cat")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "PairMetrics":
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> torch.nn.Module:
         # A count in bfloat16 stops growing at 256, or with 16 pairs a batch at 4,096.
-        return super()._apply(full(fn), *args, **kwargs)
+        return super()._apply(keep_float32(fn), *args, **kwargs)
 
     @torch.no_grad()
     def update(self, losses: Tensor, rewards: Tensor, policy: PairLogps, reference: PairLogps | None) -> None:
-        """Adds a batch: `losses` [B], `rewards` [B, 2] and both models' log-probs of the same B pairs."""
+        """Adds a batch of B pairs: `losses` [B], `rewards` [B, 2] and the log-probs under both models."""
         logps, lengths = policy.sums, policy.lengths
         chosen, rejected = rewards.unbind(1)
         other = policy.token_logps if reference is None else reference.token_logps
@@ -83,13 +83,13 @@ class PairMetrics(Metric):
             self.margins.append(chosen - rejected)
 
     def compute(self) -> dict[str, Tensor]:
-        """Name -> mean over all pairs seen, float32; empty where none was seen."""
+        """The mean of each metric over all pairs, a float32 scalar; empty before the first pair."""
         if self.pairs == 0:
             return {}
         means = dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))
         return {name: means[name] for name in PAIR_METRICS if not (self.reference_free and name in OF_REFERENCE)}
 
     def all_margins(self) -> Tensor:
-        """The margin of every pair since the last reset, of all ranks (to be called on all), [n]; n may be 0."""
+        """The margins [n] of all ranks' pairs since the last reset; n may be 0. To be called on all ranks."""
         with self.sync_context():
             return dim_zero_cat(self.margins) if len(self.margins) else self.sums.new_zeros(0)

@@ -1,7 +1,7 @@
-"""The loss settings of a run -> PreferenceLoss: policy and reference PairLogps -> per-pair loss and rewards.
+"""The loss of a run: PairLogps of policy and reference -> per-pair loss and rewards.
 
-Here the settings are checked, the terms of a mixture added up, and what applies to any of them is applied:
-f-divergences, LD-DPO's lengths, WPO's weights, weights and margins from the data.
+`PreferenceLoss` checks the loss settings, adds up the losses of a mixture, and applies what any loss can be combined
+with: f-divergences, LD-DPO, WPO, and weights and margins from the data.
 """
 
 import inspect
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_lightning.dpo.logps import PairLogps
-from dpo_lightning.dpo.losses import LOSSES, Finite, Loss, NotNegative, Pairs, Positive, Share
+from dpo_lightning.dpo.losses import LOSSES, Loss, Pairs
 from dpo_lightning.errors import UserError, did_you_mean
+from dpo_lightning.parsing import Finite, NotNegative, Positive, Share, check_setting
 
 
 def alpha_score(ratios: Tensor, alpha: float) -> Tensor:
@@ -37,9 +38,9 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def length_desensitized(logps: PairLogps, ld_alpha: float) -> Tensor:
-    """Sums [B, 2] in which what goes beyond the pair's shorter completion counts `ld_alpha` times.
+    """Summed log-probs [B, 2], the tokens beyond the length of the pair's shorter completion multiplied by `ld_alpha`.
 
-    LD-DPO, Liu et al. 2024 (arXiv 2409.06411): 1 is plain DPO, 0 compares equally many tokens of both.
+    LD-DPO, Liu et al. 2024 (arXiv 2409.06411): 1 is plain DPO, 0 compares the same number of tokens on both sides.
     """
     lengths = logps.lengths
     starts = lengths.flatten().cumsum(0) - lengths.flatten()
@@ -50,24 +51,25 @@ def length_desensitized(logps: PairLogps, ld_alpha: float) -> Tensor:
 
 @torch.no_grad()
 def wpo_weights(policy: PairLogps) -> Tensor:
-    """How likely the policy itself is to give a pair's completions, [B], without gradient.
+    """How likely the policy is to generate a pair's completions itself, [B], without gradient.
 
     WPO, Zhou et al. 2024 (arXiv 2406.11827), eq. 2 with its weight alignment: the geometric mean over tokens of
     p(token) / (sum of p^2 over the vocabulary), multiplied over both completions.
     """
+    assert policy.log_sum_squares is not None  # `pair_logps(..., sum_squares=True)`
     aligned = policy._replace(token_logps=policy.token_logps - policy.log_sum_squares)
     return (aligned.sums / policy.lengths).sum(1).exp()
 
 
 class PreferenceLoss:
-    """A weighted sum of losses with their parameters checked: log-probs of policy and reference -> [B].
+    """A weighted sum of losses: log-probs of policy and reference -> [B].
 
     Args:
-        loss_type: a name in `LOSSES` or several.
-        loss_weights: a weight for each; left out, 1 each.
-        beta: strength of the KL constraint, or what the loss's docstring says of it.
-        label_smoothing: share of labels taken to be flipped, of the losses that have it as a parameter.
-        options: parameters of these losses (`dpop_lambda`, ...), and what applies to any of them:
+        loss_type: one or several names in `LOSSES`.
+        loss_weights: a weight for each loss; 1 each by default.
+        beta: strength of the KL constraint, or what the loss's docstring calls beta.
+        label_smoothing: share of labels assumed to be flipped, for losses that have this parameter.
+        options: the losses' own parameters (`dpop_lambda`, ...), and those that apply to any loss:
             `f_divergence_type` (`reverse_kl`, `forward_kl`, `js_divergence`, `alpha_divergence`) and
             `f_alpha_divergence_coef` (0.5), see `F_DIVERGENCES`; `ld_alpha`, see `length_desensitized`; `use_weighting`
             (False), see `wpo_weights`.
@@ -77,8 +79,8 @@ class PreferenceLoss:
         use_weighting: whether the policy's PairLogps must have `log_sum_squares`.
 
     Raises:
-        UserError: an unknown name or option, weights that do not match, a parameter out of its range, or a combination
-            without meaning.
+        UserError: an unknown name or option, a wrong number of weights, a parameter out of its range, or a combination
+            that has no meaning.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class PreferenceLoss:
             raise UserError(f"model.loss_type '{unknown[0]}' is unknown: it is one of {', '.join(LOSSES)}{near}")
         self.losses = [LOSSES[name] for name in names]
         self.weights = self._checked_weights(loss_weights)
-        _check_range("model.beta", beta, Positive)
+        check_setting("model.beta", beta, Positive)
         self.beta = beta
         common, own = self._split_options(options or {})
         if label_smoothing:
@@ -118,16 +120,16 @@ class PreferenceLoss:
         if not count or len(weights) != count:
             raise UserError(f"model.loss_weights has {len(weights)} weights for {count} losses; give one for each")
         for weight in weights:
-            _check_range("a weight of model.loss_weights", weight, NotNegative)
+            check_setting("a weight of model.loss_weights", weight, NotNegative)
         return weights
 
     def _split_options(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        beside = ("beta", "label_smoothing")
+        elsewhere = ("beta", "label_smoothing")
         common = list(inspect.signature(self._set_common).parameters)
-        own = list(dict.fromkeys(name for term in self.losses for name in term.parameters if name not in beside))
+        own = list(dict.fromkeys(name for term in self.losses for name in term.parameters if name not in elsewhere))
         for name in options:
-            if name in beside:
-                raise UserError(f"model.loss_options has '{name}': it stands beside loss_options, as model.{name}")
+            if name in elsewhere:
+                raise UserError(f"model.loss_options has '{name}': set model.{name} instead")
             if name not in common + own:
                 users = [term.name for term in LOSSES.values() if name in term.parameters]
                 why = f"is a parameter of {' and '.join(users)}" if users else "is unknown"
@@ -137,13 +139,13 @@ class PreferenceLoss:
                 )
         return {n: v for n, v in options.items() if n in common}, {n: v for n, v in options.items() if n in own}
 
-    def _own_parameters(self, term: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _own_parameters(self, term: Loss, options: Mapping[str, Any]) -> dict[str, Any]:
         values = {"beta": self.beta} if "beta" in term.parameters else {}
         for name, parameter in term.parameters.items():
             if name != "beta":
                 where = f"model.{name}" if name == "label_smoothing" else f"model.loss_options.{name}"
-                values[name] = given.get(name, parameter.default)
-                _check_range(where, values[name], parameter.annotation)
+                values[name] = options.get(name, parameter.default)
+                check_setting(where, values[name], parameter.annotation)
         return values
 
     def _set_common(
@@ -159,24 +161,23 @@ class PreferenceLoss:
             raise UserError(f"{options}.f_divergence_type '{f_divergence_type}' is unknown: it is one of {known}")
         if f_divergence_type != "reverse_kl":
             self._require(f"{options}.f_divergence_type {f_divergence_type}", lambda term: term.f_divergence)
-        _check_range(f"{options}.f_alpha_divergence_coef", f_alpha_divergence_coef, Finite)
+        check_setting(f"{options}.f_alpha_divergence_coef", f_alpha_divergence_coef, Finite)
         if f_alpha_divergence_coef != 0.5 and f_divergence_type != "alpha_divergence":
             raise UserError(
                 f"{options}.f_alpha_divergence_coef is {f_alpha_divergence_coef}, but f_divergence_type is "
                 f"{f_divergence_type}: only alpha_divergence uses it"
             )
         if ld_alpha is not None:
-            _check_range(f"{options}.ld_alpha", ld_alpha, Share)
+            check_setting(f"{options}.ld_alpha", ld_alpha, Share)
             self._require(f"{options}.ld_alpha", lambda term: not term.reference_free)
-        if not isinstance(use_weighting, bool):
-            raise UserError(f"{options}.use_weighting is {use_weighting!r}: it must be true or false")
+        check_setting(f"{options}.use_weighting", use_weighting, bool)
         if use_weighting:
             self._require(f"{options}.use_weighting", lambda term: not term.sorts)
         self.divergence, self.alpha = F_DIVERGENCES[f_divergence_type], f_alpha_divergence_coef
         self.ld_alpha, self.use_weighting = ld_alpha, use_weighting
 
     def _require(self, what: str, fits: Callable[[Loss], bool]) -> None:
-        """Every loss must make sense with a setting, but for plain likelihoods, to which it does not apply."""
+        """Raises UserError if a setting has no meaning for one of the losses. It never applies to plain likelihoods."""
         terms = [term for term in self.losses if term.preference]
         wrong = [term.name for term in terms if not fits(term)] if terms else [self._named()]
         if wrong:
@@ -184,14 +185,14 @@ class PreferenceLoss:
             raise UserError(f"{what} has no meaning for the loss {wrong[0]}; it has for {', '.join(able)}")
 
     def check_columns(self, weight: Tensor, margin: Tensor) -> None:
-        """Refuses pairs whose columns the losses cannot use. To be called on the host, since it looks at the values.
+        """Refuses weights and margins that the losses cannot use. To be called on the host, since it reads the values.
 
         Args:
             weight: [B], as in PairBatch.
             margin: [B], as in PairBatch.
 
         Raises:
-            UserError: a margin other than 0, or a weight other than 1, where the loss has no meaning for it.
+            UserError: a margin other than 0, or a weight other than 1, that has no meaning for the loss.
         """
         if (margin != 0).any():
             self._require("a margin other than 0 (column `margin` of the data)", lambda term: term.margin)
@@ -212,13 +213,13 @@ class PreferenceLoss:
         Args:
             policy: log-probs with gradients.
             reference: of the same pairs; None if not `needs_reference`.
-            weight: [B], each pair's loss is multiplied by it. The mean stays one over pairs, not over weights, so that
+            weight: [B], multiplies each pair's loss. The mean is still over pairs, not over weights, so that
                 accumulated and distributed batches add up to the same gradient; weights should average about 1.
             margin: [B], in the unit of beta h; see `check_columns`.
         """
         pairs = self._pairs(policy, reference, margin)
         terms = zip(self.weights, self.losses, self.parameters, strict=True)
-        losses = sum(factor * term.function(pairs, **parameters) for factor, term, parameters in terms)
+        losses = torch.stack([factor * term.function(pairs, **own) for factor, term, own in terms]).sum(0)
         if self.use_weighting:
             losses = losses * wpo_weights(policy)
         return losses if weight is None else losses * weight
@@ -239,17 +240,11 @@ class PreferenceLoss:
         return logps.sums if self.ld_alpha is None else length_desensitized(logps, self.ld_alpha)
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        """Implicit rewards [B, 2]: beta times the log-ratio; without a reference, beta times what the loss compares.
+        """Implicit rewards [B, 2]: beta times the log-ratio, or without a reference beta times log pi(y|x).
 
-        That is log pi(y|x), or for `simpo` and `orpo` its mean over tokens, as TRL's trainers of these losses log it.
+        `simpo` and `orpo` compare means over tokens, so their rewards are means too, as in TRL's trainers.
         """
         if reference is not None:
             return self.beta * (policy.sums - reference.sums)
         per_token = any(term.per_token for term in self.losses)
         return self.beta * (policy.sums / policy.lengths if per_token else policy.sums)
-
-
-def _check_range(where: str, value: Any, annotation: Any) -> None:
-    (allowed,) = annotation.__metadata__
-    if isinstance(value, bool) or not isinstance(value, int | float) or not allowed.holds(value):
-        raise UserError(f"{where} is {value!r}: it must be {allowed.words}")

@@ -1,4 +1,4 @@
-"""May a model read a pair's prompt once? Its config and a comparison with ordinary forwards on real pairs decide."""
+"""Whether a model may read a pair's prompt once: its config decides, and a comparison with separate forward passes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 # Model types whose attention takes a ready-made [B, 1, T, T] mask and explicit position ids; each was compared with
-# separate forwards. Anything else reads the two sequences of a pair apart.
+# separate forward passes. Other models read the two sequences of a pair separately.
 SHARED_PREFIX_MODEL_TYPES = frozenset(
     "gpt2 llama qwen2 qwen3 qwen2_moe qwen3_moe gemma gemma2 gemma3_text mistral mixtral gpt_neox opt falcon phi phi3 "
     "gpt_bigcode starcoder2 stablelm olmo olmo2 olmo3 olmoe granite granitemoe cohere cohere2 smollm3 biogpt "
@@ -27,7 +27,7 @@ UNPACKED_MODEL_TYPES = frozenset("gemma2 gpt_oss falcon xglm stablelm".split())
 
 
 def scoring_from_config(config: "PretrainedConfig") -> Scoring:
-    """What the config alone says: recurrent models, ALiBi and unknown types read pairs apart."""
+    """The scoring that the config allows: recurrent models, ALiBi and unknown types read each sequence separately."""
     if config.model_type not in SHARED_PREFIX_MODEL_TYPES:
         return Scoring(
             shared=False, reason=f"models of type '{config.model_type}' are not known to share a prompt exactly"
@@ -42,8 +42,8 @@ def scoring_from_config(config: "PretrainedConfig") -> Scoring:
 def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4, may_pack: bool = True) -> Scoring:
     """The fastest way to score this model that agrees with its own full logits on real pairs.
 
-    A few pairs of `batch` are probed, with real completions on both sides, so that a mask that is ignored shows even
-    where the data's rejected completions are empty. Run without autocast and TF32, which would blur the comparison.
+    It is tried on a few pairs of `batch` with a real completion on both sides: a model that ignores the mask would go
+    unnoticed with empty rejected completions. Autocast and TF32, which blur the comparison, are off meanwhile.
     """
     scoring = scoring_from_config(model.config)
     pairs = sorted(to_pairs(batch), key=lambda pair: len(pair.prompt_ids) + len(pair.chosen_ids))[-max_pairs:]
@@ -58,9 +58,9 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
         try:
             found = pair_logps(model, probe, candidate).token_logps
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            return False  # models with their own idea of masks refuse a 4D one
+            return False  # some models refuse a 4D mask
         off = (found - truth).abs() / (1 + truth.abs())
-        # Means and quantiles, since on some hardware a single token is off by more. NaN agrees with nothing.
+        # Mean and quantile, because on some hardware single tokens differ by more. Comparisons with NaN are false.
         return bool(off.mean() <= tolerance and off.quantile(0.99) <= 5 * tolerance)
 
     def agrees_packed(candidate: Scoring) -> bool:
@@ -87,8 +87,8 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
 
 @contextmanager
 def float32_products() -> Iterator[None]:
-    """Products of float32 matrices in float32 for a while, whatever `torch.set_float32_matmul_precision` has said."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # TF32 of a GPU, bfloat16 of a CPU
+    """Multiplies float32 matrices in float32 inside the context, whatever `torch.set_float32_matmul_precision` says."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # TF32 of a GPU, bfloat16 of a CPU
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -99,7 +99,7 @@ def float32_products() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-# By how much two ways of scoring may differ per token in the mean, relative to 1 + |log-prob|. Measured: 2e-7 in
-# float32, 1e-5 to 3e-4 in TF32, 1e-3 in bfloat16; a wrong mask differs thirty times or more as much as TF32 does in the
-# same model: 5e-4 in an untrained one, up to 0.1 in others.
+# The mean difference per token, relative to 1 + |log-prob|, that two ways of scoring may have. Measured: 2e-7 in
+# float32, 1e-5 to 3e-4 in TF32, 1e-3 in bfloat16. A wrong mask differs at least thirty times as much as TF32 does in
+# the same model: 5e-4 in an untrained one, up to 0.1 in others.
 NOISE, NOISE_IN_16_BITS = 4e-4, 1e-2

@@ -1,1 +1,1 @@
-"""Is a reply any good? Judges, their shares, and how replies are shown."""
+"""Judges of replies, the means of their verdicts and the words for them, and tables of replies."""

@@ -1,4 +1,4 @@
-"""Prompts, replies and their judgments -> a console table and a TensorBoard text page. Replies are hostile text."""
+"""Replies as a table in the console and in markdown. Replies are hostile text: nothing in them is interpreted."""
 
 import re
 from collections.abc import Sequence
@@ -13,35 +13,35 @@ FOLDED_LENGTH = 240
 
 
 def fold(text: str, length: int = FOLDED_LENGTH) -> str:
-    """Visible text with the middle of a long one left out."""
+    """Visible text, without its middle where it is longer than `length`."""
     text = visible(text.strip())
     return text if len(text) <= length else f"{text[: length * 2 // 3]} … {text[-length // 3 :]}"
 
 
 def show_replies(
-    title: str, prompts: Sequence[str], columns: dict[str, Sequence[str]], shares: dict[str, float], sql: bool = False
+    title: str, prompts: Sequence[str], columns: dict[str, Sequence[str]], means: dict[str, float], sql: bool = False
 ) -> None:
-    """Prints a table with a row per prompt: its last lines, and what stands in each of `columns`.
-
-    It goes to rich's shared console, which progress bars draw on: they step aside for it.
+    """Prints a table with a row per prompt to rich's shared console, above any progress bar.
 
     Args:
-        sql: colour the columns as SQL.
+        columns: title -> a text per prompt; there may be more texts than prompts.
+        means: of the verdicts, for the caption.
+        sql: highlight the columns as SQL.
     """
     from rich import get_console
     from rich.table import Table
     from rich.text import Text
     from tqdm import tqdm
 
-    caption = ", ".join(f"{name} {value:.3g}" for name, value in shares.items())
-    table = Table(title=f"Replies, {title}", show_lines=True, caption=caption)
+    caption = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+    table = Table(title=f"Replies, {title}", show_lines=True, caption=Text(visible(caption)))
     for name in ("prompt", *columns):
         table.add_column(name, overflow="fold", ratio=1)
     for i, prompt in enumerate(prompts):
         # Text, not markup: a reply must not be able to style or link itself.
         cells = [fold(column[i]) for column in columns.values()]
         table.add_row(Text(fold(prompt)), *(_highlighted(cell) if sql else Text(cell) for cell in cells))
-    with tqdm.external_write_mode():  # a bar of tqdm's that is there, such as Lightning's other one, steps aside too
+    with tqdm.external_write_mode():  # a bar drawn by tqdm, such as Lightning's, makes room as well
         get_console().print(table)
 
 
@@ -50,17 +50,17 @@ def _highlighted(query: str) -> "Text":
 
     text = Syntax("", "sql", theme="ansi_dark", background_color="default").highlight(query)
     text.rstrip()
-    text.no_wrap = False  # code is not wrapped by default, and would be cut
+    text.no_wrap = False  # by default code is cut instead of wrapped
     return text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose cells show their text as it is, whatever markdown or HTML is in it."""
+    """A markdown table; markdown and HTML in its cells are shown, not interpreted."""
     lines = [header, ["---"] * len(header), *([markdown_text(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def markdown_text(text: str) -> str:
-    """Text as markdown (and HTML) that shows exactly this text: all punctuation as character references."""
+    """Markdown (and HTML) that shows exactly this text: all punctuation becomes character references."""
     text = re.sub(r"[^\w\s]|_", lambda match: f"&#{ord(match[0])};", visible(text))
     return text.replace("\n", "<br>")

@@ -1,1 +1,1 @@
-"""Causal LMs: loaded, sharded, asked; the hub they come from and the hardware they run on."""
+"""Causal LMs: loading, sharding and generation; the hub they come from and the hardware they run on."""

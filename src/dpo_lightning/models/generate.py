@@ -1,25 +1,33 @@
-"""Model + prompts -> greedy replies, and a model in eval mode for a while."""
+"""Greedy replies of a model to prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from dpo_lightning.models.policy import position_count
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Reply(NamedTuple):
-    """What a model answered to one prompt."""
+    """A model's reply to one prompt."""
 
     text: str
-    token_ids: list[int]  # EOS not counted
+    token_ids: list[int]  # without EOS
     stopped: bool  # ended by EOS, not by the length limit
+
+
+def prompt_room(model: "PreTrainedModel", max_new_tokens: int) -> int:
+    """The longest prompt, in tokens, to which a reply of `max_new_tokens` fits into the model's positions."""
+    return max(1, _positions(model) - max_new_tokens)
+
+
+def _positions(model: "PreTrainedModel") -> int:
+    return position_count(model.config) or 10**9
 
 
 @torch.no_grad()
@@ -30,32 +38,33 @@ def generate(
     tokenizer: "PreTrainedTokenizerBase",
     max_new_tokens: int,
     processors: "Sequence[LogitsProcessor]" = (),
+    **options: Any,
 ) -> list[Reply]:
     """Greedy replies to a batch of prompts, with a KV cache.
 
-    The model's own generation settings (sampling, penalties) are not used: replies are to show the model.
+    The model's own generation settings (sampling, penalties) are not used, so that replies show the model itself.
 
     Args:
-        input_ids: prompts padded on the left, [B, T] int64, on the model's device.
+        input_ids: prompts padded on the left, [B, T] int64, on the model's device; cut from the left to `prompt_room`.
         attention_mask: [B, T] int64, 0 at padding.
-        processors: they change each new token's logits first.
+        processors: applied to each new token's logits.
+        options: more arguments of the model's `generate`, such as a streamer.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
-    eos = tokenizer.eos_token_id
-    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = max(1, limit - max_new_tokens)
+    eos, room = tokenizer.eos_token_id, prompt_room(model, max_new_tokens)
     config = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, limit - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
+        max_new_tokens=min(max_new_tokens, _positions(model) - 1), do_sample=False, eos_token_id=eos, pad_token_id=eos
     )
     with evaluating(model):  # in train mode gradient checkpointing would switch the KV cache off
-        own, model.generation_config = model.generation_config, config  # which would fill in what ours leaves out
+        own, model.generation_config = model.generation_config, config  # its values would fill gaps in ours
         try:
             output = model.generate(
                 input_ids=input_ids[:, -room:],
                 attention_mask=attention_mask[:, -room:],
                 generation_config=config,
                 logits_processor=LogitsProcessorList(processors),
+                **options,
             )
         finally:
             model.generation_config = own
@@ -69,7 +78,7 @@ def generate(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while."""
+    """Puts a model into eval mode during the block."""
     training = model.training
     model.eval()
     try:

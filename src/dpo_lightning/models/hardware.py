@@ -1,4 +1,4 @@
-"""What this machine is good at and what a run used of it."""
+"""What the hardware does best, and how much memory a run has used."""
 
 import platform
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 SHORT_ROW = 256  # tokens
-BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})  # CPUs with one of these multiply bfloat16 in hardware
+BF16_FLAGS = {"amx_bf16", "avx512_bf16"}  # of CPUs that multiply bfloat16 in hardware
 
 
 def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
-    """The Trainer precision that is fast on this hardware without harm to training, and why."""
+    """The Trainer precision that is fast on this hardware without harm to training, and the reason."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "this GPU computes in bfloat16"
@@ -24,15 +24,15 @@ def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
 
 
 def fastest_attention(accelerator: str, bf16: bool, row_length: float) -> str | None:
-    """The attention that trains fastest on rows of about `row_length` tokens; None is what transformers prefers.
+    """The attention that trains fastest on rows of about `row_length` tokens; None for the default of transformers.
 
-    That is sdpa, except that its backward pass in bfloat16 on a CPU is slower than plain products while rows are short.
+    The default is sdpa, whose backward pass in bfloat16 on a CPU is slower than eager attention on short rows.
     """
     return "eager" if accelerator == "cpu" and bf16 and row_length < SHORT_ROW else None
 
 
 def cpu_flags() -> set[str]:
-    """Instruction set flags of this CPU, empty where the system does not list them."""
+    """Instruction set flags of this CPU; empty if the system does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -41,7 +41,7 @@ def cpu_flags() -> set[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a run has computed on, for its report."""
+    """The name of a device, for the report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -50,10 +50,10 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes, None where the system does not tell.
+    """Peak memory in bytes, None if the system does not report it.
 
-    On CUDA of tensors on the GPU; on Apple's GPU what its driver has given out, which the allocator's cache keeps near
-    the peak; elsewhere of the whole process.
+    On CUDA: of tensors on the GPU. On Apple's GPU: what the driver has allocated now, which the allocator's cache keeps
+    near the peak. On the CPU: of the process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -72,4 +72,4 @@ def _peak_working_set() -> int | None:
         import psutil  # peft needs it, but that may change
     except ImportError:
         return None
-    return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows has it
+    return getattr(psutil.Process().memory_info(), "peak_wset", None)  # on Windows alone

@@ -1,7 +1,7 @@
-"""Name -> something loaded from a local folder or the Hugging Face hub, with errors that fit on a line.
+"""Loading by name from a local folder or the Hugging Face hub, with errors of one line.
 
-Without a network the hub's client retries for most of a minute. One short probe decides first, and where it fails
-the client is switched to its offline mode: what is in the local cache still loads, the rest fails at once.
+Without a network the hub's client retries for most of a minute. So the hub is probed once; if it does not answer, the
+client is switched to offline mode, in which cached files still load and everything else fails at once.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.datasets import go_offline, hub_endpoint
 from dpo_lightning.visible import one_line
 
 PROBE_SECONDS = 5.0
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 def from_hub_or_folder(kind: str, name: str, load: Callable[..., T], **kwargs: Any) -> T:
-    """Calls `load(name, **kwargs)` for a folder or a hub id and turns its failure into one line.
+    """Calls `load(name, **kwargs)` and turns any failure into a UserError.
 
     Args:
         kind: what is loaded ("model", "tokenizer", "dataset"), for messages.
@@ -51,53 +52,48 @@ def from_hub_or_folder(kind: str, name: str, load: Callable[..., T], **kwargs: A
 
 
 def local_path(name: str) -> Path:
-    """A name as a path, `~` filled in where that can be done.
+    """A name as a path, with `~` expanded.
 
     Raises:
-        UserError: no path can look like this.
+        UserError: the system cannot look it up.
     """
     path = Path(name)
     try:
         path = path.expanduser()
-    except RuntimeError:  # ~ and the name of no user
+    except RuntimeError:  # `~name` of an unknown user
         pass
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError) as error:  # too long, a nul in it, a folder that may not be entered, links in a circle
-        raise UserError(f"'{one_line(name[:200])}' cannot be looked up: {_why(error)}") from error
+    except (OSError, ValueError) as error:  # too long, NUL, no permission, a loop of links
+        raise UserError(f"'{one_line(name[:200])}' cannot be looked up: {reason_of(error)}") from error
     return path
 
 
-def _why(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why something failed: the system's message for an OSError, else the first line of the error's text."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only be meant as a path: hub ids are `name` or `owner/name`."""
+    """Whether a name can only be a path: hub ids are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 @functools.cache
 def switch_offline_if_unreachable() -> bool:
-    """Probes the hub once per process and goes offline if it does not answer; returns whether it does."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
-        import datasets.config
-
-        # Child processes read the variable, what is already imported reads the constants.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+    """Probes the hub once per process, goes offline if it does not answer, and returns whether it does."""
+    endpoint = hub_endpoint()
+    if endpoint is None or not _answers(endpoint):
+        go_offline()
         return False
     return True
 
 
 def _answers(endpoint: str) -> bool:
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # only the proxy can tell
+        return True  # only the proxy knows
     url = urlsplit(endpoint)
     try:
         with socket.create_connection(
@@ -109,7 +105,7 @@ def _answers(endpoint: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, with the next one where it ends in a colon, or its class without a text."""
+    """The first line of an error's text, and the second if the first ends in a colon; its class if it has no text."""
     first, *more = str(error).strip().split("\n")
     first = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
     return first or type(error).__name__

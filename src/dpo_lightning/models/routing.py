@@ -1,8 +1,10 @@
-"""A mixture of experts' router logits -> its load-balancing loss, where the model's config asks for one."""
+"""The load-balancing loss of a mixture of experts, if the model's config asks for one."""
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from dpo_lightning.internals.transformers import load_balancing_loss
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def set_router_loss(config: "PretrainedConfig", coefficient: float | None) -> None:
-    """Makes a config ask for the load-balancing loss with this weight; 0 asks for none, None changes nothing.
+    """Sets the weight of the load-balancing loss in a config; 0 switches it off, None changes nothing.
 
     Raises:
         ValueError: the model has no router.
@@ -27,14 +29,12 @@ def router_loss(model: "PreTrainedModel", output: "ModelOutput", real: Tensor) -
 
     Args:
         output: of the model or of its base model.
-        real: [rows, T] bool, False at padding. A prompt that is read once is counted once.
+        real: [rows, T] bool, False at padding. A shared prompt counts once.
 
     Returns:
-        A float32 scalar; None for a model without a router, or whose config does not ask for the loss.
+        A float32 scalar; None if the model has no router, or its config does not ask for the loss.
     """
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
     if not getattr(model.config, "output_router_logits", False) or not hasattr(model, "router_aux_loss_coef"):
         return None
-    balance = load_balancing_loss_func(output.router_logits, model.num_experts, model.num_experts_per_tok, real)
+    balance = load_balancing_loss(output.router_logits, model.num_experts, model.num_experts_per_tok, real)
     return model.router_aux_loss_coef * balance

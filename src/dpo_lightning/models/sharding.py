@@ -1,14 +1,15 @@
-"""Model -> the same model with its weights sharded over ranks (FSDP2), and sharded weights -> whole ones."""
+"""Sharding a model's weights over ranks (FSDP2), and gathering them."""
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.transformers import block_classes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuses a `trainer.strategy` that shards weights in a way that is not supported.
+    """Refuses a `trainer.strategy` that shards weights in an unsupported way.
 
     Args:
-        strategy: a Strategy, the name of a registered one, or what a configuration gives: a namespace with class_path.
+        strategy: a Strategy, the name of a registered one, or a configuration's namespace with class_path.
 
     Raises:
         UserError: it is FSDP1 or DeepSpeed.
@@ -28,8 +29,8 @@ def check_strategy(strategy: object) -> None:
     names = [named] if named else [kind.__name__ for kind in type(strategy).__mro__]
     if any(re.search("(^|\\.)(fsdp|deepspeed)", name, re.IGNORECASE) for name in names):
         raise UserError(
-            f"trainer.strategy {names[0]} is not supported: FSDP2 shards weights here, which is Lightning's "
-            "ModelParallelStrategy; lay configs/fsdp.yaml over your configuration"
+            f"trainer.strategy {names[0]} is not supported: weights are sharded with FSDP2, which is Lightning's "
+            "ModelParallelStrategy; add --config configs/fsdp.yaml after your configuration"
         )
 
 
@@ -37,7 +38,7 @@ def data_parallel_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
     """The part of Lightning's device mesh over which weights are sharded.
 
     Raises:
-        UserError: the strategy is to split single layers (tensor parallelism), ModelParallelStrategy's default.
+        UserError: the strategy splits single layers (tensor parallelism), as ModelParallelStrategy does by default.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise UserError(
@@ -48,17 +49,17 @@ def data_parallel_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
 
 
 def shard(model: "PreTrainedModel", mesh: "DeviceMesh", forward: Callable) -> None:
-    """Shards a causal LM in place with `fully_shard`: each block is a unit, and what is left is one.
+    """Shards a causal LM in place with `fully_shard`: each block is a unit, and the rest is another one.
 
-    Weights are whole only while their unit computes.
+    A unit's weights are gathered only while it computes.
 
     Args:
-        forward: a function of the model that calls its parts instead of the model. It becomes the model's method
-            `sharded_pair_logps`, registered as a forward pass of its own.
+        forward: a function of the model that calls its parts instead of the model itself. It becomes the model's method
+            `sharded_pair_logps` and is registered as a forward pass.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    blocks = set(model._no_split_modules or ())
+    blocks = block_classes(model)
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
@@ -72,25 +73,28 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on every rank, any other as it is. To be called on all ranks."""
+def gathered(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on every rank; any other unchanged. Call it on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, in the same memory; any other tensor as it is."""
+    """This rank's part of a sharded tensor, in the same memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor sharded as another is, on its device."""
+    """A gathered tensor, moved to the device of another one and sharded like it."""
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
 
 @torch.no_grad()
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """A sharded model's weights by name, whole, on the CPU. To be called on all ranks; empty on all but the first."""
+def gathered_state(model: nn.Module) -> dict[str, Tensor]:
+    """A sharded model's gathered weights by name, on the CPU; empty on all ranks but the first. Call on all ranks."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state

@@ -1,13 +1,11 @@
-"""Batches of columns -> a data set on disk that is written once and memory-mapped afterwards, with a note beside it.
+"""A cache of data sets on disk: written once in batches of columns, then memory-mapped, with a note beside each.
 
-The note has a checksum of both: what a disk has changed is made anew.
+The note has a checksum of both, so that a data set which has changed on disk is recomputed.
 """
 
 import json
 import mmap
-import os
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,8 +16,10 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.hub import first_line
-from dpo_lightning.storage.locks import alone
+from dpo_lightning.internals.datasets import cache_folder, memory_mapped
+from dpo_lightning.models.hub import first_line, reason_of
+from dpo_lightning.storage.atomic import PARTIAL, atomic_folder
+from dpo_lightning.storage.locks import exclusive
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,23 +27,22 @@ if TYPE_CHECKING:
 Columns = dict[str, list]
 ABANDONED_SECONDS = 86_400
 ROWS, NOTE = "rows.arrow", "note.json"
-CHECK = "crc32"  # in the note's file: of the rows' bytes, and of the rest of the note
-# What the notes had in them that were written before there was a check.
+CHECK = "crc32"  # key in the note: of the rows' bytes and of the rest of the note
+# Keys of the notes that were written before there was a checksum.
 UNCHECKED = ({"account", "chat"}, {"largest_id"}, {"model", "key", "cut", "same"})
 
 
 def cached_dataset(
     fingerprint: str, schema: pa.Schema, batches: Callable[[], Iterator[Columns]], note: Callable[[], dict[str, Any]]
 ) -> tuple["Dataset", dict[str, Any]]:
-    """The data set of this fingerprint from the cache, written first where it is not there or is damaged.
+    """The data set with this fingerprint from the cache, and its note; written first if it is missing or damaged.
 
-    It is written beside its place and then renamed, so that a killed run leaves nothing half. Of processes that want
-    the same one at the same time, one writes it and the others wait.
+    If several processes want the same one at the same time, one writes it and the others wait.
 
     Args:
-        fingerprint: tells the data set from all others.
-        batches: gives its rows, a few at a time: memory does not grow with their number.
-        note: called after the last batch; what it returns, plain JSON, is kept with the data.
+        fingerprint: identifies the data set.
+        batches: yields its rows, a few at a time, so that memory does not grow with their number.
+        note: called after the last batch; its result, plain JSON, is kept with the data.
 
     Raises:
         UserError: the cache folder cannot be written.
@@ -52,7 +51,7 @@ def cached_dataset(
         return found
     folder = dataset_folder(fingerprint)
     try:
-        with alone(lock_file(folder), f"the data set {fingerprint}"):
+        with exclusive(lock_file(folder), f"the data set {fingerprint}"):
             if found := find_dataset(fingerprint):
                 return found
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -60,13 +59,13 @@ def cached_dataset(
             return _open(folder, fingerprint)
     except OSError as error:
         raise UserError(
-            f"the cache folder '{folder.parent}' cannot be written: {error.strerror or first_line(error)}; set "
-            "HF_DATASETS_CACHE to a folder that can"
+            f"the cache folder '{folder.parent}' cannot be written: {reason_of(error)}; set HF_DATASETS_CACHE to a "
+            "folder that can"
         ) from error
 
 
 def find_dataset(fingerprint: str) -> tuple["Dataset", dict[str, Any]] | None:
-    """The data set of this fingerprint and its note, where the cache has them undamaged."""
+    """The data set with this fingerprint and its note, if the cache has them undamaged."""
     folder = dataset_folder(fingerprint)
     if not folder.is_dir():
         return None
@@ -78,14 +77,12 @@ def find_dataset(fingerprint: str) -> tuple["Dataset", dict[str, Any]] | None:
 
 
 def dataset_folder(fingerprint: str) -> Path:
-    """Where the data set of a fingerprint is, or is to be."""
-    import datasets.config
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_lightning" / fingerprint
+    """The folder of the data set with a fingerprint."""
+    return cache_folder() / "dpo_lightning" / fingerprint
 
 
 def lock_file(folder: Path) -> Path:
-    """Whose lock is needed to make a folder of a cache: beside the caches, so that it outlives the folder."""
+    """The lock for creating a folder of the cache; it is outside of the cache, so that it outlives the folder."""
     return folder.parent.parent / "dpo_lightning_locks" / f"{folder.name}.lock"
 
 
@@ -94,23 +91,21 @@ def _write(
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="writing-"))
-    try:
+    with atomic_folder(folder) as partial:
         with pa.OSFile(str(partial / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for columns in batches():
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
         content = json.loads(json.dumps(note()))  # as it is read
         content |= {CHECK: _check(partial / ROWS, content)}
         (partial / NOTE).write_text(json.dumps(content), encoding="utf-8")
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Removes what killed runs left half written: folders that nobody has written to for a day."""
-    for partial in cache.glob("writing-*"):
+    """Removes partial folders of killed runs, to which nothing was written for a day.
+
+    A shared pass's folder, which is resumed, is not one of them: its name has no random part.
+    """
+    for partial in (*cache.glob(f"*.????????{PARTIAL}"), *cache.glob("writing-*")):  # the latter of earlier versions
         try:
             if time.time() - max(path.stat().st_mtime for path in (partial, *partial.iterdir())) > ABANDONED_SECONDS:
                 shutil.rmtree(partial)
@@ -119,19 +114,16 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _open(folder: Path, fingerprint: str) -> tuple["Dataset", dict[str, Any]]:
-    from datasets import Dataset
-    from datasets.table import MemoryMappedTable
-
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     check = note.pop(CHECK, None) if isinstance(note, dict) else None
     if check is None and (not isinstance(note, dict) or set(note) not in UNCHECKED):
-        raise ValueError(f"{NOTE} is not a note on them")
+        raise ValueError(f"{NOTE} is not a note of ours")
     if check is not None and check != _check(folder / ROWS, note):
-        raise ValueError("they are not those that were written")
-    return Dataset(MemoryMappedTable.from_file(str(folder / ROWS)), fingerprint=fingerprint), note
+        raise ValueError("they do not match their checksum")
+    return memory_mapped(folder / ROWS, fingerprint), note
 
 
 def _check(rows: Path, note: dict[str, Any]) -> int:
-    """Of the bytes of a file and of a note: about 0.05 s per 100 MB."""
+    """The checksum of a file's bytes and a note; it takes about 0.05 s per 100 MB."""
     with rows.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return zlib.crc32(json.dumps(note, sort_keys=True).encode(), zlib.crc32(content))

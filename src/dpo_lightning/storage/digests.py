@@ -1,4 +1,4 @@
-"""Contents -> SHA-256, in hex: of files, of models, of columns of encoded data sets, of the keys of caches."""
+"""SHA-256 digests, in hex, of files, models, columns of data sets, and the keys of caches."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_lightning.models.sharding import whole
+from dpo_lightning.models.sharding import gathered
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,41 +19,41 @@ ROWS_AT_A_TIME = 10_000
 
 
 def content_digest(data: "Dataset", names: Sequence[str]) -> str:
-    """Of what columns of numbers, or of lists of numbers, hold; read a few thousand rows at a time."""
+    """The digest of columns of numbers or of lists of numbers."""
     digest = hashlib.sha256()
     for table in data.select_columns(list(names)).with_format("arrow").iter(ROWS_AT_A_TIME):
         for name in names:
             values = table[name].combine_chunks()
             if hasattr(values, "value_lengths"):
-                digest.update(np.asarray(values.value_lengths()))
+                digest.update(np.asarray(values.value_lengths()).data)
                 values = values.flatten()
-            digest.update(np.asarray(values))
+            digest.update(np.asarray(values).data)
     return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """Of a file's bytes."""
-    digest = hashlib.sha256()
+    """The digest of a file's bytes."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def key_digest(key: Any) -> str:
-    """Of plain JSON that tells one cached thing from all others: its name, 32 digits."""
+    """The name, 32 digits, of a cached object that is identified by this plain JSON."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @torch.no_grad()
-def weights_digest(model: nn.Module, but: Callable[[str], bool] = lambda name: False) -> str:
-    """Of a model's weights (bytes, shapes and dtypes), without those whose name `but` is true of.
+def weights_digest(model: nn.Module, leave_out: Callable[[str], bool] = lambda name: False) -> str:
+    """The digest of a model's loaded weights (bytes, shapes and dtypes), which identifies a run and its caches.
 
-    Every byte is read: 0.8 s per GB on one core. Sharded weights are gathered one by one; to be called on all ranks.
+    Generated completions are looked up before any model is loaded, so they go by the stored files instead
+    (`data.generated.stored_weights`).
+
+    Every byte is read: 0.8 s per GB on one core. Sharded weights are gathered one by one: call it on all ranks.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not but(name):
+        if not leave_out(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(gathered(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

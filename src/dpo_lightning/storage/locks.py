@@ -1,7 +1,7 @@
-"""A file -> one process at a time: others wait for it (`alone`), or are told that it is taken (`hold`).
+"""Locks for one process at a time: others wait (`exclusive`), or learn that it is taken (`hold`).
 
-The locks are the system's own, by filelock: it gives them back when a process ends, also by SIGKILL. So what a killed
-run left is gone on with at once, and a lock file without a process means nothing.
+They are the operating system's locks (filelock), which are released when a process ends, also by SIGKILL. So a killed
+run's work can be resumed at once, and a lock file without a process means nothing.
 """
 
 import os
@@ -14,27 +14,28 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.errors import UserError
+from dpo_lightning.models.hub import reason_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
-PATIENCE = 60  # seconds for which a run waits before its processes talk to each other again
+PATIENCE = 60  # seconds that a run waits before its processes communicate again
 
 _held: dict[str, FileLock] = {}
 
 
 @contextmanager
-def alone(path: Path, what: str, strategy: "Strategy | None" = None) -> Iterator[None]:
-    """Runs its block in one process, or one run, at a time; the others wait for their turn, and say so once.
+def exclusive(path: Path, what: str, strategy: "Strategy | None" = None) -> Iterator[None]:
+    """Runs the block in one process, or one run, at a time; the others wait and report it once.
 
     Args:
-        path: the lock's file, in a cache, made where it is not there. It stays: to remove it would part those who wait.
-        what: is made in the block, for the message.
-        strategy: of a run in several processes. To be called on all of them: the first one has the lock, and none
-            waits in a barrier longer than `PATIENCE`, whatever the process group's time-out.
+        path: the lock's file in a cache, created if missing and never removed, as other processes may wait for it.
+        what: is created in the block, for the message.
+        strategy: of a run in several processes; call this on all of them. The first one takes the lock, and none
+            waits in a barrier longer than `PATIENCE`, whatever the process group's timeout.
 
     Raises:
-        UserError: the file cannot be made.
+        UserError: the file cannot be created.
     """
     lock = FileLock(path) if strategy is None or strategy.is_global_zero else None
     patience = 0
@@ -43,8 +44,8 @@ def alone(path: Path, what: str, strategy: "Strategy | None" = None) -> Iterator
             ours = lock is not None and _taken(lock, patience)
         except OSError as error:
             raise UserError(
-                f"the cache folder '{path.parent}' cannot be written: {error.strerror or error}; set HF_DATASETS_CACHE "
-                "to a folder that can"
+                f"the cache folder '{path.parent}' cannot be written: {reason_of(error)}; set HF_DATASETS_CACHE to a "
+                "folder that can"
             ) from error
         if ours if strategy is None else strategy.broadcast(ours):
             break
@@ -59,10 +60,10 @@ def alone(path: Path, what: str, strategy: "Strategy | None" = None) -> Iterator
 
 
 def hold(path: Path) -> bool:
-    """Takes a lock until `let_go` or the end of this process; False where another process has it.
+    """Takes a lock until `let_go` or the end of this process; False if another process has it.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     name = os.path.abspath(path)
     if name in _held and _held[name].is_locked:  # a fork of this process has the entry, but not the lock
@@ -75,16 +76,21 @@ def hold(path: Path) -> bool:
 
 
 def let_go(path: Path, remove: bool = False) -> None:
-    """Gives a lock back that this process holds; does nothing with any other. `remove`: its file too, if empty."""
+    """Releases a lock if this process holds it; with `remove`, also deletes its file if that is empty."""
     name = os.path.abspath(path)
     lock = _held.pop(name, None)
     if lock is None:
         return
     if remove:
-        with suppress(OSError):  # while it is held: who waits for a removed file starts over
+        with suppress(OSError):  # before the release: a process that waits for a removed file starts over
             if not os.path.getsize(name):
                 os.unlink(name)
     lock.release()
+
+
+def in_use(what: str, alternative: str) -> UserError:
+    """The error of a run that cannot have what another one has locked."""
+    return UserError(f"{what} is in use by another run: wait until it ends, stop it, or {alternative}")
 
 
 def _taken(lock: FileLock, seconds: float) -> bool:

@@ -1,7 +1,6 @@
-"""The state that a part of a run has in a checkpoint -> that it is of the types that this part writes.
+"""Checks of the types in a checkpoint's states.
 
-A checkpoint comes from outside. What does not fit is found here, in one line, not many steps later in the midst of
-whatever uses it.
+A checkpoint may come from a stranger: what does not fit is reported here in one line, not by an error many steps later.
 """
 
 import math
@@ -9,16 +8,16 @@ from typing import Any
 
 
 def check_state(value: Any, kind: Any, name: str) -> None:
-    """Checks a value and all that is in it.
+    """Checks a value and its items against a description of types.
 
     Args:
-        kind: a type or several (`type | type`; a bool is no `int`), `[kind]` of each item of a list or tuple,
-            `(kind, kind, ...)` of the items of one of that length, `{type: kind}` of a table with any names of that
-            type, or `{"name": kind, ...}` of one with these names at least.
+        kind: a type or a union (a bool is not an `int`); `[kind]` for a list or tuple of such items;
+            `(kind, kind, ...)` for a list or tuple of that length; `{type: kind}` for a dictionary with keys of that
+            type; `{"name": kind, ...}` for a dictionary with at least these keys.
         name: of the value, for the message.
 
     Raises:
-        ValueError: what is of another kind.
+        ValueError: the value or an item has another type.
     """
     if isinstance(kind, list):
         check_type(value, list | tuple, name)
@@ -44,7 +43,7 @@ def check_state(value: Any, kind: Any, name: str) -> None:
 
 
 def check_type(value: Any, kind: Any, name: str) -> None:
-    """Raises ValueError where a value is not of a type, or of none of several (`int | float`)."""
+    """Raises ValueError if a value is not of a type or union of types."""
     kinds = getattr(kind, "__args__", (kind,))
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
         names = " or ".join(one.__name__.replace("NoneType", "None") for one in kinds)
@@ -52,7 +51,7 @@ def check_type(value: Any, kind: Any, name: str) -> None:
 
 
 def check_amount(value: Any, name: str) -> None:
-    """Raises ValueError where a value is not a finite number of 0 or more."""
+    """Raises ValueError if a value is not a finite number of 0 or more."""
     check_type(value, int | float, name)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value}, not 0 or more")

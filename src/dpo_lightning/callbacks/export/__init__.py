@@ -1,1 +1,1 @@
-"""The trained model as a Hugging Face folder."""
+"""Writing the trained model as a Hugging Face folder."""

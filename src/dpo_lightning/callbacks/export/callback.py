@@ -1,7 +1,6 @@
-"""Policy -> Hugging Face folder: safetensors weights, tokenizer, generation config, model card.
+"""Writes the policy as a Hugging Face folder: safetensors weights, tokenizer, generation config and model card.
 
-LoRA is written as an adapter or merged. The folder is what transformers loads by its path, and servers that read the
-same layout (vLLM, SGLang, TGI).
+LoRA is written as an adapter or merged. transformers and servers such as vLLM, SGLang and TGI load the folder.
 """
 
 import copy
@@ -9,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,20 +17,23 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dpo_lightning.callbacks.context import run_folder
 from dpo_lightning.callbacks.export.folder import Target
 from dpo_lightning.callbacks.export.model_card import model_card
-from dpo_lightning.data.asking import Asking, asking_of, write_asking
-from dpo_lightning.dpo.reference_adapter import trained_weights
+from dpo_lightning.data.prompt_format import PromptFormat, prompt_format_of, write_prompt_format
+from dpo_lightning.dpo.reference import trained_weights
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import attached_trainer
 from dpo_lightning.models.hub import local_path
 from dpo_lightning.models.policy import base_model_name
-from dpo_lightning.models.sharding import is_sharded, whole_state
+from dpo_lightning.models.sharding import gathered_state, is_sharded
+from dpo_lightning.parsing import Range, check_settings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_lightning.dpo.module import DPOModule
 
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["float32", "bfloat16", "float16"]
+SIZE = re.compile(r"\s*[1-9]\d*\s*[KMGT]B\s*", re.IGNORECASE)
+ShardSize = Annotated[str, Range("a size such as 500MB or 5GB", SIZE.fullmatch)]
 
 
 def export_policy(
@@ -39,35 +41,36 @@ def export_policy(
     tokenizer: "PreTrainedTokenizerBase",
     folder: str | Path | Target,
     merge: bool = False,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    dtype: Dtype | None = None,
+    max_shard_size: ShardSize = "5GB",
     data: Mapping[str, Any] | None = None,
-    asking: Asking | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> None:
     """Writes the policy so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
 
-    With LoRA the folder holds the adapter (loading it needs the base model too); `merge=True` folds the adapter into
-    a copy of the base model's weights and writes a complete model. The folder is written beside and then renamed, so
-    that what stands there is always whole. What it held is replaced only where a previous export wrote all of it
-    (`export_folder`). In a run, to be called on all ranks; the first one writes.
+    With LoRA the folder gets the adapter, which is loaded together with the base model; `merge=True` adds it to a copy
+    of the base model's weights and writes a complete model. The folder appears only once it is complete, and replaces
+    an existing one only if a previous export wrote all its content (`atomic_folder`). In a run, call this on all ranks;
+    the first one writes.
 
     Args:
-        folder: where to; as an `export_target`, with more folders that it must keep away from.
-        dtype: of the written weights, one of `DTYPES`; left out, as they are trained.
-        max_shard_size: largest size of a weights file, such as "5GB"; more is split into several.
+        folder: the folder to write, as an `export_target` with other folders that must not be touched.
+        dtype: of the written weights; by default the one in training.
+        max_shard_size: largest size of a weights file, such as "5GB"; larger ones are split.
         data: settings of the datamodule, for the model card.
-        asking: how the model is to be asked; left out, as in the module's run.
+        prompt_format: of the model's prompts; by default that of the module's run.
 
     Raises:
-        UserError: an unknown dtype or size, or the folder cannot be written, or holds what no export wrote.
+        UserError: the dtype or size is invalid, or the folder cannot be written or has other content.
     """
-    check_options(dtype, max_shard_size)
-    trainer = module._trainer
-    policy = whole_policy(module, merge)
+    check_settings(ExportCallback.__init__, {"dtype": dtype, "max_shard_size": max_shard_size}, "export.")
+    trainer = attached_trainer(module)
+    policy = gathered_policy(module, merge)
     if policy is None:
         return
     if dtype and policy.dtype != getattr(torch, dtype):
-        policy = (copy.deepcopy(policy) if policy is module.policy else policy).to(getattr(torch, dtype))
+        own = policy is module.policy  # it goes on in training: only a copy may change
+        policy = (copy.deepcopy(policy) if own else policy).to(getattr(torch, dtype))
     adapter = hasattr(policy, "get_base_model")
     model = policy.get_base_model() if adapter else policy
     target = folder if isinstance(folder, Target) else export_target(module, folder)
@@ -76,24 +79,16 @@ def export_policy(
             policy.save_pretrained(partial, **({} if adapter else {"max_shard_size": max_shard_size}))
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_asking(partial, asking := asking or asking_of(trainer))
+        write_prompt_format(partial, prompt_format := prompt_format or prompt_format_of(trainer))
         has_chat_template = bool(tokenizer.chat_template)
-        card = model_card(module, data or {}, adapter, trainer, asking, has_chat_template)
+        card = model_card(module, data or {}, adapter, trainer, prompt_format, has_chat_template)
         (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def check_options(dtype: str | None, max_shard_size: str) -> None:
-    """Raises UserError for a dtype or a size that there is not."""
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"export.dtype '{dtype}' is unknown: one of {', '.join(DTYPES)}")
-    if not re.fullmatch(r"\s*[1-9]\d*\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
-        raise UserError(f"export.max_shard_size '{max_shard_size}' is not a size such as 500MB or 5GB")
 
 
 def export_target(
     module: "DPOModule", folder: str | Path, checkpoints: Sequence[Path] = (), chosen: bool = True
 ) -> Target:
-    """A folder to export to, which has to keep away from the model's own folder and those of checkpoints.
+    """A folder to export to, protected from replacing the model's own folder or those of checkpoints.
 
     Args:
         checkpoints: folders with checkpoints.
@@ -106,23 +101,24 @@ def export_target(
     return Target(local_path(str(folder)), tuple(kept), chosen)
 
 
-def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftModel | None":
-    """The policy with all its weights on this rank, its adapter merged on request; None on all ranks but the first.
+def gathered_policy(module: "DPOModule", merge: bool) -> Any:
+    """The policy (transformers' or peft's) with all weights, its adapter merged on request; None but on the first rank.
 
-    A sharded policy is gathered into one that is loaded anew, and so is one with quantized weights that an adapter is
-    to be merged into, since rounding them once more would lose what was trained.
+    A sharded policy is gathered into a newly loaded one. So is a quantized one if its adapter is to be merged: rounding
+    the weights again would lose what was trained.
     """
-    policy, state = module.policy, None
+    policy: Any = module.policy
+    state = None
     merge = merge and hasattr(policy, "get_base_model")
     if is_sharded(policy):
-        state = whole_state(policy)
+        state = gathered_state(policy)
     elif merge and module.hparams.quantization:
         state = {name: weight.detach().cpu() for name, weight in trained_weights(policy).items()}
     if module.global_rank != 0:
         return None
     if state is not None:
         policy = module.load_policy(quantization=None).cpu()
-        policy.load_state_dict(state, strict=False)  # quantized, it is the adapter alone
+        policy.load_state_dict(state, strict=False)  # of a quantized policy only the adapter
     elif merge:
         policy = copy.deepcopy(policy)
     return policy.merge_and_unload() if merge else policy
@@ -130,7 +126,7 @@ def whole_policy(module: "DPOModule", merge: bool) -> "PreTrainedModel | PeftMod
 
 @contextmanager
 def _ending_at_eos(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
-    """For the time of writing: a generation config with the EOS that was trained, and a pad token."""
+    """Gives the model a generation config with the EOS that was trained and a pad token, during the block."""
     from transformers import GenerationConfig
 
     saved, pad = model.generation_config, tokenizer.pad_token_id
@@ -145,34 +141,31 @@ def _ending_at_eos(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase
 
 
 class ExportCallback(Callback):
-    """Writes the final policy as a Hugging Face folder when training has ended well.
+    """Writes the final policy as a Hugging Face folder after a complete training.
 
     Args:
-        folder: where to; left out, `huggingface` in the run's folder.
+        folder: the folder to write; by default `huggingface` in the run's folder.
         merge: with LoRA, write a complete model instead of the adapter.
-        dtype: of the written weights (float32, bfloat16, float16); left out, as they are trained.
-        max_shard_size: largest size of a weights file, such as 5GB; more is split into several.
-        enabled: whether to write at all.
+        dtype: of the written weights (float32, bfloat16, float16); by default the one in training.
+        max_shard_size: largest size of a weights file, such as 5GB; larger ones are split.
+        enabled: whether to write the folder.
     """
 
     def __init__(
         self,
         folder: str | None = None,
         merge: bool = False,
-        dtype: str | None = None,
-        max_shard_size: str = "5GB",
+        dtype: Dtype | None = None,
+        max_shard_size: ShardSize = "5GB",
         enabled: bool = True,
     ) -> None:
-        check_options(dtype, max_shard_size)
+        check_settings(ExportCallback.__init__, locals(), "export.")
         self.folder, self.merge, self.dtype, self.max_shard_size = folder, merge, dtype, max_shard_size
         self.enabled = enabled
+        self.written: Path | None = None  # the folder, once it is written
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks at the folder before anything is trained, which would be for nothing if it could not be written.
-
-        Raises:
-            UserError: it cannot be written, or holds what no export wrote; on all ranks, as the first one finds it.
-        """
+        """Raises UserError before training, on all ranks, if the folder cannot be written or has other content."""
         target = self._target(trainer, pl_module) if stage == "fit" else None
         if target is None:
             return
@@ -186,22 +179,23 @@ class ExportCallback(Callback):
             raise UserError(f"{reason} with export.folder, or set export.enabled: false")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports, unless the run was a trial or was stopped, or has trained nothing."""
+        """Writes the model, unless the run was a trial, was stopped, or has trained nothing."""
         target = self._target(trainer, pl_module)
         if target is None or trainer.interrupted:
             return
         if not trainer.global_step:
             rank_zero_warn(
-                "no model is written, because nothing was trained: this run has 0 optimizer steps (see "
+                "no model is written, because nothing was trained: this run had 0 optimizer steps (see "
                 "trainer.max_steps, trainer.max_epochs and trainer.limit_train_batches)"
             )
             return
         data = trainer.datamodule
         export_policy(pl_module, data.tokenizer, target, self.merge, self.dtype, self.max_shard_size, data.hparams)
+        self.written = target.folder
         rank_zero_info(f"model written to {target.folder}")
 
     def _target(self, trainer: Trainer, module: "DPOModule") -> Target | None:
-        """Where to export to, None where nothing is to be. To be called on all ranks."""
+        """The folder to export to, None if there is nothing to export. Call it on all ranks."""
         run = run_folder(trainer)
         if not self.enabled or run is None:
             return None

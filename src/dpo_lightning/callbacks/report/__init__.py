@@ -1,1 +1,1 @@
-"""What a run was and did, on one page."""
+"""The report of a run, on one page."""

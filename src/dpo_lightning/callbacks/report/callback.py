@@ -1,4 +1,4 @@
-"""A `fit` -> `report.html` in its run folder: collects while it runs, writes when it ends, however it ends."""
+"""Collects what happens during `fit` and writes `report.html` in the run's folder, however the run ends."""
 
 import platform
 import time
@@ -12,45 +12,45 @@ import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dpo_lightning.callbacks.checkpoints import LastCheckpoint
-from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
+from dpo_lightning.callbacks.checkpoints import newest_checkpoint
+from dpo_lightning.callbacks.context import find_callback, optimized_by, preference_data, run_folder
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.callbacks.report.history import Curve, History
 from dpo_lightning.callbacks.report.outcome import closing_line
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.callbacks.storyboard import settings
-from dpo_lightning.data.columns import numbers
-from dpo_lightning.data.sources import dataset_weights
+from dpo_lightning.data.columns import numeric_column
+from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import Stopped
 from dpo_lightning.models.hardware import device_name, peak_memory
+from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.states import check_amount, check_state
 
-MAX_MARGINS = 2000  # remembered of one validation
+MAX_MARGINS = 2000  # kept of each validation
 STATE = {"curves": {str: [(int, int | float)]}, "margins": {int: [float]}, "warnings": [str]}
 
 
 class ReportCallback(Callback):
-    """Writes `report.html` when a fit has ended: well, by Ctrl-C, or by an error.
+    """Writes `report.html` at the end of a fit, whether it finished, was interrupted or failed.
 
-    Curves are what was logged (a `History` listens in as one more logger), replies are the RepliesCallback's, and
-    warnings are those since the setup. A resumed run's report tells the whole run: checkpoints carry what was
-    collected.
+    Curves come from an additional logger (`History`), replies from the RepliesCallback, warnings are all those since
+    the setup. Checkpoints contain what was collected, so the report of a resumed run covers all of it.
     """
 
     def __init__(self) -> None:
         self._curves: dict[str, Curve] = {}
-        self._margins: dict[int, list[float]] = {}  # step -> of the first and of the last validation
-        self._val_pairs = 0  # of a validation
+        self._margins: dict[int, list[float]] = {}  # by step, of the first and the last validation
+        self._val_pairs = 0  # in each validation
         self._warnings: list[str] = []
-        self._earlier_seconds = 0.0  # of the runs that this one goes on from
+        self._earlier_seconds = 0.0  # spent before the run was resumed
         self._began: float | None = None
         self._show_warning: Any = None
 
     # ------------------------------------------------------------------ collect
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts listening to warnings."""
+        """Starts collecting warnings."""
         if stage != "fit":
             return
         preference_data(trainer, self)
@@ -64,7 +64,7 @@ class ReportCallback(Callback):
         self._show_warning(message, *args, **kwargs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock and listens to what is logged."""
+        """Starts the clock and the collection of logged values."""
         self._device = trainer.strategy.root_device
         self._history = History(trainer.default_root_dir)
         self._history.curves = self._curves
@@ -72,16 +72,16 @@ class ReportCallback(Callback):
         self._began = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the margins of the first and of the newest validation."""
+        """Keeps the margins of the first and the latest validation."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        margins = pl_module.val_metrics.all_margins()  # on all ranks
+        margins = pl_module.val_metrics.all_margins()  # a collective call
         first = dict(list(self._margins.items())[:1])
         self._margins = first | {trainer.global_step: margins[:MAX_MARGINS].tolist()}
         self._val_pairs = len(margins)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was collected."""
+        """Everything collected so far."""
         return {
             "curves": self._curves,
             "margins": self._margins,
@@ -91,16 +91,16 @@ class ReportCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave.
+        """Loads what `state_dict` returned.
 
         Raises:
-            ValueError: it is not as that gave it.
+            ValueError: the state has another structure.
         """
         check_state(state_dict, STATE, "the report")
         for name in ("val_pairs", "seconds"):
             check_amount(state_dict.get(name, 0), f"the report's {name}")
         self._curves, self._margins = state_dict["curves"], state_dict["margins"]
-        self._val_pairs = state_dict.get("val_pairs", 0)  # checkpoints from before it was have none
+        self._val_pairs = state_dict.get("val_pairs", 0)  # missing in older checkpoints
         self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
         self._earlier_seconds = state_dict["seconds"]
 
@@ -110,45 +110,46 @@ class ReportCallback(Callback):
     # ------------------------------------------------------------------ write
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the report of a run that ended well, and says in one line how it ended and where things are."""
+        """Writes the report of a finished run, and prints its result and the paths of its files in one line."""
         steps, replies = trainer.global_step, find_callback(trainer, RepliesCallback)
-        places = _model_place(trainer) | self._end(trainer, pl_module, "Finished")
-        if places:
-            rank_zero_info(closing_line(replies.showings if replies else [], steps, places))
+        paths = _model_path(trainer) | self._end(trainer, pl_module, "Finished")
+        if paths:
+            rank_zero_info(closing_line(replies.showings if replies else [], steps, paths))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the report of a run that did not."""
+        """Writes the report of a run that was interrupted or failed."""
         by_hand = isinstance(exception, KeyboardInterrupt | Stopped)
         outcome = "Stopped by hand" if by_hand else f"Stopped by an error ({exception})"
-        for name, place in self._end(trainer, pl_module, outcome).items():
-            rank_zero_info(f"{name}: {place}")
+        for name, path in self._end(trainer, pl_module, outcome).items():
+            rank_zero_info(f"{name}: {path}")
 
     def _end(self, trainer: Trainer, module: LightningModule, outcome: str) -> dict[str, Path]:
-        """Writes the report; {"report": where it is}, or nothing where none was written."""
-        places: dict[str, Path] = {}
+        """Writes the report and returns its path as {"report": path}, or {} if none was written."""
+        paths: dict[str, Path] = {}
         if self._show_warning is not None:
             warnings.showwarning, self._show_warning = self._show_warning, None
         if self._began is None:
-            return places  # it ended before anything was trained
-        if self._history in trainer.loggers:  # no more, where writing the report is what failed
+            return paths  # the run failed before training began
+        if self._history in trainer.loggers:  # it is not, if writing the report failed before
             trainer.loggers.remove(self._history)
         if self._folder is not None and trainer.is_global_zero:
             path = self._folder / "report.html"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                path.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
-                places["report"] = path
-            except OSError as error:  # the training is what counts, or the error that ended it
+                with atomic_file(path) as partial:
+                    partial.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
+                paths["report"] = path
+            except OSError as error:  # must not hide the trained model, or the error that stopped the run
                 rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
         self._began = None
-        return places
+        return paths
 
     def _run(self, trainer: Trainer, module: LightningModule, outcome: str) -> Run:
         data, h = trainer.datamodule, module.hparams
         replies = find_callback(trainer, RepliesCallback)
         sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in data.datasets.items())
         train = data.datasets["train"]
-        cut = [int(numbers(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
+        cut = [int(numeric_column(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
         step, accumulated, batch_size = trainer.global_step, trainer.accumulate_grad_batches, data.hparams.batch_size
         epochs = step * batch_size * accumulated * trainer.world_size / len(train)
         weights, trained = (
@@ -172,7 +173,7 @@ class ReportCallback(Callback):
                 "pairs": f"{sizes}; rejected completions: {data.hparams.rejected}",
                 "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",
                 "loss": f"{loss}, beta {h.beta}",
-                "optimizer": f"AdamW, learning rate {h.learning_rate}, {h.lr_scheduler_type}, warm-up {h.warmup_steps}",
+                "optimizer": optimized_by(trainer, module),
                 "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
                 "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
                 "precision": str(trainer.precision)
@@ -199,24 +200,19 @@ class ReportCallback(Callback):
         if (peak := peak_memory(self._device)) is not None:
             of = "of the process" if self._device.type == "cpu" else "on the GPU"
             costs["peak memory"] = f"{peak / 2**30:.2f} GiB {of}"
-        costs["machine"] = device_name(self._device)
-        versions = {"torch": torch, "lightning": lightning, "transformers": transformers}
-        costs["versions"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
-        costs["versions"] += f", Python {platform.python_version()}"
-        return costs
+        versions = [f"{module.__name__} {module.__version__}" for module in (torch, lightning, transformers)]
+        python = f"Python {platform.python_version()}"
+        return costs | {"machine": device_name(self._device), "versions": ", ".join([*versions, python])}
 
 
-def _model_place(trainer: Trainer) -> dict[str, Path]:
-    """{"model": its exported folder}, or {"checkpoint": where it can be taken from}, of a run that keeps anything."""
-    export, last = find_callback(trainer, ExportCallback), find_callback(trainer, LastCheckpoint)
-    run = run_folder(trainer)
-    if run is None:
+def _model_path(trainer: Trainer) -> dict[str, Path]:
+    """The path of the result: {"model": exported folder} or {"checkpoint": newest one}; {} if nothing is saved."""
+    export = find_callback(trainer, ExportCallback)
+    if trainer.fast_dev_run:
         return {}
-    folder = Path(export.folder or run / "huggingface") if export and export.enabled else None
-    if folder and folder.is_dir() and trainer.global_step:
-        return {"model": folder}
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    path = last.path if last and last.path.exists() else Path(best) if best else None
+    if export and export.written:
+        return {"model": export.written}
+    path = newest_checkpoint(trainer)
     return {"checkpoint": path} if path else {}
 
 

@@ -1,18 +1,18 @@
-"""A logger that keeps in memory what a run logs: name -> [(step, value)], for the report at its end."""
+"""A logger that keeps all values in memory, for the report at the end."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-Curve = list[tuple[int, float]]
+Curve = list[tuple[int, float]]  # step and value
 
 
 class History(Logger):
-    """Every scalar that was logged, in order.
+    """Every logged scalar, in order.
 
     Args:
-        folder: where the run's files go if this is its only logger.
+        folder: for the run's files, if this is its only logger.
     """
 
     def __init__(self, folder: str) -> None:
@@ -24,16 +24,16 @@ class History(Logger):
 
     @property
     def save_dir(self) -> str:
-        """Where Lightning puts other files of the run."""
+        """The folder for other files of the run."""
         return self._folder
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds a point to the curve of each metric, in place of one that it has at this step."""
+        """Adds a point to the curve of each metric; a later point at the same step replaces the earlier one."""
         for name, value in metrics.items():
             curve = self.curves.setdefault(name, [])
             if curve and curve[-1][0] == (step or 0):
-                curve.pop()  # a validation inside of a step comes again when the run goes on from its checkpoint
+                curve.pop()  # a resumed run repeats the validation at its first step
             curve.append((step or 0, float(value)))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The report takes them from the modules."""
+        """Does nothing: the report reads the settings from the modules."""

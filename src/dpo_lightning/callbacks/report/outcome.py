@@ -1,72 +1,72 @@
-"""The first and the last replies of a run -> what has changed, in words: the closing line and the report's tiles."""
+"""What changed between the first and the last replies, in words: for the closing line and the report's tiles."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dpo_lightning.callbacks.replies import Showing
+from dpo_lightning.judging.quantities import quantity, results
 
-# The shares worth telling, the most telling first.
-WORDS = {
-    "sql/valid": "valid SQL",
-    "sql/exact": "exactly the wanted SQL",
-    "sql/execution": "same result as wanted",
-    "reply/eos_rate": "replies that end by themselves",
-}
-ALL = "reply/eos_rate"  # can be told of every reply, so it counts them
+ALL = "reply/eos_rate"  # every reply has this verdict, so its count is that of the replies
 
 
 class Change(NamedTuple):
-    """How a share of the replies went from the first showing to the last."""
+    """How a result changed from its first to its last value."""
 
-    values: str  # "0% → 86%"; one value where there is one showing, or where it stayed
-    where: str  # "on 96 questions", and since when, if it was not before training
+    label: str
+    values: str  # "0% → 86%", or a single value if there is one or it stayed the same
+    where: str  # "on 96 questions" or "of 8 validation pairs", and when
 
 
 def percent(share: float) -> str:
-    """0.857 -> "86%"; none and all are only what is none and all: 0.001 -> "<1%", 0.999 -> ">99%"."""
+    """0.857 -> "86%"; "0%" and "100%" are exact: 0.001 -> "<1%", 0.999 -> ">99%"."""
     if 0 < share < 0.005:
         return "<1%"
     return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
-def change(showings: Sequence[Showing], name: str) -> Change | None:
-    """What became of a share, None where it was never known."""
+def changes(showings: Sequence[Showing]) -> list[Change]:
+    """The change of each result that was judged, those of the last replies first."""
+    names = results(dict.fromkeys(name for showing in reversed(showings) for name in showing.shares))
+    return [change for name in names if (change := _change(showings, name))]
+
+
+def _change(showings: Sequence[Showing], name: str) -> Change | None:
     known = [showing for showing in showings if math.isfinite(showing.shares.get(name, math.nan))]
     if not known:
         return None
     first, last = known[0], known[-1]
-    values = list(dict.fromkeys(percent(showing.shares[name]) for showing in (first, last)))
-    counts = sorted({showing.counts[name] for showing in (first, last) if name in (showing.counts or {})})
+    text = percent if quantity(name).share else "{:.3g}".format
+    values = list(dict.fromkeys(text(showing.shares[name]) for showing in (first, last)))
+    counts = sorted({showing.counts[name] for showing in (first, last) if showing.counts and name in showing.counts})
     where = [f"on {' to '.join(map(str, counts))} question{'s' * (counts != [1])}"] if counts else []
     if first is last:
         where.append("before training" if first.step == 0 else f"at step {first.step}")
     elif first.step:
-        where.append(f"since step {first.step}")  # of a run that did not show its replies from its beginning
-    return Change(" → ".join(values), ", ".join(where))
+        where.append(f"since step {first.step}")  # the verdict was missing before
+    return Change(quantity(name).label, " → ".join(values), ", ".join(where))
 
 
-def closing_line(showings: Sequence[Showing], steps: int, places: Mapping[str, object]) -> str:
-    """How a run ended, in one line: before → after, on how many questions, and where things are.
+def closing_line(showings: Sequence[Showing], steps: int, paths: Mapping[str, object]) -> str:
+    """The result of a run in one line: a mean before → after, on how many questions, and the paths of its files.
 
     Args:
-        steps: optimizer steps that were done.
-        places: such as {"model": a folder, "report": a file}.
+        steps: optimizer steps of the run.
+        paths: for example {"model": a folder, "report": a file}.
     """
-    said = [_in_a_word(showings, steps), *(f"{name}: {place}" for name, place in places.items())]
-    return "; ".join(said)
+    return "; ".join([_summary(showings, steps), *(f"{name}: {path}" for name, path in paths.items())])
 
 
-def _in_a_word(showings: Sequence[Showing], steps: int) -> str:
-    found = next(((name, found) for name in WORDS if (found := change(showings, name))), None)
-    if found is None or len(showings) < 2:
+def _summary(showings: Sequence[Showing], steps: int) -> str:
+    judged = changes(showings)
+    if not judged or len(showings) < 2:
         return f"trained for {steps} step{'s' * (steps != 1)}"
-    (name, (values, where)), last = found, showings[-1]
+    (label, values, where), last = judged[0], showings[-1]
     asked = (last.counts or {}).get(ALL)
     if last.changed == 0 and asked:
         since = f"at step {showings[0].step}" if showings[0].step else "before training"
-        return f"all {asked} replies are still what they were {since} ({WORDS[name]}: {values})"
+        return f"all {asked} replies are still what they were {since} ({label}: {values})"
     if "→" in values:
-        return f"{WORDS[name]} {values} {where}"
+        return f"{label} {values} {where}"
     other = f"; {last.changed} of the {asked} replies have changed" if asked else ""
-    return f"{WORDS[name]} still {values} {where}{other}"
+    return f"{label} still {values} {where}{other}"

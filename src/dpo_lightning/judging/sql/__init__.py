@@ -1,1 +1,1 @@
-"""SQL replies, judged in a sandbox."""
+"""Judges SQL replies in a sandbox."""

@@ -1,90 +1,88 @@
-"""Is a generated reply good SQL? Reply + wanted query + CREATE TABLE context -> valid, exact, same result.
+"""Judges a generated reply as SQL: whether it is valid, is the wanted query, and gives the same result.
 
-A reply is judged as generated: nobody fishes a query out of prose. Nothing in it or in the context can hurt:
-see `sql_sandbox`. Where a question cannot be asked the answer is None, and `SQLMetrics` counts those apart.
+A reply is judged as generated: no query is searched for in prose. Neither it nor the context can do harm, see
+`sandbox`. A verdict that is not possible is None.
 """
-
-from __future__ import annotations
 
 import time
 from collections import Counter
 from itertools import chain
 
-import torch
-import torchmetrics
-
+from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings, without_summed
-from dpo_lightning.judging.sql.normalize import equivalent_text
-from dpo_lightning.judging.sql.sandbox import QueryError, Result, Sandbox, read_query
+from dpo_lightning.judging.sql.query import read_query
+from dpo_lightning.judging.sql.sandbox import QueryError, Result, Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
-
-__all__ = ["SQLMetrics", "compiles", "equivalent_text", "same_result"]
+from dpo_lightning.models.generate import Reply
 
 FILLINGS = 24
-MAX_SECONDS = 0.3  # CPU time; of queries so slow the remaining fillings are left out
+MAX_SECONDS = 0.3  # of CPU time, after which the remaining fillings are skipped
 
 
-def compiles(reply: str, context: str) -> bool | None:
-    """Whether the reply is one read query that sqlite compiles against the context's tables.
+def sql(reply: Reply, pair: PreferencePair) -> dict[str, bool | None]:
+    """Judges a reply to a pair whose context is CREATE TABLE statements. Without a context there are no verdicts.
 
-    None when the context itself does not compile.
+    - `valid` and `execution`: see `validity_and_execution`.
+    - `exact`: the reply's text is the chosen completion's, after both are normalised.
+    - `unjudged`: `execution` is None.
+    """
+    if not pair.context:
+        return {}
+    from dpo_lightning.judging.sql.normalize import equivalent_text  # sqlglot takes 0.2 s to import
+
+    wanted = pair.chosen.strip()
+    valid, same = validity_and_execution(reply.text, wanted, pair.context)
+    return {"valid": valid, "exact": equivalent_text(reply.text, wanted), "execution": same, "unjudged": same is None}
+
+
+def validity_and_execution(reply: str, wanted: str, context: str) -> tuple[bool | None, bool | None]:
+    """Two verdicts: whether the reply is valid, and whether it has the wanted query's result.
+
+    Valid is one read query that sqlite compiles against the context's tables. The results are compared on random
+    fillings of the tables: rows as multisets, and in order if the wanted query has an ORDER BY of its own; columns by
+    position, not by name; floats to nine digits. A filling on which the wanted result depends on the order in which
+    rows are stored (ties under ORDER BY ... LIMIT) decides only if that is so for all fillings.
+
+    Both are None if the context does not compile. The second is also None if the wanted query does not run, or if both
+    agree only on results that say nothing: no rows, or rows of 0 and NULL.
     """
     try:
         sandbox = Sandbox(context)
     except ValueError:
-        return None
+        return None, None
     with sandbox:
-        try:
-            sandbox.check(read_query(reply))
-            return True
-        except QueryError:
-            return False
+        wanted_query, reply_query = _compiled(sandbox, wanted), _compiled(sandbox, reply)
+        if reply_query is None or wanted_query is None:
+            return reply_query is not None, None if wanted_query is None else False
+        return True, _agree_on_fillings(sandbox, reply_query, wanted_query, seed=context + "\n" + wanted)
 
 
-def same_result(reply: str, wanted: str, context: str) -> bool | None:
-    """Whether the reply gives what the wanted query gives, on random fillings of the tables.
-
-    Rows are compared as multisets, and in order where the wanted query has an ORDER BY of its own; columns by
-    place, not by name; floats to nine digits. A filling on which the wanted result hangs on the order in
-    which rows happen to be stored (ties under ORDER BY ... LIMIT) decides only if all fillings are so.
-
-    None when the context does not compile, when the wanted query does not run, or when both agree, but only
-    on nothing: on no rows, or on rows of 0 and NULL.
-    """
+def _compiled(sandbox: Sandbox, text: str) -> str | None:
+    """The text's one query; None if it has none that sqlite compiles."""
     try:
-        sandbox = Sandbox(context)
-    except ValueError:
+        query = read_query(text)
+        sandbox.check(query)
+    except QueryError:
         return None
-    with sandbox:
-        try:
-            wanted_query = read_query(wanted)
-            sandbox.check(wanted_query)
-        except QueryError:
-            return None
-        try:
-            reply_query = read_query(reply)
-            sandbox.check(reply_query)
-        except QueryError:
-            return False
-        return _agree_on_fillings(sandbox, reply_query, wanted_query, seed=context + "\n" + wanted)
+    return query
 
 
 def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> bool | None:
     queries = [tokenize(wanted), tokenize(reply)]
     plan = plan_fillings(sandbox.tables, queries)
     ordered = _is_ordered(wanted)
-    clear, unclear, telling = False, [], False
+    clear, unclear, meaningful = False, [], False
     deadline = time.thread_time() + MAX_SECONDS
     for filling in chain(without_summed(plan, queries, seed), draw_fillings(plan, FILLINGS, seed)):
         sandbox.fill(filling)
-        if (expected := _run(sandbox, wanted)) is None:
+        if (expected := _rows(sandbox, wanted)) is None:
             return None
-        if (got := _run(sandbox, reply)) is None:
+        if (got := _rows(sandbox, reply)) is None:
             return False
         sandbox.reverse_rows()
-        if (shuffled := _run(sandbox, wanted)) is None:
+        if (shuffled := _rows(sandbox, wanted)) is None:
             return None
-        telling |= any(cell for row in expected.rows for cell in row)
+        meaningful |= any(cell for row in expected.rows for cell in row)
         if not _same_rows(expected, shuffled):
             unclear.append(_same_rows(got, expected) or _same_rows(got, shuffled))
         elif not _same_rows(got, expected) or (ordered and expected == shuffled and got != expected):
@@ -95,25 +93,21 @@ def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> 
             break
     if not (clear or all(unclear)):
         return False
-    return True if telling else None
+    return True if meaningful else None
 
 
-def _run(sandbox: Sandbox, query: str) -> Result | None:
-    """The query's rows, floats rounded to nine digits since sums depend on the order of their terms."""
+def _rows(sandbox: Sandbox, query: str) -> Result | None:
+    """The query's result, floats rounded to nine digits since sums depend on the order of their terms."""
     try:
         result = sandbox.run(query)
     except QueryError:
         return None
-    rows = [tuple(_rounded(cell) if isinstance(cell, float) else cell for cell in row) for row in result.rows]
+    rows = [tuple(float(f"{cell:.9g}") if isinstance(cell, float) else cell for cell in row) for row in result.rows]
     return Result(result.columns, rows)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.9g}")
-
-
 def _is_ordered(query: str) -> bool:
-    """Whether the query has an ORDER BY outside all parentheses."""
+    """Whether the query has an ORDER BY outside of all parentheses."""
     depth = 0
     for token in tokenize(query):
         depth += token.is_sign("(") - token.is_sign(")")
@@ -124,40 +118,3 @@ def _is_ordered(query: str) -> bool:
 
 def _same_rows(left: Result, right: Result) -> bool:
     return left.columns == right.columns and Counter(left.rows) == Counter(right.rows)
-
-
-class SQLMetrics(torchmetrics.Metric):
-    """Shares of replies, each in [0, 1], over all ranks:
-
-    - `sql/valid`: compiles, of those whose context compiles;
-    - `sql/exact`: the wanted query's text after normalising, of all;
-    - `sql/execution`: the wanted query's result, of those whose context compiles and whose wanted query runs;
-    - `sql/unjudged`: left out of `sql/execution`, of all.
-
-    A share of nothing is nan.
-    """
-
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__()
-        for name in ("replies", "exact", "valid", "judged_valid", "execution", "judged_execution"):
-            self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, replies: list[str], wanted: list[str], contexts: list[str]) -> None:
-        for reply, query, context in zip(replies, wanted, contexts, strict=True):
-            self.replies += 1
-            self.exact += equivalent_text(reply, query)
-            valid, execution = compiles(reply, context), same_result(reply, query, context)
-            self.valid += valid is True
-            self.judged_valid += valid is not None
-            self.execution += execution is True
-            self.judged_execution += execution is not None
-
-    def compute(self) -> dict[str, torch.Tensor]:
-        return {
-            "sql/valid": self.valid / self.judged_valid,
-            "sql/exact": self.exact / self.replies,
-            "sql/execution": self.execution / self.judged_execution,
-            "sql/unjudged": 1 - self.judged_execution / self.replies,
-        }

@@ -1,28 +1,28 @@
-"""Are two SQL texts the same query in different clothes? Two texts -> bool, by sqlglot's syntax trees.
+"""Compares two SQL texts by their normalised syntax trees, with sqlglot.
 
-Made alike: case of keywords and names, quotes, spacing, `<>` and `!=`, `INNER JOIN` and `JOIN`, redundant
-parentheses, ASC and AS, table aliases, the qualifiers of a single table's columns, output columns' names.
-No schema is looked at, so what only a schema can decide (`name` or `t.name` in a join) stays different.
+Normalised are the case of keywords and names, quotes, spacing, `<>` and `!=`, `INNER JOIN` and `JOIN`, redundant
+parentheses, ASC and AS, table aliases, the qualifiers of a single table's columns, and output columns' names. The
+schema is not used, so what only a schema can decide (`name` or `t.name` in a join) stays different.
 """
 
-from __future__ import annotations
-
 from functools import partial, reduce
-from typing import TYPE_CHECKING
 
-from dpo_lightning.judging.sql.sandbox import QueryError, read_query
+import sqlglot
+from sqlglot import exp
+from sqlglot.expressions import Expression
+
+from dpo_lightning.judging.sql.query import read_query
+from dpo_lightning.judging.sql.sandbox import QueryError
 from dpo_lightning.judging.sql.tokens import tokenize, without_blanks
 
-if TYPE_CHECKING:
-    from sqlglot.expressions import Expression
-
-MAX_CHARS = 2_000  # sqlglot takes some 25 ms for the worst of these
+MAX_CHARS = 2_000  # for which sqlglot takes up to about 25 ms
+RIGHT_OPERANDS = ("expression", "expressions", "low", "high")  # of a predicate
 MAX_DEPTH = 20  # of parentheses; sqlglot recurses
-MAX_SPACED = 20_000  # characters of a text whose spacing is looked at; that takes 250 bytes of memory for each
+MAX_SPACED = 20_000  # characters; normalising the spacing takes 250 bytes of memory for each
 
 
 def equivalent_text(reply: str, wanted: str) -> bool:
-    """Whether both are the same query after normalising; what is no query may differ in spacing."""
+    """Whether both are the same query after normalising. Texts that are no query may differ in spacing alone."""
     if reply == wanted or max(len(reply), len(wanted)) > MAX_SPACED:
         return reply == wanted
     if (plain := without_blanks(reply)) and plain == without_blanks(wanted):
@@ -34,19 +34,16 @@ def equivalent_text(reply: str, wanted: str) -> bool:
 
 
 def _text(tree: Expression) -> str:
-    """The tree as SQL: to sqlglot, trees are equal, too, whose JSON paths differ in case."""
+    """The tree as SQL, because sqlglot ignores the case of JSON paths when it compares trees."""
     return tree.sql(dialect="sqlite", comments=False, normalize_functions="upper")
 
 
 def _normalized(text: str) -> Expression | None:
-    """The query's tree, in one form for all its clothes; None where there is none."""
-    import sqlglot  # takes 0.2 s: only runs that judge SQL pay for it
-    from sqlglot import exp
-
+    """The query's normalised tree; None if the text is no query."""
     try:
-        # Without comments and blanks, on whose ends sqlglot and sqlite do not agree.
+        # sqlglot and sqlite disagree on where comments and blanks end.
         query = without_blanks(read_query(text))
-        if len(query) > MAX_CHARS or _depth(query) > MAX_DEPTH or _has_false_blanks(query):
+        if len(query) > MAX_CHARS or _depth(query) > MAX_DEPTH or _has_other_blanks(query):
             return None
         trees = sqlglot.parse(query, dialect="sqlite")
         if len(trees) != 1 or not isinstance(trees[0], exp.Query):
@@ -64,11 +61,11 @@ def _normalized(text: str) -> Expression | None:
         return tree
     except QueryError:
         return None
-    except Exception:  # whatever sqlglot stumbles over in a text nobody has read, RecursionError among it
+    except Exception:  # sqlglot may raise anything on an untrusted text, such as RecursionError
         return None
 
 
-def _has_false_blanks(query: str) -> bool:
+def _has_other_blanks(query: str) -> bool:
     """Whether sqlglot would skip a character outside of quotes that sqlite does not."""
     return any(not token.raw.isprintable() for token in tokenize(query) if token.kind in ("word", "sign", "number"))
 
@@ -82,25 +79,16 @@ def _depth(query: str) -> int:
 
 
 def _literals_from_double_quotes(tree: Expression) -> Expression:
-    """`player = "Jo"` -> `player = 'Jo'`: right of a comparison, double quotes nearly always hold a text."""
-    from sqlglot import exp
-
+    """`player = "Jo"` -> `player = 'Jo'`: on the right of a comparison, double quotes nearly always mean a string."""
     for column in list(tree.find_all(exp.Column)):
         quoted = isinstance(column.this, exp.Identifier) and column.this.quoted and not column.table
-        compared = isinstance(column.parent, exp.Predicate) and column.arg_key in (
-            "expression",
-            "expressions",
-            "low",
-            "high",
-        )
+        compared = isinstance(column.parent, exp.Predicate) and column.arg_key in RIGHT_OPERANDS
         if quoted and compared:
             column.replace(exp.Literal.string(column.name))
     return tree
 
 
 def _lower_names(tree: Expression) -> Expression:
-    from sqlglot import exp
-
     for name in tree.find_all(exp.Identifier):
         name.set("this", name.this.lower())
         name.set("quoted", False)
@@ -111,9 +99,7 @@ def _lower_names(tree: Expression) -> Expression:
 
 
 def _drop_parentheses(tree: Expression) -> Expression:
-    """`(a) AND (b AND c)` -> the tree of `a AND b AND c`; the tree itself keeps what binds to what."""
-    from sqlglot import exp
-
+    """`(a) AND (b AND c)` -> `a AND b AND c`; precedence stays in the tree's structure."""
     for parentheses in list(tree.find_all(exp.Paren)):
         parentheses.replace(parentheses.this)
     for kind in (exp.And, exp.Or):
@@ -129,36 +115,32 @@ def _combine(kind: type[Expression], left: Expression, right: Expression) -> Exp
 
 
 def _plain_joins_and_orders(tree: Expression) -> Expression:
-    from sqlglot import exp
-
     for join in tree.find_all(exp.Join):
         kind = join.args.get("kind")
         if kind == "INNER" or (kind == "OUTER" and join.args.get("side")):  # LEFT OUTER JOIN is LEFT JOIN
             join.set("kind", None)
     for term in tree.find_all(exp.Ordered):
-        term.set("nulls_first", bool(term.args.get("nulls_first")))  # where nothing is said, sqlglot sets sqlite's way
+        term.set("nulls_first", bool(term.args.get("nulls_first")))  # sqlglot fills in sqlite's default
         if not term.args.get("desc"):
             term.set("desc", None)
     return tree
 
 
 def _rename_tables(tree: Expression) -> Expression:
-    """Name tables by their place: `t AS T1 JOIN u` -> 0.0, 0.1; a lone table's columns need no qualifier."""
-    from sqlglot import exp
-
-    places: dict[int, dict[str, str]] = {}
+    """Names tables by position, `t AS T1 JOIN u` -> 0.0, 0.1; a single table's columns need no qualifier."""
+    positions: dict[int, dict[str, str]] = {}
     for number, select in enumerate(tree.find_all(exp.Select)):
-        places[id(select)] = {
-            source.alias_or_name: f"{number}.{place}" for place, source in enumerate(_sources(select))
+        positions[id(select)] = {
+            source.alias_or_name: f"{number}.{position}" for position, source in enumerate(_sources(select))
         }
     for column in list(tree.find_all(exp.Column)):
         select = own = column.find_ancestor(exp.Select)
-        while select is not None and column.table not in places[id(select)]:
+        while select is not None and column.table not in positions[id(select)]:
             select = select.find_ancestor(exp.Select)
         if not column.table or select is None:
             continue
-        alone = select is own and len(places[id(select)]) == 1
-        column.set("table", None if alone else exp.to_identifier(places[id(select)][column.table]))
+        alone = select is own and len(positions[id(select)]) == 1
+        column.set("table", None if alone else exp.to_identifier(positions[id(select)][column.table]))
     for select in tree.find_all(exp.Select):
         for source in _sources(select):
             source.set("alias", None)
@@ -174,8 +156,6 @@ def _sources(select: Expression) -> list[Expression]:
 
 def _drop_output_names(tree: Expression) -> Expression:
     """`SELECT count(*) AS n ... ORDER BY n` -> `SELECT count(*) ... ORDER BY count(*)`."""
-    from sqlglot import exp
-
     if not isinstance(tree, exp.Select):
         return tree
     for output in list(tree.expressions):

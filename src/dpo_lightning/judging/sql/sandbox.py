@@ -1,40 +1,35 @@
-"""Run SQL that nobody has read in an in-memory sqlite3: CREATE TABLE context + one query -> rows.
+"""Runs untrusted SQL in an in-memory sqlite3: the CREATE TABLE statements of a context, then queries.
 
 Replies come from a model and contexts from a data set of the hub, so both are treated as hostile:
 
 - only SELECT, WITH and VALUES over the context's own tables get past sqlite's authorizer, with the functions
   listed here: no files, ATTACH, PRAGMA, writes, extensions, virtual tables or schema tables;
 - text, cells, rows and columns are capped, and a progress handler stops a query after a number of steps;
-- queries whose *compilation* explodes (CTEs that double each other) are refused by a look at their tokens:
-  sqlite before 3.41 cannot be interrupted while it compiles.
+- `query.read_query` refuses queries whose *compilation* explodes: sqlite before 3.41 cannot be interrupted then.
 
-Verdicts depend on counts, not on the clock, so a busy machine gives the same ones; the time limit, in CPU
-seconds of this thread, is only the net under the counts.
+Verdicts depend on counts, not on the clock, so that they are the same on a busy machine. The time limit, in CPU
+seconds of this thread, is only a safety net.
 """
-
-from __future__ import annotations
 
 import contextlib
 import re
 import sqlite3
+import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
-from dpo_lightning.judging.sql.tokens import Token, tokenize
+from dpo_lightning.judging.sql.tokens import Token, cte_names, tokenize
 
 MAX_QUERY_CHARS = 5_000
 MAX_CONTEXT_CHARS = 30_000
-MAX_SELECTS = 16  # nested in each other; with MAX_EXPANSION it bounds what sqlite may unfold while compiling
-MAX_SIBLINGS = 64  # SELECTs strung together by UNION and its like, in all
-MAX_EXPANSION = 4_000
+MAX_SIBLINGS = 64  # SELECTs combined by UNION and the like, in total
 MAX_STEPS = 400_000  # sqlite's virtual machine instructions per query, about 10 ms
-TICK = 100  # instructions between two looks at the limits
+TICK = 100  # instructions between two checks of the limits
 MAX_SECONDS = 0.1  # CPU time per query
 MAX_ROWS = 2_000
 MAX_RESULT_BYTES = 1_000_000
-MAX_CELL_BYTES = 8_192  # every string, blob and row sqlite handles on the way, not only those it returns
+MAX_CELL_BYTES = 8_192  # of every string, blob and row that sqlite handles, not only of results
 
 _LIMITS = {  # names of sqlite3.SQLITE_LIMIT_*
     "LENGTH": MAX_CELL_BYTES,
@@ -49,12 +44,9 @@ _LIMITS = {  # names of sqlite3.SQLITE_LIMIT_*
     "TRIGGER_DEPTH": 1,
     "WORKER_THREADS": 0,
 }
-# Python before 3.11 cannot set those limits; sqlite's heap limit, which is the whole process's, stands in.
-_HEAP_BYTES_WITHOUT_LIMITS = 128 << 20
-
-# sqlite's own, of all versions, as far as they compute something from their arguments. Left out on purpose:
-# randomblob, since a verdict must not be drawn by lot; json_pretty, whose indent grows past every limit; what
-# tells about the library or the connection; all that reaches outside (load_extension, fts3_tokenizer, ...).
+# sqlite's functions, of all versions, that compute something from their arguments. Left out on purpose: randomblob,
+# since a verdict must not be random; json_pretty, whose indent exceeds every limit; those about the library or the
+# connection; all that reach outside (load_extension, fts3_tokenizer, ...).
 _FUNCTIONS = frozenset(
     """
     abs acos acosh asin asinh atan atan2 atanh avg ceil ceiling char coalesce concat concat_ws cos cosh count
@@ -66,7 +58,7 @@ _FUNCTIONS = frozenset(
     trunc typeof unhex unicode unistr unistr_quote unixepoch unlikely upper
     """.split()
 )
-# In queries alone: contexts have no use for them.
+# Allowed in queries alone: contexts do not need them.
 _QUERY_FUNCTIONS = _FUNCTIONS | frozenset(
     """
     -> ->> format json json_array json_array_insert json_array_length json_error_position json_extract
@@ -79,26 +71,22 @@ _WIDE = re.compile(r"%[^a-zA-Z%]*(?:[0-9]{4}|\*)")  # in a format: a width or pr
 
 _READ, _FUNCTION, _SELECT = sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_SELECT
 # What CREATE TABLE does to sqlite's own table.
-_BOOK_KEEPING = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE})
+_BOOKKEEPING = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE})
 _SCHEMA_ACTIONS = frozenset({sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_INDEX, _READ})
 _FILL_ACTIONS = frozenset({sqlite3.SQLITE_PRAGMA, sqlite3.SQLITE_INSERT, sqlite3.SQLITE_DELETE, _SELECT, _READ})
 _QUERY_ACTIONS = frozenset({_SELECT, sqlite3.SQLITE_RECURSIVE})
 
-# What sqlite3 raises for refused, broken or oversized SQL: Warning is several statements before Python 3.11,
-# ValueError a nul byte or a lone surrogate, MemoryError a limit on memory.
-_SQL_ERRORS = (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError)
-
-
-_SPACE = " \t\r\n\f"  # what sqlite skips; str.strip() would also take away what it refuses
+# What sqlite3 raises for refused, broken or oversized SQL: ValueError for a nul byte or a lone surrogate.
+_SQL_ERRORS = (sqlite3.Error, ValueError, OverflowError, MemoryError)
 
 
 class QueryError(Exception):
-    """The query was refused, failed, or went over a limit."""
+    """The query was refused, failed, or exceeded a limit."""
 
 
 class Column(NamedTuple):
     name: str
-    declared: str  # the declared type in upper case, perhaps empty
+    declared: str  # the declared type in upper case; may be empty
 
 
 class Result(NamedTuple):
@@ -106,124 +94,24 @@ class Result(NamedTuple):
     rows: list[tuple]  # texts and blobs as bytes
 
 
-def read_query(reply: str) -> str:
-    """A reply as generated -> its one read query, without surrounding space and one closing `;`.
-
-    Raises QueryError for anything else: prose, writes, nothing, several statements, text over the limits.
-    """
-    query = reply.strip(_SPACE).removesuffix(";").rstrip(_SPACE)
-    if len(query) > MAX_QUERY_CHARS:
-        raise QueryError(f"the query has {len(query)} characters; at most {MAX_QUERY_CHARS} are judged")
-    tokens = tokenize(query)
-    if not re.match(r"(?:SELECT|WITH|VALUES)\b", query, re.IGNORECASE | re.ASCII):
-        raise QueryError("a read query begins with SELECT, WITH or VALUES")
-    if any(token.is_sign(";") for token in tokens):
-        raise QueryError("there is more than one statement")
-    _check_expansion(tokens, _cte_names(query))
-    return query
-
-
-class _Level:
-    """The SELECTs strung together by UNION and its like between one pair of parentheses, or outside of all.
-
-    sqlite copies a CTE or a flattened subquery wherever it is named. So a SELECT multiplies what is nested in
-    it by as often as it repeats one name, or names CTEs; siblings add up; and the CTEs of a WITH, which may
-    copy each other, multiply.
-    """
-
-    def __init__(self, ctes: set[str]):
-        self._ctes = ctes
-        self._shared, self._added = 1, 0
-        self._nested, self._names = 0, Counter()
-        self.mentioned: set[str] = set()
-        self.selects = 0
-
-    def begin_select(self) -> None:
-        if self.selects:
-            self._added += self._sibling()
-            self._nested, self._names = 0, Counter()
-        self.selects += 1
-
-    def name(self, name: str) -> None:
-        self._names[name] += 1
-        self.mentioned.add(name)
-
-    def take_in(self, inner: _Level) -> None:
-        """A pair of parentheses with SELECTs in it was closed in this level."""
-        if not self.selects:  # a CTE of this level's WITH
-            self._shared *= inner.expansion
-            return
-        self._nested += inner.expansion
-        for name in inner.mentioned:
-            self.name(name)
-
-    @property
-    def expansion(self) -> int:
-        return self._shared * (self._added + self._sibling())
-
-    def _sibling(self) -> int:
-        repeated = max(self._names.values(), default=1)
-        copied = sum(count for name, count in self._names.items() if name in self._ctes)
-        return max(repeated, copied) * max(1, self._nested)
-
-
-def _check_expansion(tokens: list[Token], ctes: set[str]) -> None:
-    """Refuse a query that could unfold into too many parts while sqlite compiles it."""
-    outermost = _Level(ctes)
-    levels, open_levels, selects, nested = [outermost], [], 0, 0
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
-        level = levels[-1]
-        if token.is_sign("("):
-            begins = following is not None and following.is_word("select", "values", "with")
-            open_levels.append(begins)
-            if begins:
-                nested += 1
-                levels.append(_Level(ctes))
-        elif token.is_sign(")") and open_levels:
-            if open_levels.pop():
-                inner = levels.pop()
-                levels[-1].take_in(inner)
-        elif token.is_word("select", "values"):
-            selects += 1
-            level.begin_select()
-        elif token.kind in ("word", "quoted", "string") and not _is_syntax(token, following):
-            level.name(token.name)
-    while len(levels) > 1:  # parentheses left open, which sqlite refuses
-        inner = levels.pop()
-        levels[-1].take_in(inner)
-    if nested >= MAX_SELECTS or selects > MAX_SIBLINGS or outermost.expansion > MAX_EXPANSION:
-        raise QueryError(
-            f"too deeply nested: {selects} SELECTs, {nested} of them within others, whose repeated names "
-            f"multiply to {outermost.expansion}"
-        )
-
-
-_KEYWORDS = frozenset("and or not as on is in null case when then else end between like by asc desc join".split())
-
-
-def _is_syntax(token: Token, following: Token | None) -> bool:
-    """Whether the token names nothing that sqlite could copy: a keyword, or a qualifier."""
-    qualifier = following is not None and following.is_sign(".")
-    return qualifier or (token.kind == "word" and token.name in _KEYWORDS)
-
-
 class Sandbox:
-    """An empty database with a context's tables. `with Sandbox(context) as sandbox: sandbox.run(query)`.
+    """A database with a context's tables, empty at first: `with Sandbox(context) as sandbox: sandbox.run(query)`.
 
-    Raises ValueError when the context is anything but `CREATE TABLE` statements that sqlite accepts.
+    Raises:
+        ValueError: the context is anything but `CREATE TABLE` statements that sqlite accepts.
     """
 
-    def __init__(self, context: str):
-        self._formatter: sqlite3.Connection | None = None  # opened by the first printf
+    def __init__(self, context: str) -> None:
+        self._formatter: sqlite3.Connection | None = None  # opened for the first printf
         self._filled: dict[str, list[str]] = {}
         self._ctes: set[str] = set()
-        # By lower-case name. Generated columns, which take no values, are left out.
+        # By lower-case name, without generated columns, which take no values.
         self.tables: dict[str, list[Column]] = {}
         try:
             tokens = _check_only_tables(context)
             try:
                 self._create(context)
-            except sqlite3.OperationalError:  # perhaps a column named `order` or `2nd_run`
+            except sqlite3.OperationalError:  # possibly a column named `order` or `2nd_run`
                 self._create(_quote_column_names(tokens))
         except _SQL_ERRORS as error:
             raise ValueError(
@@ -231,24 +119,24 @@ class Sandbox:
                 f"{context[:200]!r}; correct it, or leave out the rows that have it"
             ) from error
 
-    def __enter__(self) -> Sandbox:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._connection.close()
         if self._formatter is not None:
             self._formatter.close()
 
     def check(self, query: str) -> None:
-        """Compile the query without running it; QueryError when sqlite refuses it."""
+        """Compiles the query without running it; raises QueryError if sqlite refuses it."""
         self._query("EXPLAIN " + query, fetch=False)
 
     def run(self, query: str) -> Result:
-        """The query's rows; QueryError when sqlite refuses it or a limit stops it."""
+        """The query's result; raises QueryError if sqlite refuses it or a limit stops it."""
         return self._query(query, fetch=True)
 
-    def fill(self, rows: dict[str, list[Sequence]]) -> None:
-        """Replace the tables' rows. Rows that the context's own constraints forbid are left out."""
+    def fill(self, rows: Mapping[str, Sequence[Sequence[Any]]]) -> None:
+        """Replaces the tables' rows, without those that the context's own constraints forbid."""
         self._allowed = _FILL_ACTIONS
         for table, values in rows.items():
             columns = [column.name for column in self.tables[table]]
@@ -256,16 +144,16 @@ class Sandbox:
             self._replace_rows(table, columns, values)
 
     def reverse_rows(self) -> None:
-        """Put the same rows in the opposite order, to see which results hang on an order nobody asked for."""
+        """Stores the same rows in the opposite order, which changes results that depend on the order of storage."""
         self._allowed = _FILL_ACTIONS
         for table, columns in self._filled.items():
             names = ", ".join(map(_quote, columns))
             rows = self._execute(f"SELECT {names} FROM {_quote(table)}").fetchall()
-            # Bytes would come back as blobs, which equal no text.
+            # Stored again as bytes they would be blobs, which equal no text.
             texts = [[cell.decode() if isinstance(cell, bytes) else cell for cell in row] for row in rows]
             self._replace_rows(table, columns, texts[::-1])
 
-    def _replace_rows(self, table: str, columns: list[str], rows: list[Sequence]) -> None:
+    def _replace_rows(self, table: str, columns: list[str], rows: Sequence[Sequence[Any]]) -> None:
         self._execute(f"DELETE FROM {_quote(table)}")
         names, marks = ", ".join(map(_quote, columns)), ", ".join("?" * len(columns))
         insert = f"INSERT OR IGNORE INTO {_quote(table)} ({names}) VALUES ({marks})"
@@ -273,7 +161,7 @@ class Sandbox:
             self._start_counting()
             self._connection.executemany(insert, rows)
         except sqlite3.Error:
-            # Not covered by OR IGNORE: a text as INTEGER PRIMARY KEY, a CHECK that fails to compute.
+            # OR IGNORE does not cover a text as INTEGER PRIMARY KEY, or a CHECK that fails to compute.
             self._execute(f"DELETE FROM {_quote(table)}")
             for row in rows:
                 with contextlib.suppress(sqlite3.Error):
@@ -281,14 +169,14 @@ class Sandbox:
 
     def _query(self, query: str, fetch: bool) -> Result:
         self._allowed = _QUERY_ACTIONS
-        # sqlite asks leave to read a CTE, too, when none of its columns is used.
-        self._ctes = _cte_names(query)
+        # sqlite asks for permission to read a CTE, too, if none of its columns is used.
+        self._ctes = cte_names(query)
         try:
             cursor = self._execute(query)
             rows = self._fetch(cursor) if fetch else []
-            result = Result(len(cursor.description or ()), rows)
+            columns = len(cursor.description or ())
             cursor.close()
-            return result
+            return Result(columns, rows)
         except _SQL_ERRORS as error:
             raise QueryError(str(error)) from error
 
@@ -314,18 +202,15 @@ class Sandbox:
         connection.text_factory = bytes  # a reply can make texts that are not UTF-8
         connection.execute("PRAGMA temp_store = MEMORY")  # a large sort would otherwise go to a file
         connection.execute("PRAGMA trusted_schema = OFF")
-        if hasattr(connection, "setlimit"):
-            for name, limit in _LIMITS.items():
-                connection.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{name}"), limit)
-            # The text of a CREATE TABLE is stored in a row, so the context needs longer ones.
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 4 * MAX_CONTEXT_CHARS)
-        else:
-            connection.execute(f"PRAGMA hard_heap_limit = {_HEAP_BYTES_WITHOUT_LIMITS}")
-        if hasattr(connection, "setconfig"):  # Python 3.12: "South Australia" is a string in every build
+        for name, limit in _LIMITS.items():
+            connection.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{name}"), limit)
+        # The text of a CREATE TABLE is stored in a row, so the context needs longer ones.
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 4 * MAX_CONTEXT_CHARS)
+        if sys.version_info >= (3, 12):  # "South Australia" is a string in every build of sqlite
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DQS_DML, True)
-        # A verdict must not be drawn by lot.
+        # A verdict must not be random.
         connection.create_function("random", 0, lambda: 0, deterministic=True)
-        # sqlite's own spin for seconds over a wide field before the limit on lengths stops them.
+        # sqlite's own run for seconds over a wide field before the limit on lengths stops them.
         for name in ("printf", "format"):
             connection.create_function(name, -1, self._format, deterministic=True)
         connection.set_progress_handler(self._over_limit, TICK)
@@ -344,13 +229,13 @@ class Sandbox:
         self._steps += TICK
         return self._steps > MAX_STEPS or time.thread_time() > self._deadline
 
-    def _authorize(self, action: int, first: str | None, second: str | None, *_) -> int:
+    def _authorize(self, action: int, first: str | None, second: str | None, *_: object) -> int:
         if action == _FUNCTION:
-            allowed = second.lower() in (_QUERY_FUNCTIONS if self._allowed is _QUERY_ACTIONS else _FUNCTIONS)
+            allowed = str(second).lower() in (_QUERY_FUNCTIONS if self._allowed is _QUERY_ACTIONS else _FUNCTIONS)
         elif action == _READ and self._allowed is _QUERY_ACTIONS:
-            table = first.lower()
+            table = str(first).lower()
             allowed = table in self.tables or (not second and table in self._ctes)
-        elif action in _BOOK_KEEPING and self._allowed is _SCHEMA_ACTIONS:
+        elif action in _BOOKKEEPING and self._allowed is _SCHEMA_ACTIONS:
             allowed = first in ("sqlite_master", "sqlite_schema")
         else:
             allowed = action in self._allowed
@@ -363,8 +248,7 @@ class Sandbox:
             self._start_counting()
             self._connection.executescript(statements)
             self.tables = self._describe_tables()
-            if hasattr(self._connection, "setlimit"):
-                self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_CELL_BYTES)
+            self._connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_CELL_BYTES)
         except BaseException:
             self._connection.close()
             raise
@@ -382,7 +266,7 @@ class Sandbox:
 
 
 def _check_only_tables(context: str) -> list[Token]:
-    """The context's tokens; ValueError unless each of its statements is a plain CREATE TABLE."""
+    """The context's tokens; raises ValueError unless each of its statements is a plain CREATE TABLE."""
     if len(context) > MAX_CONTEXT_CHARS:
         raise ValueError(f"it has {len(context)} characters; at most {MAX_CONTEXT_CHARS} are read")
     tokens = tokenize(context)
@@ -407,7 +291,8 @@ _TABLE_CONSTRAINTS = ("constraint", "primary", "unique", "check", "foreign")
 
 def _quote_column_names(tokens: list[Token]) -> str:
     """`CREATE TABLE t (order INT, to TEXT)` -> `CREATE TABLE t ( "order" INT , "to" TEXT )`."""
-    parts, depth = [], 0
+    parts: list[str] = []
+    depth = 0
     for before, token in zip([None, *tokens[:-1]], tokens, strict=True):
         if token.is_sign(")"):
             depth -= 1
@@ -423,20 +308,3 @@ def _quote_column_names(tokens: list[Token]) -> str:
 
 def _quote(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _cte_names(query: str) -> set[str]:
-    """`WITH a AS (...), b (x, y) AS (...)` -> {"a", "b"}."""
-    tokens = tokenize(query) if "with" in query.lower() else []
-    names = set()
-    for index, token in enumerate(tokens):
-        follows = [after.name for after in tokens[index + 1 : index + 4]]
-        if not token.is_word("as") or index == 0 or "(" not in follows:
-            continue
-        before = index - 1
-        if tokens[before].is_sign(")"):
-            while before > 0 and not tokens[before].is_sign("("):
-                before -= 1
-            before -= 1
-        names.add(tokens[before].name)
-    return {name for name in names if not name.startswith("sqlite_")}

@@ -1,17 +1,15 @@
-"""SQL text -> tokens: sqlite's quotes, numbers and comments, but no grammar. Enough to look a query over.
+"""Splits SQL into tokens by sqlite's rules for quotes, numbers and comments, without a grammar.
 
-Blanks are sqlite's own five. What else looks blank is part of a word to sqlite (U+00A0, as all that is not
+Blanks are sqlite's own five. Other characters that look blank are part of a word (U+00A0, like everything that is not
 ASCII) or an error (a vertical tab).
 """
-
-from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
 
 class Token(NamedTuple):
-    kind: str  # word, quoted (an identifier; in double quotes perhaps a string), string, number or sign
+    kind: str  # word, quoted (an identifier; in double quotes possibly a string), string, number or sign
     text: str  # without its quotes
     raw: str
 
@@ -38,8 +36,9 @@ _TOKEN = re.compile(
 
 
 def without_blanks(sql: str) -> str:
-    """The text with one space for each run of blanks and comments; what is in quotes stays as it is."""
-    parts, gap = [], False
+    """The text with one space for each run of blanks and comments, except in quotes."""
+    parts: list[str] = []
+    gap = False
     for match in _TOKEN.finditer(sql):
         if match.lastgroup == "space":
             gap = True
@@ -52,14 +51,31 @@ def without_blanks(sql: str) -> str:
 def tokenize(sql: str) -> list[Token]:
     """`SELECT "a" FROM t -- x` -> word SELECT, quoted a, word FROM, word t.
 
-    Never fails, and takes time linear in the text: what is left open ends with the text, as a comment does.
+    Never fails, and takes time linear in the text: unclosed quotes and comments end with the text.
     """
     tokens = []
     for match in _TOKEN.finditer(sql):
-        kind, raw = match.lastgroup, match.group()
+        kind, raw = str(match.lastgroup), match.group()
         if kind in ("string", "quoted"):
             closing = raw[-1]
             tokens.append(Token(kind, raw[1:-1].replace(closing * 2, closing), raw))
         elif kind != "space":
             tokens.append(Token(kind, raw, raw))
     return tokens
+
+
+def cte_names(query: str) -> set[str]:
+    """The names that a WITH defines: `WITH a AS (...), b (x, y) AS (...)` -> {"a", "b"}."""
+    tokens = tokenize(query) if "with" in query.lower() else []
+    names = set()
+    for index, token in enumerate(tokens):
+        follows = [after.name for after in tokens[index + 1 : index + 4]]
+        if not token.is_word("as") or index == 0 or "(" not in follows:
+            continue
+        before = index - 1
+        if tokens[before].is_sign(")"):
+            while before > 0 and not tokens[before].is_sign("("):
+                before -= 1
+            before -= 1
+        names.add(tokens[before].name)
+    return {name for name in names if not name.startswith("sqlite_")}

@@ -62,7 +62,7 @@ def trained(model, kind="sql", *args):
             for r in ROWS[:16]
         ],
     }
-    root = Path(tempfile.mkdtemp(prefix="dpo-lightning-test-asking-"))
+    root = Path(tempfile.mkdtemp(prefix="dpo-lightning-test-prompt-format-"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert command("fit", model, rows[kind], *args) == 0
@@ -84,6 +84,7 @@ def asked(monkeypatch):
         def generate(self, input_ids, streamer=None, **kwargs):
             given.extend(input_ids.tolist())
             streamer.end()
+            return input_ids
 
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         with pytest.MonkeyPatch.context() as patch:
@@ -158,7 +159,7 @@ def test_a_model_of_bare_prompts_gets_the_line_as_it_is(model_folder, asked, cap
     run = trained(model_folder, "plain")
     assert texts(run / "huggingface", asked(run, "  two blanks before \n")) == ["  two blanks before "]
     said = capsys.readouterr().err
-    assert "the line that is typed is the prompt" in said and "a schema has no part" in said
+    assert "each line is used as a prompt" in said and "do not use a schema" in said
 
 
 @pytest.fixture

@@ -1,0 +1,257 @@
+"""The models of a DPO run: loads policy and reference, keeps them on one device, shards and saves them.
+
+`DPOModule` is a `PolicyModule` with a loss, a step and an optimizer.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from dpo_lightning.data.batching import PairBatch
+from dpo_lightning.data.columns import numeric_column
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.dpo.cached_reference import sees_pairs_again
+from dpo_lightning.dpo.half_precision import AUTOCAST, keep_float32
+from dpo_lightning.dpo.logps import PairLogps, Scoring, compute_pair_logps
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
+from dpo_lightning.dpo.reference import FrozenCopy, MovingReference, Reference, Start, find_reference, moving
+from dpo_lightning.dpo.shared_prompt import choose_scoring
+from dpo_lightning.errors import UserError
+from dpo_lightning.internals.lightning import attached_trainer
+from dpo_lightning.models.hardware import fastest_attention
+from dpo_lightning.models.hub import first_line
+from dpo_lightning.models.policy import assert_no_dropout, load_config, load_policy, position_count
+from dpo_lightning.models.sharding import data_parallel_mesh, shard
+from dpo_lightning.storage.digests import weights_digest
+from dpo_lightning.storage.trust import TRUST
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def without_adapter(policy: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
+    """The plain causal LM of a policy; adapters stay injected in its layers."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+class PolicyModule(LightningModule):
+    """A policy that trains and the reference it is compared with, which only a checkpoint of a moving one contains.
+
+    Its hyperparameters are those of `DPOModule` that decide how both are made.
+    """
+
+    loss: PreferenceLoss
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy: PreTrainedModel | PeftModel = None
+        self.reference: Reference | None = None
+        self.scoring: Scoring | None = None  # decided on the first batch
+        self.start_digest: str | None = None  # of the weights that a fit starts from
+        self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
+        self._untrained = True  # the policy's weights are still those it was loaded with
+
+    @property
+    def data(self) -> PreferenceDataModule | None:
+        """The data module of the current run, None if the batches come from elsewhere."""
+        trainer = attached_trainer(self)
+        data = trainer and trainer.datamodule
+        return data if isinstance(data, PreferenceDataModule) else None
+
+    @property
+    def causal_lm(self) -> "PreTrainedModel":
+        """The policy as a plain causal LM of transformers, adapters injected."""
+        return without_adapter(self.policy)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the policy is a frozen model under a peft adapter."""
+        return self.policy is not self.causal_lm
+
+    @property
+    def moving_reference(self) -> MovingReference:
+        """The reference of a run with `sync_ref_model`."""
+        assert isinstance(self.reference, MovingReference)
+        return self.reference
+
+    # ------------------------------------------------------------------ load
+
+    def configure_model(self) -> None:
+        """Loads the policy and makes its reference; Lightning calls it before any training and any checkpoint.
+
+        Raises:
+            UserError: the model cannot be loaded, still has dropout, or has fewer positions than `data.max_length`.
+        """
+        first_call = self.policy is None
+        if first_call:
+            self.policy = self.load_policy()
+            assert_no_dropout(self.policy)
+            self._check_data()
+        self._record_start()  # before a checkpoint's weights replace these, and before they are sharded
+        # With cached log-probs a full fine-tune needs no second model; an adapter's reference takes no memory.
+        if self.loss.needs_reference and self.reference is None and (self.has_adapter or not self.reference_is_cached):
+            self.reference = self.make_reference()
+        if first_call and self.device_mesh is not None:
+            self._shard()
+
+    def _record_start(self) -> None:
+        """Digests the weights that a fit starts from. A new adapter is no part of them, nor of the reference."""
+        trainer = attached_trainer(self)
+        if self.start_digest is not None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        model = without_adapter(self.policy if self._untrained else self.load_policy())
+        new_adapter = self.hparams.lora is not None
+        self.start_digest = weights_digest(model, leave_out=lambda name: new_adapter and "lora_" in name)
+
+    @property
+    def reference_is_cached(self) -> bool:
+        """Whether the current fit reads its reference log-probs from a cache.
+
+        Raises:
+            UserError: it is asked to, but the policy is sharded.
+        """
+        choice, sharded, trainer = self.hparams.reference, self.device_mesh is not None, attached_trainer(self)
+        if choice == "cached" and sharded:
+            raise UserError("model.reference: cached cannot be filled from a sharded policy; set it to online")
+        if sharded or not self.loss.needs_reference or self.hparams.sync_ref_model or choice not in (None, "cached"):
+            return False
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self.data is None:
+            return False
+        return choice == "cached" or sees_pairs_again(trainer, self.data)
+
+    def load_policy(self, **changes: Any) -> "PreTrainedModel | PeftModel":
+        """Loads the policy as it is before training; `changes` override arguments of `models.policy.load_policy`."""
+        settings = {name: self.hparams[name] for name in inspect.signature(load_policy).parameters}
+        settings["attn_implementation"] = self.hparams.attn_implementation or self._fastest_attention()
+        return load_policy(**settings | changes)
+
+    def _fastest_attention(self) -> str | None:
+        if self.data is None or "train" not in self.data.datasets:
+            return None
+        bf16 = self.hparams.dtype == "bfloat16" or self.trainer.precision.startswith("bf16")
+        row_length = numeric_column(self.data.datasets["train"], "length").mean()
+        return fastest_attention(self.trainer.strategy.root_device.type, bf16, row_length)
+
+    def make_reference(self) -> Reference:
+        """The reference that `model.reference` names, made from the policy as it is before training."""
+        policy, trainer = self.policy, attached_trainer(self)
+        if not self.has_adapter and not self._untrained:
+            policy = self.load_policy().to(self.device)
+        # Sharding needs all weights in one dtype.
+        autocast = None if trainer is None or self.device_mesh is not None else AUTOCAST.get(trainer.precision)
+        make = moving if self.hparams.sync_ref_model else find_reference(self.hparams.reference or "online")
+        return make(Start(policy, self.hparams.lora is not None, autocast))
+
+    def _shard(self) -> None:
+        mesh = data_parallel_mesh(self.device_mesh)
+        shard(self.causal_lm, mesh, compute_pair_logps)
+        if isinstance(self.reference, FrozenCopy):
+            shard(self.reference.model, mesh, compute_pair_logps)
+        elif self.reference is not None:
+            self.reference = self.make_reference()  # of the sharded adapter
+
+    @functools.cached_property
+    def positions(self) -> int | None:
+        """The number of positions that the model has, known before it is loaded; None if it has no such limit."""
+        if self.policy is not None:
+            return position_count(self.causal_lm.config)
+        return position_count(load_config(self.hparams.name_or_path, self.hparams.trust_remote_code))
+
+    def _check_data(self) -> None:
+        """Raises UserError if the model cannot take the data's lengths or tokens."""
+        if self.data is None:
+            return
+        longest, positions = self.data.max_length, position_count(self.causal_lm.config)
+        if positions and longest > positions:
+            raise UserError(f"data.max_length is {longest}, but this model has {positions} positions: lower it to that")
+        self.data.check_vocabulary(self.causal_lm.get_input_embeddings().num_embeddings, self.hparams.name_or_path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> "PolicyModule":
+        # The reference is no submodule, which keeps it out of checkpoints, so it has to be moved along.
+        if self.reference is not None:
+            self.reference.apply(fn)
+        adapter, in_float32 = self._adapter_tensors(), keep_float32(fn)
+        return super()._apply(lambda tensor: (in_float32 if id(tensor) in adapter else fn)(tensor), *args, **kwargs)
+
+    def _adapter_tensors(self) -> set[int]:
+        """Ids of an adapter's weights and gradients, without those of whole layers that are trained beside it."""
+        if not self.has_adapter:
+            return set()
+        weights = [p for name, p in self.policy.named_parameters() if p.requires_grad and "modules_to_save" not in name]
+        return {id(tensor) for weight in weights for tensor in (weight, weight.grad)}
+
+    # ------------------------------------------------------------------ score
+
+    def reference_logps(self, batch: PairBatch) -> PairLogps | None:
+        """Log-probs under the reference, without gradients: the batch's own if it has them, otherwise computed here.
+
+        None if the loss needs no reference.
+        """
+        if not self.loss.needs_reference:
+            return None
+        if batch.reference_logps is not None:
+            return PairLogps(batch.reference_logps, batch.sequence, batch.num_pairs)
+        assert self.reference is not None
+        return self.reference.logps(batch, self.ensure_scoring(batch))
+
+    def ensure_scoring(self, batch: PairBatch) -> Scoring:
+        """The way to compute this model's log-probs, chosen on the first batch (`choose_scoring`) by all ranks."""
+        if self.scoring is not None:
+            return self.scoring
+        scoring = self.trainer.strategy.broadcast(choose_scoring(self.causal_lm, batch))
+        if not scoring.shared:
+            rank_zero_warn(f"prompts are read twice per pair, which is slower: {scoring.reason}")
+        if not scoring.gathered:
+            rank_zero_warn(
+                "the LM head runs on every position, which is slower: this model's logits are made in its own way"
+            )
+        self.scoring = scoring
+        return scoring
+
+    # ------------------------------------------------------------------ save and restore
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The weights that training changes: all of them, or with LoRA the adapter's."""
+        state = super().state_dict(*args, **kwargs)
+        parameters = dict(self.named_parameters(remove_duplicate=False))  # a tied head has its weight's name too
+        for name in list(state):
+            # Under an adapter buffers do not change either, and quantized weights have many.
+            if not parameters[name].requires_grad if name in parameters else self.has_adapter:
+                del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` returned.
+
+        Raises:
+            UserError: a trained weight is missing, unknown to this model, or of another shape.
+        """
+        self.configure_model()
+        self._untrained = False
+        expected = set(self.state_dict())
+        for what, names in {"lacks": expected - set(state_dict), "has an unknown": set(state_dict) - expected}.items():
+            if names:
+                raise UserError(
+                    f"the checkpoint {what} weight {sorted(names)[0]} ({len(names)} in all): it was written for "
+                    "another model or other model.lora settings"
+                )
+        try:
+            return super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:  # whose second line says which weight does not fit
+            reason = " ".join(str(error).split("\n")[1:2]).strip() or first_line(error)
+            raise UserError(f"the checkpoint's weights do not fit this model: {reason}") from error
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "PolicyModule":
+        """Like Lightning's, but a file never decides which code runs: `trust_remote_code` has to be given here.
+
+        Without `_instantiator` no LightningCLI parser makes the module, which would import any class the file names.
+        """
+        return super().load_from_checkpoint(*args, **{TRUST: False, "_instantiator": None} | kwargs)

@@ -1,0 +1,33 @@
+"""What we use of torch beyond its documented interface."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def leave_unscaling_to_lightning(optimizer: torch.optim.Optimizer) -> None:
+    """Makes a fused optimizer look like any other to the gradient scaler and to Lightning, which then unscale first.
+
+    Uses `_step_supports_amp_scaling`, by which it says that it unscales in its own step, after clipping: the step stays
+    fused all the same.
+    """
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+def convert(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Applies a function to all parameters and buffers of a module, as `module.to` does.
+
+    Uses `Module._apply`: `to` takes a device or a dtype, not what Lightning hands on.
+    """
+    module._apply(function)
+
+
+def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """targets <- values, tensor by tensor, in place and in few kernels. Uses `torch._foreach_copy_`."""
+    torch._foreach_copy_(list(targets), list(values))
+
+
+def lerp_all(targets: Sequence[Tensor], values: Sequence[Tensor], share: float) -> None:
+    """targets <- share * values + (1 - share) * targets, as `copy_all`. Uses `torch._foreach_lerp_`."""
+    torch._foreach_lerp_(list(targets), list(values), share)

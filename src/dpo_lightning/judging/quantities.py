@@ -1,0 +1,53 @@
+"""The words for verdicts wherever people read them: reports, charts, closing lines.
+
+Names are those of logged metrics without their prefix (`replies/`, `val/`, `test/`).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+
+class Quantity(NamedTuple):
+    """How a verdict is presented: its mean over many replies, and the verdict on one reply."""
+
+    label: str  # of the mean, on its own
+    word: str | None = None  # for one reply, and in charts with a title; None: not reported for one reply
+    share: bool = False  # the mean is in [0, 1] and printed as a percentage; the verdict is yes or no
+    better: Literal["higher", "lower"] | None = "higher"  # None: neither, so it is no result of a run
+
+
+QUANTITIES = {
+    "sql/valid": Quantity("valid SQL", "valid", share=True),
+    "sql/exact": Quantity("exactly the wanted SQL", "exact", share=True),
+    "sql/execution": Quantity("same result as wanted", "same result", share=True),
+    "sql/unjudged": Quantity("results that could not be compared", share=True, better=None),
+    "reply/eos_rate": Quantity("replies that end by themselves", "ended", share=True),
+    "reply/length": Quantity("tokens of a reply", better=None),
+    "reply/repetition": Quantity("4-grams that came before in the reply", share=True, better="lower"),
+}
+TITLES = {"sql": "SQL", "reply": "Replies"}  # of the charts with a judge's verdicts
+
+
+def quantity(name: str) -> Quantity:
+    """The entry for a name; a user's verdict without one counts as a number, and higher is better."""
+    return QUANTITIES.get(name) or Quantity(name, name.rpartition("/")[2])
+
+
+def results(names: Iterable[str]) -> list[str]:
+    """The names that say how good a run's replies are, in the given order."""
+    return [name for name in names if quantity(name).better]
+
+
+def reply_charts(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A chart of each judge's results: {"SQL: valid, exact": {"sql/valid": "valid", "sql/exact": "exact"}}."""
+    charts: dict[str, dict[str, str]] = {}
+    for name in results(names):
+        judge, _, verdict = name.partition("/")
+        charts.setdefault(judge, {})[name] = quantity(name).word or verdict
+    return {f"{TITLES.get(judge, judge)}: {', '.join(words.values())}": words for judge, words in charts.items()}
+
+
+def marks(verdicts: Mapping[str, bool | float | None]) -> list[tuple[str, bool]]:
+    """The yes-or-no verdicts on one reply: {"sql/valid": True, "reply/length": 9} -> [("valid", True)]."""
+    known = [(quantity(name), verdict) for name, verdict in verdicts.items() if verdict is not None]
+    return [(kind.word, bool(value)) for kind, value in known if kind.word and (kind.share or isinstance(value, bool))]

@@ -1,0 +1,66 @@
+"""What `internals/torch.py` and our overrides of `_apply` use is as it was in the installed version of torch."""
+
+import functools
+
+import torch
+from contracts import contract
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from lightning.pytorch.plugins import HalfPrecision
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dpo_lightning.internals import torch as internals
+
+holds = functools.partial(contract, "torch")
+
+
+def test_leave_unscaling_to_lightning():
+    with holds(
+        "_step_supports_amp_scaling of fused optimizers", "clipping in 16-mixed, which would clip scaled gradients"
+    ):
+        weight = nn.Parameter(torch.ones(2))
+        optimizer, scaler = torch.optim.SGD([weight], lr=1.0, fused=True), torch.amp.GradScaler("cpu", init_scale=64.0)
+        assert _optimizer_handles_unscaling(optimizer)
+        internals.leave_unscaling_to_lightning(optimizer)
+        assert not _optimizer_handles_unscaling(optimizer)
+        scaler.scale(weight.sum() / 4).backward()
+        scaler.unscale_(optimizer)
+        assert weight.grad.tolist() == [0.25, 0.25]
+        scaler.step(optimizer)  # and does not unscale again
+        assert weight.tolist() == [0.75, 0.75]
+
+
+def test_conversions_go_through_apply():
+    class Notes(nn.Linear):
+        calls = 0
+
+        def _apply(self, fn, *args, **kwargs):
+            self.calls += 1
+            return super()._apply(fn, *args, **kwargs)
+
+    with holds("Module._apply", "the reference's device, and float32 for metrics and adapters in 16-bit runs"):
+        module = Notes(2, 2)
+        nn.Sequential(module).to(torch.float64)
+        module.bfloat16()
+        HalfPrecision("bf16-true").convert_module(module)
+        assert module.calls == 3
+        internals.convert(module, lambda tensor: tensor.float() + 1)
+        assert module.calls == 4 and module.weight.dtype == torch.float32
+
+
+def test_copy_and_lerp_all():
+    with holds(
+        "torch._foreach_copy_ or torch._foreach_lerp_", "references that move, and adapters that are swapped in"
+    ):
+        targets = [torch.zeros(2), torch.zeros(3)]
+        internals.copy_all(targets, [torch.ones(2), torch.full((3,), 2.0)])
+        internals.lerp_all(targets, [torch.zeros(2), torch.zeros(3)], 0.25)
+        assert [target.tolist() for target in targets] == [[0.75, 0.75], [1.5, 1.5, 1.5]]
+
+
+def test_the_state_of_a_schedule():
+    with holds("the state of LambdaLR", "the check of an edited checkpoint's learning rates"):
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], lr=0.5)
+        schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        assert {"base_lrs": [0.5], "last_epoch": 0, "_last_lr": [0.5]}.items() <= schedule.state_dict().items()
+        assert optimizer.param_groups[0]["initial_lr"] == 0.5
