@@ -145,15 +145,16 @@ def to_separate(batch: PairBatch) -> PairBatch:
 def to_packed(batch: PairBatch) -> PairBatch:
     """The same pairs as one row [1, T] of real tokens: every pair's prompt and chosen part, then all rejected parts.
 
-    The order makes the longer sequences, which attend to nothing but themselves, neighbours in memory. The row is made
-    from the padded fields, a few integers per token, because those are also what the other layouts are made from.
+    In this order prompt and chosen part of each pair are one contiguous sequence.
     """
     assert batch.shared
     width, device = batch.input_ids.shape[1], batch.input_ids.device
     prompt, chosen, rejected = np.array(batch.lengths).T
     first = np.arange(batch.num_pairs) * width
     columns = [consecutive(first, prompt + chosen), consecutive(first + prompt + chosen, rejected)]
-    token = torch.from_numpy(np.concatenate(columns)).to(device, non_blocking=True)  # of the flattened [rows * width]
+    token = torch.from_numpy(np.concatenate(columns)).to(
+        device, non_blocking=True
+    )  # index into the flattened [rows * width]
     packed_index = token.new_empty(batch.input_ids.numel())
     packed_index[token] = torch.arange(len(token), device=device)
     fields = {
@@ -163,7 +164,7 @@ def to_packed(batch: PairBatch) -> PairBatch:
 
 
 def consecutive(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """For every b the integers from first[b] on, counts[b] of them: ([5, 0], [2, 3]) -> [5, 6, 0, 1, 2]."""
+    """counts[b] consecutive integers from first[b] on, for every b: ([5, 0], [2, 3]) -> [5, 6, 0, 1, 2]."""
     return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 

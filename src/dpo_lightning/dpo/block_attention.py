@@ -1,7 +1,7 @@
-"""Causal attention on a CPU as plain matrix products, in blocks that stay in its cache.
+"""Attention of packed pairs on a CPU: matrix products in blocks that fit into its cache.
 
-There it is faster than scaled dot-product attention, whose backward pass takes several times as long at the lengths
-of preference pairs (benchmarks/NOTES.md).
+It is faster there than SDPA, whose backward pass takes several times as long at the lengths of preference pairs
+(benchmarks/NOTES.md).
 """
 
 from collections.abc import Iterator
@@ -13,35 +13,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_lightning.data.batching import consecutive
+from dpo_lightning.internals.torch import softmax_gradient
 
-QUERIES = 128  # of a pair that are worked on at a time
-SCORES = 2**21  # elements of scores that exist at a time
-KEPT = 2**24  # elements of probabilities that are kept for the backward pass; if there are more, they are made again
+QUERIES = 128  # queries per pair and block
+SCORES = 2**21  # elements of a block's scores, at most
+KEPT = 2**24  # probabilities are kept for the backward pass up to this many elements, otherwise recomputed
 
 
 class Block(NamedTuple):
-    """Some queries of a few pairs, with the keys that any of them sees."""
+    """Some queries of a few pairs, and all keys that any of them attends to."""
 
     pairs: slice
     queries: slice
     keys: slice
-    masked: slice  # of these keys: the ones that not every query sees
-    mask: Tensor  # [pairs or 1, 1, queries, masked keys], to be added to scores
+    masked: slice  # of these keys: those that not every query attends to
+    mask: Tensor  # [pairs or 1, 1, queries, masked keys], added to the scores
 
     def of_queries(self, rows: Tensor) -> Tensor:
-        """Of [KV heads, n, heads that share keys, m, D]."""
+        """This block's part of [KV heads, n, heads per KV head, m, D]."""
         return rows[:, self.pairs, :, self.queries]
 
     def of_keys(self, rows: Tensor) -> Tensor:
-        """Of [KV heads, n, m, D]."""
+        """This block's part of [KV heads, n, m, D]."""
         return rows[:, self.pairs, self.keys]
 
 
 class PairRows:
-    """The tokens of a packed row with a row of m columns for each pair: prompt, chosen, rejected, filling.
+    """The tokens of a packed row arranged as n rows of m columns, one per pair: prompt, chosen, rejected, padding.
 
     Args:
-        prompt, chosen, rejected: [n] lengths of each pair's parts.
+        prompt, chosen, rejected: [n] numbers of tokens in each pair's parts.
     """
 
     def __init__(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> None:
@@ -53,12 +54,12 @@ class PairRows:
         slot = consecutive(np.arange(len(prompt)) * self.columns, self.lengths)
         filled = np.full(len(prompt) * self.columns, len(token))
         filled[slot] = token
-        self.token = torch.from_numpy(filled)  # [n * m] int64; the number of tokens where there is none
-        self.slot = torch.from_numpy(slot[np.argsort(token)])  # [T] int64: of each token in [n * m]
+        self.token = torch.from_numpy(filled)  # [n * m] int64, position in the packed row; T at padding
+        self.slot = torch.from_numpy(slot[np.argsort(token)])  # [T] int64, position of each token in [n * m]
         self._blocks: dict[Any, list[Block]] = {}
 
     def blocks(self, heads: int, window: int | None, dtype: torch.dtype) -> list[Block]:
-        """Blocks that cover every query once, made once for all layers."""
+        """Blocks that cover every query once; kept, because all layers need the same."""
         if (key := (heads, window, dtype)) not in self._blocks:
             self._blocks[key] = list(self._make_blocks(heads, window, dtype))
         return self._blocks[key]
@@ -70,7 +71,7 @@ class PairRows:
             few = slice(s, s + step)
             prompt, tokens, lengths = self.prompt[few], self.tokens[few], self.lengths[few]
             longest, alone = int(lengths.max()), not (lengths > tokens).any()
-            p, t = (torch.from_numpy(numbers)[:, None, None, None] for numbers in (prompt, tokens))
+            p, t = (torch.from_numpy(counts)[:, None, None, None] for counts in (prompt, tokens))
             for a in range(0, longest, rows):
                 b = min(a + rows, longest)
                 first = max(0, a - int((tokens - prompt).max()) - window + 1) if window else 0
@@ -98,7 +99,7 @@ class _BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: PairRows, scale: float, window: int | None
     ) -> Tensor:
-        """See `attend_in_blocks`."""
+        """Attention, as `attend_in_blocks` describes it."""
         ctx.pairs, ctx.scale = pairs, scale
         with torch.autocast("cpu", enabled=False):
             token = pairs.token.clamp_max(len(query) - 1)
@@ -118,12 +119,12 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gives the gradients of query, key and value."""
+        """The gradients of query, key and value."""
         (query, key, value, *kept), pairs = ctx.saved_tensors, ctx.pairs
-        grad = F.pad(grad, (0, 0, 0, 0, 0, 1))  # a zero that the rows are filled with
+        grad = F.pad(grad, (0, 0, 0, 0, 0, 1))  # a zero for padding
         grad = _shared(_rows(grad, pairs.token, pairs), key)
         grad_query = torch.empty_like(query)
-        # Several blocks of a pair are summed in float32.
+        # The blocks of a pair are summed in float32.
         several = pairs.columns > QUERIES
         dtype, add = (torch.float32, Tensor.add_) if several else (key.dtype, Tensor.copy_)
         grad_key, grad_value = (torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value))
@@ -133,7 +134,7 @@ class _BlockAttention(torch.autograd.Function):
             target = block.of_keys(grad_value)
             add(target, torch.bmm(p.transpose(1, 2), g).view(target.shape))
             slopes = torch.bmm(g, block.of_keys(value).flatten(0, 1).transpose(1, 2))
-            slopes = torch.ops.aten._softmax_backward_data(slopes, p, -1, p.dtype)
+            slopes = softmax_gradient(slopes, p)
             target = block.of_queries(grad_query)
             target.copy_(_product(slopes, block.of_keys(key).flatten(0, 1), ctx.scale).view(target.shape))
             target, q = block.of_keys(grad_key), _batched(block.of_queries(query))
@@ -154,21 +155,23 @@ def _tokens(rows: Tensor, pairs: PairRows) -> Tensor:
 
 
 def _shared(rows: Tensor, key: Tensor) -> Tensor:
-    """Rows [H, n, m, D] by the heads that share keys: [KV heads, n, H / KV heads, m, D]."""
+    """Rows [H, n, m, D] grouped by the heads that share keys: [KV heads, n, H / KV heads, m, D]."""
     return rows.unflatten(0, (key.shape[0], -1)).transpose(1, 2).contiguous()
 
 
 def _batched(block: Tensor) -> Tensor:
+    """[KV heads, n, h, m, D] as a batch of matrices, [KV heads * n, h * m, D]."""
     return block.flatten(0, 1).flatten(1, 2)
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right for batches of matrices, in one kernel."""
     shape = (*left.shape[:2], right.shape[2])
     return torch.baddbmm(left.new_empty(1, 1, 1).expand(shape), left, right, beta=0, alpha=scale)
 
 
 def _probabilities(block: Block, query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """[KV heads * pairs, heads that share keys * queries, keys]."""
+    """Attention probabilities of a block, [KV heads * pairs, heads per KV head * queries, keys]."""
     q, k = block.of_queries(query), block.of_keys(key)
     scores = _product(_batched(q), k.flatten(0, 1).transpose(1, 2), scale)
     scores.view(*q.shape[:-1], -1)[..., block.masked].add_(block.mask)

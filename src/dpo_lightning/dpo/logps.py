@@ -46,7 +46,7 @@ class Scoring(NamedTuple):
     gathered: bool = True  # the head runs only at predicting positions; else the model's own full logits are used
     window: int | None = None  # sliding window of the model or of some of its layers, in tokens
     reason: str = ""  # why it is not the fast way
-    packed: bool = False  # all pairs in one row of real tokens, where prompts are shared
+    packed: bool = False  # all pairs of a batch in one row without padding; only with `shared`
 
 
 FAST = Scoring()

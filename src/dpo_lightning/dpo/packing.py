@@ -1,8 +1,8 @@
 """Attention over a row of packed pairs (`to_packed`): sequences of variable length, without a mask.
 
 Each pair is two causal sequences: the prompt with the chosen part, and the rejected part, whose keys are the prompt's
-and its own. `attend_packed` is an attention implementation of transformers that gets a batch's `Plan` through the
-model's forward, in `plan`; without one, as when the model generates, it is scaled dot-product attention as ever.
+and its own. `attend_packed` is an attention implementation for transformers. The model's forward pass hands it the
+batch's `Plan` as the argument `plan`; without one, as in generation, it is ordinary scaled dot-product attention.
 """
 
 import inspect
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dpo_lightning.data.batching import PairBatch, consecutive
 from dpo_lightning.dpo.block_attention import PairRows, attend_in_blocks
+from dpo_lightning.internals.transformers import attention_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +26,11 @@ PACKED = "packed_pairs"
 
 
 class Sequences:
-    """n sequences in a packed row, each with `queries[i]` queries that are the last of its `keys[i]` tokens.
+    """n sequences of a packed row. The queries of sequence i are the last `queries[i]` of its `keys[i]` tokens.
 
     Args:
-        queries, keys: [n] lengths.
-        key_index: [sum of keys] int64, where in the row each key is; None where they are its first tokens in order.
+        queries, keys: [n] numbers of tokens.
+        key_index: [sum of keys] int64, the position of each key in the row; None if queries and keys are the same.
     """
 
     def __init__(self, queries: np.ndarray, keys: np.ndarray, key_index: np.ndarray | None, device: torch.device):
@@ -42,25 +43,34 @@ class Sequences:
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
-        """Where the sequences' queries and keys begin and the last ones end, [n + 1] int32 each."""
-        return tuple(
-            self._on_device(np.concatenate([[0], np.cumsum(n)]).astype(np.int32)) for n in (self.queries, self.keys)
-        )
+        """Cumulative numbers of queries and of keys, from 0 on, [n + 1] int32 each."""
+
+        def cumulative(counts: np.ndarray) -> Tensor:
+            return self._on_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+
+        return cumulative(self.queries), cumulative(self.keys)
 
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
-        """Tokens to fill [n, max_queries] and [n, max_keys] with, int64; a row's last token fills its end."""
-        ends = ((n[:, None], np.cumsum(n)[:, None]) for n in (self.queries, self.keys))
-        return tuple(self._on_device(np.minimum(end - n + np.arange(n.max()), end - 1).ravel()) for n, end in ends)
+        """Indices that pad queries to [n, max_queries] and keys to [n, max_keys], flattened, int64.
+
+        Each row is padded with its last token.
+        """
+
+        def padded(counts: np.ndarray) -> Tensor:
+            end = np.cumsum(counts)[:, None]
+            return self._on_device(np.minimum(end - counts[:, None] + np.arange(counts.max()), end - 1).ravel())
+
+        return padded(self.queries), padded(self.keys)
 
     @cached_property
     def real(self) -> Tensor:
-        """Which elements of the flattened [n, max_queries] are tokens, int64."""
+        """Indices of the elements of the flattened [n, max_queries] that are no padding, int64."""
         return self._on_device(consecutive(np.arange(len(self.queries)) * self.max_queries, self.queries))
 
 
 class Plan:
-    """Who attends to whom in a packed row, made once for all layers; each kernel reads the property that suits it."""
+    """Which tokens of a packed row attend to which: made once for all layers, each kernel reads the form it takes."""
 
     def __init__(self, batch: PairBatch) -> None:
         self.prompt, chosen, self.rejected_tokens = self.parts = np.array(batch.lengths).T
@@ -68,7 +78,7 @@ class Plan:
 
     @cached_property
     def rows(self) -> PairRows:
-        """A row for each pair."""
+        """The tokens arranged as one row per pair, for the CPU."""
         return PairRows(*self.parts)
 
     @cached_property
@@ -90,17 +100,17 @@ class Plan:
 
 
 def inputs(model: "PreTrainedModel", batch: PairBatch) -> dict[str, Any]:
-    """What a model's forward takes for a packed batch; `attend_packed` becomes the model's attention.
+    """Arguments of a model's forward pass over a packed batch. Makes `attend_packed` the model's attention.
 
-    It stays that, since gradient checkpointing calls it in the backward pass too.
+    It is not set back afterwards, because gradient checkpointing runs it in the backward pass too.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if model.config._attn_implementation != PACKED:
+    if attention_in_use(model) != PACKED:
         AttentionInterface.register(PACKED, attend_packed)
-        AttentionMaskInterface.register(PACKED, AttentionMaskInterface()["sdpa"])  # where there is no plan
+        AttentionMaskInterface.register(PACKED, AttentionMaskInterface()["sdpa"])  # for calls without a plan
         model.set_attn_implementation(PACKED)
-    # Four dimensions are what transformers takes for a ready mask, so that it makes none [T, T] of the position ids.
+    # A mask of four dimensions is passed on as it is. Without one transformers would make a [T, T] mask.
     no_mask = batch.input_ids.new_empty(1, 1, 0, 0)
     return {
         "input_ids": batch.input_ids,
@@ -124,7 +134,7 @@ def attend_packed(
     """Attention [1, T, H, D] of query [1, H, T, D] to key and value, which may have fewer heads.
 
     Raises:
-        ValueError: attention with soft-capped scores or sinks, which is not to be had here.
+        ValueError: the model's scores are soft-capped, or its attention has sinks.
     """
     if plan is None:
         from transformers import AttentionInterface
@@ -136,7 +146,7 @@ def attend_packed(
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value))
-    # Some models have the window only in their masks.
+    # Some models apply their window in masks alone and do not pass it on.
     window = sliding_window or getattr(module, "sliding_window", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if device == "cpu":
@@ -148,12 +158,12 @@ def attend_packed(
 def attend_in_pieces(
     attend: Callable, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None
 ) -> Tensor:
-    """Attention [T, H, D] by a kernel that takes `Sequences`."""
-    first = len(query) - int(plan.rejected_tokens.sum())
+    """Attention [T, H, D] by a kernel that takes `Sequences`: first chosen, then rejected parts."""
+    first, rejected = len(query) - int(plan.rejected_tokens.sum()), plan.rejected
     outputs = [attend(query[:first], key[:first], value[:first], plan.chosen, scale, window)]
-    if plan.rejected is not None:
-        keys, values = (heads.index_select(0, plan.rejected.key_index) for heads in (key, value))
-        outputs.append(attend(query[first:], keys, values, plan.rejected, scale, window))
+    if rejected is not None and rejected.key_index is not None:
+        keys, values = key.index_select(0, rejected.key_index), value.index_select(0, rejected.key_index)
+        outputs.append(attend(query[first:], keys, values, rejected, scale, window))
     return torch.cat(outputs)
 
 
@@ -164,45 +174,43 @@ def _takes_varlen(query: Tensor, value: Tensor) -> bool:
 
 @cache
 def has_varlen(device: torch.device) -> bool:
-    """Whether torch has FlashAttention for sequences of variable length and grouped queries (2.12), and the GPU too."""
+    """Whether torch (2.12 or later) and this GPU have FlashAttention for variable lengths and grouped queries."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters and torch.cuda.get_device_capability(device) >= (
-        8,
-        0,
-    )
+    grouped_queries = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return grouped_queries and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> Tensor:
-    """Attention [T, H, D] by FlashAttention on CUDA, whose causality is that of the last tokens."""
+    """Attention [T, H, D] by FlashAttention on CUDA, which aligns the last query with the last key."""
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys = sequences.cumulative
-    return varlen_attn(
+    output: Any = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), queries, keys,
         sequences.max_queries, sequences.max_keys, scale=scale,
         window_size=(window - 1 if window else -1, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+    return output
 
 
 def attend_padded(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> Tensor:
-    """Attention [T, H, D] by scaled dot products over rows padded on the right, which causality alone hides."""
-    n, m = len(sequences.queries), sequences.max_queries
+    """Attention [T, H, D] by SDPA over rows padded on the right, which causality hides from all real tokens."""
+    (queries, keys), n, m = sequences.padding, len(sequences.queries), sequences.max_queries
     query, key, value = (
         heads.index_select(0, index).unflatten(0, (n, -1)).transpose(1, 2)
-        for heads, index in zip((query, key, value), sequences.padding[:1] + 2 * sequences.padding[1:], strict=True)
+        for heads, index in ((query, queries), (key, keys), (value, keys))
     )
     offset = torch.from_numpy(sequences.keys - sequences.queries).to(query.device, non_blocking=True)
-    # The last key that a query sees; padding must see one too, or its softmax is NaN.
-    last = (offset[:, None, None, None] + torch.arange(m, device=query.device)[:, None]).clamp_max(
-        sequences.max_keys - 1
-    )
+    # The last key that each query attends to. Padding has to attend to one too, or its softmax is NaN.
+    last = offset[:, None, None, None] + torch.arange(m, device=query.device)[:, None]
+    last = last.clamp_max(sequences.max_keys - 1)
     causal = sequences.key_index is None and not (window and window < sequences.max_keys)
     seen = None
     if not causal:

@@ -8,6 +8,7 @@ import torch
 
 from dpo_lightning.data.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.dpo.logps import Scoring, pair_logps
+from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.generate import evaluating
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ SHARED_PREFIX_MODEL_TYPES = frozenset(
     "gpt_bigcode starcoder2 stablelm olmo olmo2 olmo3 olmoe granite granitemoe cohere cohere2 smollm3 biogpt "
     "deepseek_v3 gptj codegen xglm gpt_oss".split()
 )
-# Of these, the ones whose pairs cannot be packed into one row: soft-capped scores, sinks, attention that no other
-# implementation can take the place of (Falcon, XGLM), or that is not given the arguments of the forward (StableLM).
+# Of these, the ones whose pairs cannot be packed into one row: their scores are soft-capped, their attention has sinks,
+# cannot be replaced (Falcon, XGLM), or does not get the arguments of the forward pass (StableLM).
 UNPACKED_MODEL_TYPES = frozenset("gemma2 gpt_oss falcon xglm stablelm".split())
 
 
@@ -68,16 +69,16 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
             return False
         if device.type != "cuda" or model.dtype != torch.float32:
             return True
-        with torch.autocast("cuda", torch.bfloat16):  # for which a GPU has a kernel of its own
+        with torch.autocast("cuda", torch.bfloat16):  # which uses another kernel
             return agrees(candidate, NOISE_IN_16_BITS)
 
     with torch.autocast(device.type, enabled=False), float32_products(), evaluating(model):
         truth = pair_logps(model, probe, Scoring(shared=False, gathered=False)).token_logps
         if scoring.shared:
-            before = model.config._attn_implementation
+            before = attention_in_use(model)
             if may_pack and agrees_packed(packed := scoring._replace(packed=True)):
                 return packed
-            if model.config._attn_implementation != before:
+            if attention_in_use(model) != before:
                 model.set_attn_implementation(before)
             if agrees(scoring):
                 return scoring
