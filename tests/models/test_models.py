@@ -153,7 +153,8 @@ def table(found) -> str:
     ]
     for name in FAMILIES:
         family = found(name)
-        reads = "once per pair" if family.scoring.shared else f"twice: {family.scoring.reason}"
+        once = "once per pair, packed" if family.scoring.packed else "once per pair"
+        reads = once if family.scoring.shared else f"twice: {family.scoring.reason}"
         window = "kept" if "sliding_window" in FAMILIES[name][1] else ""
         head = "tied" if family.tied else "own"
         router = "added" if family.router else ""

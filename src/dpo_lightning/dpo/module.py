@@ -60,7 +60,8 @@ class DPOModule(PolicyModule):
             `dpo_lightning.dpo.reference`. By default cached if there is more than one epoch.
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); by default all weights train.
         gradient_checkpointing: uses less memory and about a third more time.
-        attn_implementation: `eager` or `sdpa`; by default the faster one here (`hardware.fastest_attention`).
+        attn_implementation: `eager` or `sdpa`, one padded row per pair; by default batches are packed (`dpo.packing`)
+            if the model can take them, otherwise the faster of the two here (`hardware.fastest_attention`).
         dtype: of the weights in memory; float32 is right for mixed precision. 16 bits only under an adapter.
         quantization: `4bit` or `8bit` weights under an adapter, by bitsandbytes.
         router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; by default that of its config.
