@@ -116,6 +116,15 @@ def _mismatch(value: Any, kind: Any) -> str:
 # ---------------------------------------------------------------------- the command line
 
 
+def run_function(function: Callable[..., Any], args: Sequence[str]) -> None:
+    """Calls a function with arguments from the command line, which begin with the command's name."""
+    from jsonargparse import auto_cli
+
+    name, *rest = args
+    prog, about = f"{Path(sys.argv[0]).name} {name}", (function.__doc__ or "").partition("\n")[0]
+    auto_cli(function, args=rest, parser_class=OneLineErrorParser, as_positional=False, prog=prog, description=about)
+
+
 class OneLineErrorParser(LightningArgumentParser):
     """A parser with errors of one line instead of the error and the usage, and without abbreviated names."""
 
@@ -143,6 +152,9 @@ def explained(message: str, names: Collection[str]) -> str:
     if "accept" in message and (found := re.search(r"[Oo]ption '([\w.+]+)'", message)):
         group = re.match(r"Group '([^']+)'", message)
         return no_such_setting(f"{group[1]}.{found[1]}" if group else found[1], names)
+    if found := re.match(r"the following arguments are required: (?:(fit|validate|test|predict)\.)?([^\s,]+)", message):
+        configuration = "--config FILE, such as configs/gpt2.yaml, or " if found[1] else ""
+        return f"{found[2]} is missing: give {configuration}--{found[2]} VALUE"
     if found := re.match(r"argument ([\w.]+) --> ([\w.]+): ", message):  # a linked setting, which jsonargparse fills in
         return no_such_setting(found[2], [found[1]])
     if found := WRONG.match(message):

@@ -76,6 +76,18 @@ def test_fit_leaves_everything_behind_and_the_rest_works_on_it(run, tmp_path, ca
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) >= 4
 
 
+def test_rows_that_may_have_been_trained_on_are_not_tested_without_a_warning(run, tmp_path, recwarn):
+    assert run("fit", "--trainer.max_steps", "1", "--replies.num_prompts", "1") == 0
+    last = str(tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
+    assert run("test", "--ckpt_path", last) == 0
+    assert not [w for w in recwarn if "trained on" in str(w.message)]
+    assert run("test", "--ckpt_path", last, "--data.test_size", "8") == 0
+    assert [str(w.message) for w in recwarn if "trained on" in str(w.message)] == [
+        "some rows of this test may have been trained on, because they are split off otherwise than in the run of "
+        f"'{last}': data.test_size was 4.0 and is 8.0"
+    ]
+
+
 def test_lora_overlay_writes_an_adapter_and_its_checkpoint_needs_no_overlay(run, tmp_path, caplog):
     assert run("fit", "--export.merge", "true", configs=(GPT2, LORA)) == 0
     folder = tmp_path / "lightning_logs" / "version_0"
@@ -122,6 +134,22 @@ def test_a_mistake_is_one_line(run, capsys, args, words):
     assert run("fit", *args) == 2
     line = error_line(capsys)
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "fit",
+            "model.name_or_path is missing: give --config FILE, such as configs/gpt2.yaml, or --model.name_or_path",
+        ),
+        ("chat", "model is missing: give --model VALUE"),
+        ("export", "ckpt_path is missing: give --ckpt_path VALUE"),
+    ],
+)
+def test_a_command_without_what_it_needs_says_so(capsys, command, words):
+    assert main([command]) == 2
+    assert words in error_line(capsys)
 
 
 def test_a_missing_column_names_file_and_columns(run, capsys, write_rows):

@@ -21,7 +21,7 @@ from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.generate import generate, prompt_room
 from dpo_lightning.models.policy import load_policy, tokenizer_name
-from dpo_lightning.parsing import AtLeast1, OneLineErrorParser, check_settings
+from dpo_lightning.parsing import AtLeast1, check_settings, run_function
 from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
@@ -91,9 +91,7 @@ def chat(
 
 def run_chat(args: Sequence[str]) -> None:
     """Runs `chat` with its arguments, the command's name first."""
-    from jsonargparse import auto_cli
-
-    auto_cli(chat, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
+    run_function(chat, args)
 
 
 def load_speakers(model: str, reference: str | None, trust_remote_code: bool) -> list[Speaker]:

@@ -11,16 +11,14 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.prompt_format import checkpoint_prompt_format
 from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.errors import UserError
-from dpo_lightning.parsing import OneLineErrorParser, check_settings
+from dpo_lightning.parsing import OneLineErrorParser, check_settings, run_function
 from dpo_lightning.storage.trust import TRUST
 from dpo_lightning.visible import one_line
 
 
 def run_export(args: Sequence[str]) -> None:
     """Runs `export` with its arguments, the command's name first."""
-    from jsonargparse import auto_cli
-
-    auto_cli(export, args=list(args[1:]), parser_class=OneLineErrorParser, as_positional=False)
+    run_function(export, args)
 
 
 def export(

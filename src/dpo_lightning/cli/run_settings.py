@@ -1,10 +1,12 @@
 """Checks of a run's settings that Lightning would fail on later, without a clear message."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.export.callback import ExportCallback
@@ -26,6 +28,7 @@ SECTIONS: dict[str, Any] = {  # of settings -> the class that gets them, if it i
     "predictions": ReplyWriter,
     "export": ExportCallback,
 }
+SPLIT_SETTINGS = ("val_dataset", "test_dataset", "val_size", "test_size", "seed")  # decide which rows are held out
 PROCESSES = 8  # allowed on any CPU, to try out distributed runs
 
 
@@ -59,6 +62,26 @@ def check_run_settings(settings: Namespace) -> None:
     if trainer.get("barebones"):
         raise UserError("trainer.barebones switches checkpoints, logs and replies off, which a run needs: leave it out")
     check_processes(trainer.get("accelerator"), trainer.get("devices"))
+
+
+def warn_of_other_splits(command: str, data: Namespace, trained: Mapping[str, Any], path: str) -> None:
+    """Warns if the held-out rows of a command may be rows that the checkpoint's run trained on.
+
+    Args:
+        data: settings of this command.
+        trained: settings of the data that the checkpoint's run had.
+        path: of the checkpoint.
+    """
+    own = {"validate": ("val",), "test": ("test",), "predict": ("predict", "test")}.get(command, ())
+    if not own or any(data[f"{name}_dataset"] for name in own) or trained.get("train_dataset") != data.train_dataset:
+        return
+    changed = [name for name in SPLIT_SETTINGS if name in trained and trained[name] != data[name]]
+    if changed:
+        values = ", ".join(f"data.{name} was {trained[name]!r} and is {data[name]!r}" for name in changed)
+        rank_zero_warn(
+            f"some rows of this {command} may have been trained on, because they are split off otherwise than in the "
+            f"run of '{path}': {values}"
+        )
 
 
 def check_processes(accelerator: Any, devices: Any) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from dpo_lightning.callbacks.checkpoint_files import (
+    DATA_SETTINGS,
     SETTINGS,
     AtomicCheckpointIO,
     check_checkpoint,
@@ -45,7 +46,7 @@ from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.cli.download import download
 from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
-from dpo_lightning.cli.run_settings import check_run_settings
+from dpo_lightning.cli.run_settings import check_run_settings, warn_of_other_splits
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.generated import MODEL_SETTINGS
 from dpo_lightning.data.prompt_format import (
@@ -198,6 +199,7 @@ class DPOCLI(LightningCLI):
         saved = saved_settings(checkpoint, path)
         self._check_trust(settings, saved.get("name_or_path"), path)
         self._checkpoint_prompt_format = checkpoint_prompt_format(checkpoint, path)
+        warn_of_other_splits(self.config.subcommand, settings.data, checkpoint.get(DATA_SETTINGS) or {}, path)
         self._resume_in_its_folder(settings, Path(path), checkpoint["global_step"])
         given = settings.model.as_dict()
         try:
