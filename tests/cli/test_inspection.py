@@ -41,7 +41,7 @@ def test_it_says_what_will_be_trained_on(inspect, tokenizer, tmp_path):
     assert "train, tokens of rejected: 1 to 1, median 1, mean 1.0, 40 in total" in printed
     assert "prompts cut to fit data.max_length = 64: 0 (0.0%)" in printed
     assert f"⟦<|endoftext|>⟧\n{rows}, line " in printed and printed.count("  chosen    ⟦ SELECT ") == 3
-    assert "an epoch is 10 batches of 4 pairs on each of 1 devices; at 2 a step the run has 15 steps" in printed
+    assert "an epoch has 10 batches of 4 pairs on each of 1 devices; at 2 per step the run has 15 steps" in printed
     assert "--time true" in printed
     assert not list(tmp_path.glob("lightning_logs"))
 
