@@ -17,7 +17,7 @@ from dpo_lightning.internals.torch import softmax_gradient
 
 QUERIES = 128  # queries per pair and block
 SCORES = 2**21  # elements of a block's scores, at most
-KEPT = 2**24  # probabilities are kept for the backward pass up to this many elements, otherwise recomputed
+KEPT = 2**24  # elements of probabilities up to which the backward pass reuses them instead of computing them again
 
 
 class Block(NamedTuple):
@@ -81,8 +81,8 @@ class PairRows:
                 if not alone:
                     unseen = unseen | (query >= t) & (key >= p) & (key < t)
                 if window:
-                    positions = (column - (t - p) * (column >= t) for column in (query, key))
-                    unseen = unseen | (next(positions) - next(positions) >= window)
+                    query_position, key_position = (column - (t - p) * (column >= t) for column in (query, key))
+                    unseen = unseen | (query_position - key_position >= window)
                 mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
                 yield Block(few, slice(a, b), slice(first, b), slice(masked - first, None), mask)
 

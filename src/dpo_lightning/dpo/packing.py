@@ -70,7 +70,7 @@ class Sequences:
 
 
 class Plan:
-    """Which tokens of a packed row attend to which: made once for all layers, each kernel reads the form it takes."""
+    """Which tokens of a packed row attend to which, for all layers. Each kernel reads the property that it needs."""
 
     def __init__(self, batch: PairBatch) -> None:
         self.prompt, chosen, self.rejected_tokens = self.parts = np.array(batch.lengths).T
@@ -88,7 +88,7 @@ class Plan:
 
     @cached_property
     def rejected(self) -> Sequences | None:
-        """The rejected parts with their prompts as keys; None where all are empty."""
+        """The rejected parts, with their prompts among the keys; None if all are empty."""
         some = self.rejected_tokens > 0
         if not some.any():
             return None
@@ -201,7 +201,7 @@ def attend_varlen(
 def attend_padded(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> Tensor:
-    """Attention [T, H, D] by SDPA over rows padded on the right, which causality hides from all real tokens."""
+    """Attention [T, H, D] by SDPA over rows padded on the right; causality hides the padding from real tokens."""
     (queries, keys), n, m = sequences.padding, len(sequences.queries), sequences.max_queries
     query, key, value = (
         heads.index_select(0, index).unflatten(0, (n, -1)).transpose(1, 2)
