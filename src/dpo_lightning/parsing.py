@@ -36,7 +36,7 @@ MODULES = {"Optimizer": torch.optim, "LRScheduler": torch.optim.lr_scheduler}  #
 CLASSES = {int: Integral, float: Real, list: list | tuple, dict: Mapping}  # wider types that are accepted
 # The parser's message on an argument of a class that a setting names.
 OF_A_CLASS = re.compile(
-    r"Errors: - (?:there is no setting (?P<unknown>.*?)|(?P<wrong>\w+ is '.*?)|[^']* required: (?P<missing>\w+)) - "
+    r"Errors: - (?:there is no setting (?P<unknown>.*?)|(?P<wrong>\w+ is '.*?)|(?P<missing>\w+) is missing: .*?) - "
 )
 WRONG = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<why>.*)', re.DOTALL)
 

@@ -181,7 +181,7 @@ def test_a_download_overwrites_nothing_of_the_users(download, tmp_path, kind, wh
         (folder / ("config.json" if what == "config" else "thesis.tex")).write_text("mine")
     before = tree(tmp_path)
     code, err = download()
-    assert code == 2 and f"error: 'offline/{kind}' is there already" in err
+    assert code == 2 and f"error: 'offline/{kind}' already exists, and" in err
     assert tree(tmp_path) == before  # nothing written at all, since it is looked at first
 
 

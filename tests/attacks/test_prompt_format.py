@@ -121,7 +121,7 @@ def test_the_prompt_of_chat_is_the_prompt_of_training(sql_run, asked):
 
 def test_the_folder_of_a_run_has_its_model(sql_run, asked, capsys):
     assert texts(sql_run / "huggingface", asked(sql_run, QUESTION, "--schema", SCHEMA)) == [PROMPT]
-    assert "asked as it was trained" in capsys.readouterr().err
+    assert "prompts are as in the training of" in capsys.readouterr().err
 
 
 def test_the_demo_is_asked_as_it_was_trained(asked):
@@ -209,16 +209,16 @@ def test_of_an_older_export_it_is_said_what_is_assumed(sql_run, model_folder, as
         path.unlink()
     assert texts(old, asked(old, QUESTION))[0].startswith("<|im_start|>user\n")
     said = capsys.readouterr().err
-    assert "not known" in said and "'old'" in said and "assumed is the tokenizer's chat template" in said
+    assert "the prompt format of 'old' is unknown" in said and "using the tokenizer's chat template" in said
     asked(model_folder, QUESTION)
-    assert "assumed is the template" in capsys.readouterr().err
+    assert "using the template" in capsys.readouterr().err
 
 
 def test_another_template_than_that_of_training_is_used_with_a_word(sql_run, asked, capsys):
     assert texts(sql_run / "huggingface", asked(sql_run, QUESTION, "--prompt_template", "Q {question}")) == [
         f"Q {QUESTION}"
     ]
-    assert "may answer worse" in capsys.readouterr().err
+    assert "may make its replies worse" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- predict and test

@@ -162,7 +162,7 @@ def test_a_checkpoint_names_no_class_to_import(setting, name, model_folder, tmp_
         assert command(name, model_folder, "--ckpt_path", given, "--trainer.max_steps", "3") == 2
         line = error_line(capsys)
         assert setting in line and (
-            "there is not" in line
+            "has the unknown setting" in line
             or "must be one of online, cached" in line.replace("cached, online", "online, cached")
         )
     assert "strangers" not in sys.modules and not (tmp_path / "ran").exists()

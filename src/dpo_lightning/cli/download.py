@@ -59,10 +59,8 @@ def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[s
 def _check_ours(folder: Path) -> None:
     """Raises UserError if a folder has content that no download wrote, or that was changed since."""
     if os.path.lexists(folder) and (found := foreign(folder, MANIFEST)):
-        raise UserError(
-            f"'{folder}' already exists, and '{found}' in it is not as a download wrote it: move it away, or give "
-            "another --output_dir"
-        )
+        wrong = "is not a folder" if found == "." else f"'{found}' in it is not as a download wrote it"
+        raise UserError(f"'{folder}' already exists, and {wrong}: move it away, or give another --output_dir")
 
 
 def _write(kind: str, folder: Path, save: Callable[[str], Any]) -> None:
