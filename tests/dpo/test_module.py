@@ -121,12 +121,12 @@ def test_precision_decides_attention_and_how_the_reference_is_kept(data, module,
     assert fastest_attention("cpu", bf16=True, row_length=400) is fastest_attention("cuda", True, 70) is None
 
 
-@pytest.mark.parametrize("attention", [None, "eager", "sdpa"])
-def test_batches_are_packed_unless_the_user_names_an_attention(data, module, quiet_trainer, attention):
+@pytest.mark.parametrize("attention", [None, "eager", "sdpa", "packed"])
+def test_batches_are_packed_on_request(data, module, quiet_trainer, attention):
     model = module(attn_implementation=attention)
     quiet_trainer(max_steps=1).fit(model, data(batch_size=4))
-    assert model.scoring.shared and model.scoring.packed == (attention is None)
-    assert attention_in_use(model.causal_lm) == (attention or PACKED)
+    assert model.scoring.shared and model.scoring.packed == (attention == "packed")
+    assert (attention_in_use(model.causal_lm) == PACKED) == (attention == "packed")
 
 
 def test_dropout_is_off_in_both_models_while_training(module):

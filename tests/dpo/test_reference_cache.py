@@ -82,7 +82,7 @@ def test_a_second_run_neither_scores_nor_loads_the_reference(fit, monkeypatch, c
 def test_log_probs_cached_without_packing_are_used_where_they_are_as_exact(fit, root, precision, unpacked, kept):
     first = fit(attn_implementation=unpacked, precision=precision)
     train = {path for path in caches(root) if json.loads(path.read_text())["key"]["pairs"] == 44}
-    second = fit(precision=precision)
+    second = fit(attn_implementation="packed", precision=precision)
     assert len(train) == 1 and second.scoring.packed and not first.scoring.packed
     assert first.loaded_attention == second.loaded_attention
     assert sum(json.loads(path.read_text())["key"]["pairs"] == 44 for path in caches(root)) == kept

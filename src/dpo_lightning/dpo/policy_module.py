@@ -132,7 +132,8 @@ class PolicyModule(LightningModule):
     def load_policy(self, **changes: Any) -> "PreTrainedModel | PeftModel":
         """Loads the policy as it is before training; `changes` override arguments of `models.policy.load_policy`."""
         settings = {name: self.hparams[name] for name in inspect.signature(load_policy).parameters}
-        settings["attn_implementation"] = self.hparams.attn_implementation or self._fastest_attention()
+        if self.hparams.attn_implementation in (None, "packed"):
+            settings["attn_implementation"] = self._fastest_attention()
         return load_policy(**settings | changes)
 
     def _fastest_attention(self) -> str | None:
@@ -208,9 +209,10 @@ class PolicyModule(LightningModule):
         """The way to compute this model's log-probs, chosen on the first batch (`choose_scoring`) by all ranks."""
         if self.scoring is not None:
             return self.scoring
-        # An attention that the user has chosen is kept: packing would replace it.
-        may_pack = self.hparams.attn_implementation is None
+        may_pack = self.hparams.attn_implementation == "packed"
         scoring = self.trainer.strategy.broadcast(choose_scoring(self.causal_lm, batch, may_pack=may_pack))
+        if may_pack and not scoring.packed:
+            rank_zero_warn("model.attn_implementation is packed, but this model cannot read packed pairs: not packed")
         if not scoring.shared:
             rank_zero_warn(f"prompts are read twice per pair, which is slower: {scoring.reason}")
         if not scoring.gathered:
