@@ -137,6 +137,12 @@ class Steps(Callback):
         self.profiler.stop()
 
 
+def padding_of(batches: list[PairBatch]) -> float:
+    """Share of padding among the positions of batches in the shared layout."""
+    real = sum(int((batch.segment_ids != PADDING).sum()) for batch in batches)
+    return 1 - real / sum(batch.segment_ids.numel() for batch in batches)
+
+
 KINDS = (  # in order: the first whose words are in an operation's name
     ("attention", ("scaled_dot_product", "bmm", "baddbmm", "_softmax", "attention")),
     ("matrix products", ("addmm", "mm", "linear")),
@@ -195,9 +201,7 @@ def main() -> None:
         floors.append(sum(known[product] * count for product, count in needed.items()))
     floor = statistics.median(floors)
     operations = sum(product.operations * count for product, count in needed.items())
-    padding = 1 - sum(int((b.segment_ids != PADDING).sum()) for b in steps.batches) / sum(
-        b.segment_ids.numel() for b in steps.batches
-    )
+    padding = 0.0 if module.scoring.packed else padding_of(steps.batches)
     print(
         f"{options.workload}, batch {options.batch_size}, {options.precision}, reference {options.reference}, {device}"
     )

@@ -221,25 +221,25 @@ logps_mask = logps.shared_prefix_mask
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_wrong_mask_is_caught(name, wrong, attention, monkeypatch):
     model, batch = make_model(name, attention), make_batch()
-    assert choose_scoring(model, batch).shared
+    assert choose_scoring(model, batch, may_pack=False).shared
     monkeypatch.setattr(logps, "shared_prefix_mask", wrong)
-    assert not choose_scoring(model, batch).shared
+    assert not choose_scoring(model, batch, may_pack=False).shared
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("wrong", [causal_only, last_chosen_seen])
 def test_a_wrong_mask_is_caught_through_the_noise_too(name, wrong, tf32, monkeypatch):
     monkeypatch.setattr(logps, "shared_prefix_mask", wrong)
-    assert not choose_scoring(make_model(name), make_batch()).shared
+    assert not choose_scoring(make_model(name), make_batch(), may_pack=False).shared
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_wrong_mask_is_caught_in_16_bits_too(name, dtype, monkeypatch):
     model = make_model(name).to(dtype)
-    assert choose_scoring(model, make_batch()).shared
+    assert choose_scoring(model, make_batch(), may_pack=False).shared
     monkeypatch.setattr(logps, "shared_prefix_mask", causal_only)
-    assert not choose_scoring(model, make_batch()).shared
+    assert not choose_scoring(model, make_batch(), may_pack=False).shared
 
 
 def test_a_wrong_position_is_caught(monkeypatch):
@@ -250,11 +250,11 @@ def test_a_wrong_position_is_caught(monkeypatch):
         return found if not batch.shared else found | {"position_ids": found["position_ids"] + (batch.segment_ids == 2)}
 
     monkeypatch.setattr(logps, "_inputs", off_by_one)
-    assert not choose_scoring(make_model("gpt2"), make_batch()).shared
+    assert not choose_scoring(make_model("gpt2"), make_batch(), may_pack=False).shared
 
 
 def test_not_a_number_agrees_with_nothing():
     model = make_model("gpt2")
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
-    assert not choose_scoring(model, make_batch()).shared
+    assert not choose_scoring(model, make_batch(), may_pack=False).shared

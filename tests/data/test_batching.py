@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lightning.data.batching import EncodedPair, collate, collate_prompts, to_pairs, to_separate
+from dpo_lightning.data.batching import EncodedPair, collate, collate_prompts, to_packed, to_pairs, to_separate
 from dpo_lightning.data.loaders import LengthGroupedBatchSampler
 from dpo_lightning.dpo.logps import shared_prefix_mask
 from dpo_lightning.errors import UserError
@@ -20,6 +20,7 @@ def test_collate_gives_the_tensors_of_its_docstring():
     assert batch.sequence.tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
     assert batch.pair_ids.tolist() == [30, 40]
     assert batch.weight.tolist() == [1, 1] and batch.margin.tolist() == [0, 0]
+    assert batch.lengths == ((2, 2, 1), (1, 1, 0))
     assert batch.num_pairs == 2 and batch.shared
 
 
@@ -32,6 +33,15 @@ def test_separate_rows_are_ordinary_sequences():
     assert batch.input_ids.flatten()[batch.predict_index].tolist() == [6, 7, 8, 6, 9, 5, 7, 5]
     assert (batch.predict_index // 4 == batch.sequence).all()
     assert not batch.shared and to_separate(batch) is batch
+
+
+def test_a_packed_row_holds_the_rejected_parts_last_and_no_padding():
+    batch = to_packed(collate([*PAIRS, EncodedPair([3], [4, 2], [8, 9, 2])], [0, 1, 2]))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 5, 7, 3, 4, 9, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 1, 2]]
+    assert batch.segment_ids.tolist() == [[0, 0, 1, 1, 0, 1, 0, 1, 2, 2, 2]]
+    assert batch.predict_index.tolist() == [1, 2, 3, 1, 8, 4, 5, 4, 6, 7, 6, 9, 10]
+    assert batch.targets.tolist() == [7, 8, 2, 9, 2, 7, 2, 2, 4, 2, 8, 9, 2]
 
 
 def test_pairs_survive_the_batch():
@@ -116,6 +126,6 @@ def test_batches_are_int64_but_for_weights_and_margins():
     other = {
         name: tensor.dtype
         for name, tensor in collate(PAIRS, [0, 1])._asdict().items()
-        if tensor is not None and tensor.dtype != torch.int64
+        if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.int64
     }
     assert other == {"weight": torch.float32, "margin": torch.float32}

@@ -67,14 +67,16 @@ def make_batch(pairs=5):
     return collate([EncodedPair(ids(3 + 2 * i), ids(2 + i), ids(1 + 3 * i % 5)) for i in range(pairs)], range(pairs))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", SHARES)
 @torch.no_grad()
-def test_shared_prefix_equals_separate_forwards(name, attention):
+def test_shared_prefix_equals_separate_forwards(name, attention, packed):
     model, batch = make_model(name, attention), make_batch()
-    scoring = choose_scoring(model, batch)
-    assert scoring.shared and scoring.gathered
-    shared, truth = pair_logps(model, batch, scoring), pair_logps(model, batch, BY_FULL_LOGITS)
+    truth = pair_logps(model, batch, BY_FULL_LOGITS)
+    scoring = choose_scoring(model, batch, may_pack=packed)
+    assert scoring.shared and scoring.gathered and scoring.packed == packed
+    shared = pair_logps(model, batch, scoring)
     assert (shared.sums - truth.sums).abs().max() <= 1e-4
     assert truth.sums.std() > 1, "the log-probs must differ enough for the comparison to mean something"
 
@@ -132,7 +134,7 @@ def test_an_empty_rejected_does_not_blind_the_check(monkeypatch):
         ),
     )
     batch = collate([EncodedPair([5, 6 + i], [7, 8 + i, 2], [2]) for i in range(3)], range(3))
-    assert not choose_scoring(make_model("gpt2"), batch).shared
+    assert not choose_scoring(make_model("gpt2"), batch, may_pack=False).shared
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2-mixed"])

@@ -8,9 +8,11 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.dpo.packing import PACKED
 from dpo_lightning.dpo.reference import AdapterOff, FrozenCopy
 from dpo_lightning.dpo.schedules import rate_at
 from dpo_lightning.errors import UserError
+from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.hardware import fastest_attention
 
 LORA = {"r": 4, "lora_alpha": 8}
@@ -114,9 +116,17 @@ def test_gradients_are_gone_before_the_next_forward_pass(data, module, quiet_tra
 def test_precision_decides_attention_and_how_the_reference_is_kept(data, module, quiet_trainer, precision, attention):
     model = module()
     quiet_trainer(max_steps=1, precision=precision).fit(model, data(batch_size=4))
-    assert model.causal_lm.config._attn_implementation == attention
+    assert model.loaded_attention == attention
     assert model.reference.autocast_dtype == (torch.bfloat16 if precision == "bf16-mixed" else None)
     assert fastest_attention("cpu", bf16=True, row_length=400) is fastest_attention("cuda", True, 70) is None
+
+
+@pytest.mark.parametrize("attention", [None, "eager", "sdpa", "packed"])
+def test_batches_are_packed_on_request(data, module, quiet_trainer, attention):
+    model = module(attn_implementation=attention)
+    quiet_trainer(max_steps=1).fit(model, data(batch_size=4))
+    assert model.scoring.shared and model.scoring.packed == (attention == "packed")
+    assert (attention_in_use(model.causal_lm) == PACKED) == (attention == "packed")
 
 
 def test_dropout_is_off_in_both_models_while_training(module):

@@ -42,7 +42,7 @@ def remove(root):
 @pytest.fixture
 def fit(model_folder, tokenizer, rows_file, quiet_trainer):
     def run(reference="cached", rows=rows_file, ckpt_path=None, callbacks=(), data=None, model=model_folder, **options):
-        settings = {key: options.pop(key) for key in ("lora", "loss_type") if key in options}
+        settings = {key: options.pop(key) for key in ("lora", "loss_type", "attn_implementation") if key in options}
         module = DPOModule(str(model), learning_rate=1e-3, warmup_steps=0, reference=reference, **settings)
         data = data or PreferenceDataModule(tokenizer, rows, batch_size=4, val_size=4, test_size=0)
         trainer = quiet_trainer(**{"max_epochs": 2, "callbacks": list(callbacks)} | options)
@@ -76,6 +76,16 @@ def test_a_second_run_neither_scores_nor_loads_the_reference(fit, monkeypatch, c
     second = fit()
     assert torch.equal(weights(first), weights(second))
     assert "reference log-probs of the 44 train pairs: taken from " in caplog.text
+
+
+@pytest.mark.parametrize(("precision", "unpacked", "kept"), [("32-true", "sdpa", 1), ("bf16-mixed", "eager", 2)])
+def test_log_probs_cached_without_packing_are_used_where_they_are_as_exact(fit, root, precision, unpacked, kept):
+    first = fit(attn_implementation=unpacked, precision=precision)
+    train = {path for path in caches(root) if json.loads(path.read_text())["key"]["pairs"] == 44}
+    second = fit(attn_implementation="packed", precision=precision)
+    assert len(train) == 1 and second.scoring.packed and not first.scoring.packed
+    assert first.loaded_attention == second.loaded_attention
+    assert sum(json.loads(path.read_text())["key"]["pairs"] == 44 for path in caches(root)) == kept
 
 
 def test_margins_are_zero_before_the_first_step_and_the_preflight_agrees(fit, recwarn):

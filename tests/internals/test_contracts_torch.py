@@ -48,6 +48,14 @@ def test_conversions_go_through_apply():
         assert module.calls == 4 and module.weight.dtype == torch.float32
 
 
+def test_softmax_gradient():
+    with holds("aten._softmax_backward_data", "the attention of packed pairs on CPUs (dpo/block_attention.py)"):
+        scores, gradient = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
+        probabilities = scores.softmax(-1)
+        (expected,) = torch.autograd.grad(probabilities, scores, gradient)
+        torch.testing.assert_close(internals.softmax_gradient(gradient, probabilities.detach()), expected)
+
+
 def test_copy_and_lerp_all():
     with holds(
         "torch._foreach_copy_ or torch._foreach_lerp_", "references that move, and adapters that are swapped in"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from contracts import contract
 from huggingface_hub import constants
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from dpo_lightning.data.generated import stored_weights
 from dpo_lightning.internals import transformers as internals
@@ -25,6 +25,27 @@ def test_attention_in_use(config, attention):
     with holds("config._attn_implementation", "the mask of a prompt that is read once, silently wrong otherwise"):
         model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
         assert internals.attention_in_use(model) == attention
+
+
+def test_an_attention_of_our_own(config):
+    calls = []
+
+    def attention(module, query, key, value, attention_mask, plan=None, **others):
+        calls.append((query.shape, attention_mask.shape, plan))
+        return value.transpose(1, 2), None
+
+    with holds("AttentionInterface, 4D masks or the arguments of a forward pass", "packed batches (dpo/packing.py)"):
+        AttentionInterface.register("contract", attention)
+        AttentionMaskInterface.register("contract", AttentionMaskInterface()["sdpa"])
+        model, plan = GPT2LMHeadModel._from_config(config, attn_implementation="eager"), object()
+        model.set_attn_implementation("contract")
+        assert internals.attention_in_use(model) == "contract"
+        ids = torch.arange(3)[None]
+        model(ids, attention_mask=ids.new_empty(1, 1, 0, 0), position_ids=ids, plan=plan, use_cache=False)
+        assert calls == [((1, 1, 3, 4), (1, 1, 0, 0), plan)]
+        assert "contract" not in model.config.to_json_string()  # exported folders load without this package
+        model.set_attn_implementation("eager")
+        assert internals.attention_in_use(model) == "eager"
 
 
 def test_hub_commit(config, monkeypatch, tmp_path):

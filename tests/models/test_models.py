@@ -20,7 +20,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import export_policy
 from dpo_lightning.data.batching import EncodedPair, collate, to_separate
 from dpo_lightning.dpo.logps import Scoring, pair_logps
-from dpo_lightning.dpo.shared_prompt import SHARED_PREFIX_MODEL_TYPES
+from dpo_lightning.dpo.shared_prompt import SHARED_PREFIX_MODEL_TYPES, UNPACKED_MODEL_TYPES
 from dpo_lightning.errors import UserError
 from dpo_lightning.models import policy
 from dpo_lightning.models.policy import load_policy
@@ -140,6 +140,7 @@ def test_a_family_trains_and_exports_and_its_log_probs_are_exact(found, name):
     family = found(name)
     assert family.error < 1e-3
     assert family.scoring.shared == (family.model_type in SHARED_PREFIX_MODEL_TYPES and "ALiBi" not in name)
+    assert family.scoring.packed == (family.scoring.shared and family.model_type not in UNPACKED_MODEL_TYPES)
     assert family.scoring.gathered
     assert family.router == ("output_router_logits" in FAMILIES[name][1])
 
@@ -152,7 +153,8 @@ def table(found) -> str:
     ]
     for name in FAMILIES:
         family = found(name)
-        reads = "once per pair" if family.scoring.shared else f"twice: {family.scoring.reason}"
+        once = "once per pair, packed" if family.scoring.packed else "once per pair"
+        reads = once if family.scoring.shared else f"twice: {family.scoring.reason}"
         window = "kept" if "sliding_window" in FAMILIES[name][1] else ""
         head = "tied" if family.tied else "own"
         router = "added" if family.router else ""

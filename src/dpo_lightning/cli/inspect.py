@@ -71,6 +71,8 @@ def run_inspect(args: Sequence[str]) -> None:
     for line in inspect(data, cli.config.rows):
         print(visible(line))
     print("\n" + run_line(data, trainer) + "; " + time_line(data, trainer, measured(cli) if cli.config.time else None))
+    if cli.model.scoring is not None:  # the model was loaded to measure the time
+        print(f"this model takes batches {'packed, without' if cli.model.scoring.packed else 'with'} padding")
 
 
 def measured(cli: DPOCLI) -> float:
@@ -135,7 +137,8 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
         count = int(numeric_column(train, cut).sum())
         share = f"{count:,} ({count / len(train):.1%})"
         yield f"{cut.replace('_', 's ')} to fit data.max_length = {data.max_length}: {share}"
-    yield f"padding in the first epoch's training batches: {padding(data):.1%} of their tokens"
+    share = f"{padding(data):.1%} of their tokens, none with model.attn_implementation: packed"
+    yield f"padding in the first epoch's training batches: {share}"
     if rows:
         yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"
     for position in range(min(rows, len(train))):
@@ -166,7 +169,7 @@ def histogram(title: str, values: np.ndarray) -> Iterator[str]:
 
 
 def padding(data: PreferenceDataModule) -> float:
-    """Share of padding among the tokens of the first epoch's training batches, on all devices together."""
+    """Share of padding in the first epoch's training batches before packing, on all devices together."""
     lengths = numeric_column(data.datasets["train"], "length")
     sampler: Any = data.train_dataloader().sampler
     world = sampler.num_replicas

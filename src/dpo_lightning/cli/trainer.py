@@ -126,6 +126,8 @@ class DPOCLI(LightningCLI):
             config.data.tokenizer = tokenizer_name(config.model.name_or_path)
         if config.data.rejected == "generated":
             model = {name: config.model[name] for name in MODEL_SETTINGS}
+            if model["attn_implementation"] == "packed":  # which is for pairs, not for replies
+                model["attn_implementation"] = None
             config.data.generation = model | (config.data.generation or {})
         if config.trainer.precision is None:
             config.trainer.precision, why = fastest_precision(config.trainer.accelerator)

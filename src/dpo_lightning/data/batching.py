@@ -26,7 +26,8 @@ class PairBatch(NamedTuple):
     """B pairs as tensors. N is the number of completion tokens of all pairs: the tokens that are predicted.
 
     In the shared layout a row is a pair; in the separate one (`to_separate`) rows 2b and 2b + 1 are the chosen and the
-    rejected sequence of pair b. Everything downstream reads only these fields and works with both.
+    rejected sequence of pair b; in the packed one (`to_packed`) a single row holds all pairs. Everything downstream
+    reads only these fields and works with each layout.
     """
 
     input_ids: Tensor  # [rows, T] int64; padding is 0 and never attended to by a real token
@@ -39,11 +40,16 @@ class PairBatch(NamedTuple):
     weight: Tensor  # [B] float32, what the pair's loss is multiplied by
     margin: Tensor  # [B] float32, by how much the loss wants chosen above rejected, in units of beta times nats
     reference_logps: Tensor | None = None  # [N] float32 nats, the targets under the reference, if precomputed
+    lengths: tuple[tuple[int, int, int], ...] = ()  # B times the columns of the prompt, chosen and rejected parts
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on a device. The host does not wait for copies from pinned memory to a GPU."""
+        """The same batch on a device; `lengths` stay on the host, where kernels are given their sizes.
+
+        The host does not wait for copies from pinned memory to a GPU.
+        """
         ahead = torch.device(device).type == "cuda"
-        return PairBatch._make(None if tensor is None else tensor.to(device, non_blocking=ahead) for tensor in self)
+        moved = (field.to(device, non_blocking=ahead) if isinstance(field, Tensor) else field for field in self)
+        return PairBatch._make(moved)
 
     @property
     def num_pairs(self) -> int:
@@ -104,6 +110,7 @@ def collate(
         weight=torch.tensor([pair.weight for pair in pairs]),
         margin=torch.tensor([pair.margin for pair in pairs]),
         reference_logps=None if reference_logps is None else torch.tensor(list(chain.from_iterable(reference_logps))),
+        lengths=tuple((len(prompt), len(chosen) - 1, len(rejected) - 1) for prompt, chosen, rejected in ids),
     )
 
 
@@ -138,6 +145,32 @@ def to_separate(batch: PairBatch) -> PairBatch:
         segment_ids=segment_ids,
         predict_index=batch.sequence * columns + position,
     )
+
+
+def to_packed(batch: PairBatch) -> PairBatch:
+    """The same pairs as one row [1, T] of real tokens: every pair's prompt and chosen part, then all rejected parts.
+
+    In this order prompt and chosen part of each pair are one contiguous sequence.
+    """
+    assert batch.shared
+    width, device = batch.input_ids.shape[1], batch.input_ids.device
+    prompt, chosen, rejected = np.array(batch.lengths).T
+    first = np.arange(batch.num_pairs) * width
+    columns = [consecutive(first, prompt + chosen), consecutive(first + prompt + chosen, rejected)]
+    token = torch.from_numpy(np.concatenate(columns)).to(
+        device, non_blocking=True
+    )  # index into the flattened [rows * width]
+    packed_index = token.new_empty(batch.input_ids.numel())
+    packed_index[token] = torch.arange(len(token), device=device)
+    fields = {
+        name: getattr(batch, name).flatten()[token][None] for name in ("input_ids", "position_ids", "segment_ids")
+    }
+    return batch._replace(**fields, predict_index=packed_index[batch.predict_index])
+
+
+def consecutive(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """counts[b] consecutive integers from first[b] on, for every b: ([5, 0], [2, 3]) -> [5, 6, 0, 1, 2]."""
+    return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
 
 
 def to_pairs(batch: PairBatch) -> list[EncodedPair]:

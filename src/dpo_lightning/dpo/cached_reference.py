@@ -17,7 +17,6 @@ from dpo_lightning.data.batching import REFERENCE_LOGPS
 from dpo_lightning.data.columns import id_counts
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.internals.datasets import cache_folder
-from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.generate import evaluating
 from dpo_lightning.storage.arrow_cache import Columns, dataset_folder
 from dpo_lightning.storage.digests import content_digest, key_digest
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from lightning.pytorch import Trainer
 
+    from dpo_lightning.dpo.logps import Scoring
     from dpo_lightning.dpo.policy_module import PolicyModule
 
 FORMAT = 2  # raise it when what is kept, or what it means, changes
@@ -58,10 +58,21 @@ def add_reference_logps(module: "PolicyModule") -> None:
             "tokens": content_digest(data.datasets[name], TOKEN_COLUMNS),
             "layout": "shared" if scoring.shared else "separate",
             "head": "gathered" if scoring.gathered else "full",
-            "attention": attention_in_use(module.causal_lm),
+            "attention": _attention(module, scoring),
             "precision": str(module.trainer.precision),
         }
         data.add_column(name, REFERENCE_LOGPS, _logps(module, data, name, key))
+
+
+def _attention(module: "PolicyModule", scoring: "Scoring") -> str | None:
+    """The attention of a cache's key.
+
+    In float32, log-probs with and without packing agree to 1e-4 nats per completion. Those cached without it stay
+    valid, under the attention that the policy was loaded with. In 16 bits two attentions differ by tenths of a nat,
+    which would show as margins before any training.
+    """
+    in_float32 = module.trainer.precision == "32-true" and module.causal_lm.dtype == torch.float32
+    return "packed" if scoring.packed and not in_float32 else module.loaded_attention
 
 
 def _logps(module: "PolicyModule", data: PreferenceDataModule, name: str, key: dict[str, Any]) -> pa.ChunkedArray:
@@ -109,7 +120,7 @@ def _why_missing(key: dict[str, Any]) -> str:
     before = cache_folder() / "reference_logps" / key_digest(key | {"format": 1})
     if before.exists():
         return f"'{before}' was written by an earlier version, in another format"
-    return "they have not been computed for these pairs, this model and this precision yet"
+    return "they have not been computed for these pairs, with this model, precision and attention yet"
 
 
 # A pass writes a pair's log-probs as the bytes of their float32 values in base64, which is exact and short.

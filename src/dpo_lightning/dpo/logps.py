@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_lightning.data.batching import PADDING, PROMPT, PairBatch, to_separate
+from dpo_lightning.data.batching import PADDING, PROMPT, PairBatch, to_packed, to_separate
+from dpo_lightning.dpo import packing
 from dpo_lightning.dpo.head import _log_sum_squares, _target_logps, head_log_sum_squares, head_logps
 from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.routing import router_loss
@@ -45,6 +46,7 @@ class Scoring(NamedTuple):
     gathered: bool = True  # the head runs only at predicting positions; else the model's own full logits are used
     window: int | None = None  # sliding window of the model or of some of its layers, in tokens
     reason: str = ""  # why it is not the fast way
+    packed: bool = False  # all pairs of a batch in one row without padding; only with `shared`
 
 
 FAST = Scoring()
@@ -68,12 +70,15 @@ def pair_logps(
 
 def compute_pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scoring, sum_squares: bool) -> PairLogps:
     """`pair_logps` of a model whose weights are all there."""
-    if not scoring.shared:
-        batch = to_separate(batch)
-    inputs = _inputs(model, batch, scoring.window)
+    if scoring.packed:
+        batch = to_packed(batch)
+        inputs = packing.inputs(model, batch)
+    else:
+        batch = batch if scoring.shared else to_separate(batch)
+        inputs = _inputs(model, batch, scoring.window)
     if scoring.gathered:
         output = model.base_model(**inputs, use_cache=False)
-        hidden = output[0].flatten(0, 1)[batch.predict_index]
+        hidden = output[0].flatten(0, 1).index_select(0, batch.predict_index)
         token_logps = head_logps(model, hidden, batch.targets)
         squares = head_log_sum_squares(model, hidden) if sum_squares else None
     else:
@@ -124,6 +129,3 @@ def within_window(position_ids: Tensor, window: int) -> Tensor:
     Counted in position ids, which continue from the prompt in both completions, not in columns.
     """
     return (position_ids[:, :, None] - position_ids[:, None, :] < window)[:, None]
-
-
-# ---------------------------------------------------------------------- may this model share the prompt?

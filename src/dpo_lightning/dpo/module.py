@@ -61,7 +61,8 @@ class DPOModule(PolicyModule):
             `dpo_lightning.dpo.reference`. By default cached if there is more than one epoch.
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); by default all weights train.
         gradient_checkpointing: uses less memory and about a third more time.
-        attn_implementation: `eager` or `sdpa`; by default the faster one here (`hardware.fastest_attention`).
+        attn_implementation: `eager` or `sdpa`, by default the faster one here (`hardware.fastest_attention`); or
+            `packed`: all pairs of a batch in one row without padding (`dpo.packing`), if the model can take that.
         dtype: of the weights in memory; float32 is right for mixed precision. 16 bits only under an adapter.
         quantization: `4bit` or `8bit` weights under an adapter, by bitsandbytes.
         router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; by default that of its config.
@@ -90,7 +91,7 @@ class DPOModule(PolicyModule):
         reference: str | None = None,
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        attn_implementation: Literal["eager", "sdpa"] | None = None,
+        attn_implementation: Literal["eager", "sdpa", "packed"] | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["4bit", "8bit"] | None = None,
         router_aux_loss_coef: float | None = None,

@@ -24,6 +24,7 @@ from dpo_lightning.dpo.reference import FrozenCopy, MovingReference, Reference, 
 from dpo_lightning.dpo.shared_prompt import choose_scoring
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
+from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.hardware import fastest_attention
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import assert_no_dropout, load_config, load_policy, position_count
@@ -54,6 +55,7 @@ class PolicyModule(LightningModule):
         self.policy: PreTrainedModel | PeftModel = None
         self.reference: Reference | None = None
         self.scoring: Scoring | None = None  # decided on the first batch
+        self.loaded_attention: str | None = None  # of the policy before any packing, which replaces it
         self.start_digest: str | None = None  # of the weights that a fit starts from
         self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
         self._untrained = True  # the policy's weights are still those it was loaded with
@@ -92,6 +94,7 @@ class PolicyModule(LightningModule):
         first_call = self.policy is None
         if first_call:
             self.policy = self.load_policy()
+            self.loaded_attention = attention_in_use(self.causal_lm)
             assert_no_dropout(self.policy)
             self._check_data()
         self._record_start()  # before a checkpoint's weights replace these, and before they are sharded
@@ -129,7 +132,8 @@ class PolicyModule(LightningModule):
     def load_policy(self, **changes: Any) -> "PreTrainedModel | PeftModel":
         """Loads the policy as it is before training; `changes` override arguments of `models.policy.load_policy`."""
         settings = {name: self.hparams[name] for name in inspect.signature(load_policy).parameters}
-        settings["attn_implementation"] = self.hparams.attn_implementation or self._fastest_attention()
+        if self.hparams.attn_implementation in (None, "packed"):
+            settings["attn_implementation"] = self._fastest_attention()
         return load_policy(**settings | changes)
 
     def _fastest_attention(self) -> str | None:
@@ -205,7 +209,10 @@ class PolicyModule(LightningModule):
         """The way to compute this model's log-probs, chosen on the first batch (`choose_scoring`) by all ranks."""
         if self.scoring is not None:
             return self.scoring
-        scoring = self.trainer.strategy.broadcast(choose_scoring(self.causal_lm, batch))
+        may_pack = self.hparams.attn_implementation == "packed"
+        scoring = self.trainer.strategy.broadcast(choose_scoring(self.causal_lm, batch, may_pack=may_pack))
+        if may_pack and not scoring.packed:
+            rank_zero_warn("model.attn_implementation is packed, but this model cannot read packed pairs: not packed")
         if not scoring.shared:
             rank_zero_warn(f"prompts are read twice per pair, which is slower: {scoring.reason}")
         if not scoring.gathered:

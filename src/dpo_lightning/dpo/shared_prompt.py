@@ -8,10 +8,8 @@ import torch
 
 from dpo_lightning.data.batching import EncodedPair, PairBatch, collate, to_pairs
 from dpo_lightning.dpo.logps import Scoring, pair_logps
+from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.generate import evaluating
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -24,6 +22,9 @@ SHARED_PREFIX_MODEL_TYPES = frozenset(
     "gpt_bigcode starcoder2 stablelm olmo olmo2 olmo3 olmoe granite granitemoe cohere cohere2 smollm3 biogpt "
     "deepseek_v3 gptj codegen xglm gpt_oss".split()
 )
+# Of these, the ones whose pairs cannot be packed into one row: their scores are soft-capped, their attention has sinks,
+# cannot be replaced (Falcon, XGLM), or does not get the arguments of the forward pass (StableLM).
+UNPACKED_MODEL_TYPES = frozenset("gemma2 gpt_oss falcon xglm stablelm".split())
 
 
 def scoring_from_config(config: "PretrainedConfig") -> Scoring:
@@ -39,7 +40,7 @@ def scoring_from_config(config: "PretrainedConfig") -> Scoring:
 
 
 @torch.no_grad()
-def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4) -> Scoring:
+def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 4, may_pack: bool = True) -> Scoring:
     """The fastest way to score this model that agrees with its own full logits on real pairs.
 
     It is tried on a few pairs of `batch` with a real completion on both sides: a model that ignores the mask would go
@@ -54,7 +55,7 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
     probe = collate(swapped, range(len(swapped))).to(device)
     tolerance = NOISE if model.dtype == torch.float32 else NOISE_IN_16_BITS
 
-    def agrees(candidate: Scoring) -> bool:
+    def agrees(candidate: Scoring, tolerance: float = tolerance) -> bool:
         try:
             found = pair_logps(model, probe, candidate).token_logps
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
@@ -63,10 +64,24 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
         # Mean and quantile, because on some hardware single tokens differ by more. Comparisons with NaN are false.
         return bool(off.mean() <= tolerance and off.quantile(0.99) <= 5 * tolerance)
 
+    def agrees_packed(candidate: Scoring) -> bool:
+        if model.config.model_type in UNPACKED_MODEL_TYPES or not agrees(candidate):
+            return False
+        if device.type != "cuda" or model.dtype != torch.float32:
+            return True
+        with torch.autocast("cuda", torch.bfloat16):  # which uses another kernel
+            return agrees(candidate, NOISE_IN_16_BITS)
+
     with torch.autocast(device.type, enabled=False), float32_products(), evaluating(model):
         truth = pair_logps(model, probe, Scoring(shared=False, gathered=False)).token_logps
-        if scoring.shared and agrees(scoring):
-            return scoring
+        if scoring.shared:
+            before = attention_in_use(model)
+            if may_pack and agrees_packed(packed := scoring._replace(packed=True)):
+                return packed
+            if attention_in_use(model) != before:
+                model.set_attn_implementation(before)
+            if agrees(scoring):
+                return scoring
         reason = scoring.reason or "its log-probs with a shared prompt differ from those of separate forwards"
         return Scoring(shared=False, gathered=agrees(Scoring(shared=False)), reason=reason)
 
