@@ -22,7 +22,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(model_folder, dtype, loss_type):
     pairs = collate([EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])], [0, 1])
     config = AutoConfig.from_pretrained(model_folder)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        batch = pairs._make(value if value is None else fake.from_tensor(value) for value in pairs).to("cuda")
+        fields = (fake.from_tensor(value) if torch.is_tensor(value) else value for value in pairs)
+        batch = pairs._make(fields).to("cuda")
         assert batch.targets.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             batch.targets[0].item()  # what would wait
