@@ -20,7 +20,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import export_policy
 from dpo_lightning.data.batching import EncodedPair, collate, to_separate
 from dpo_lightning.dpo.logps import Scoring, pair_logps
-from dpo_lightning.dpo.shared_prompt import SHARED_PREFIX_MODEL_TYPES, UNPACKED_MODEL_TYPES
+from dpo_lightning.dpo.shared_prompt import SHARED_PREFIX_MODEL_TYPES, UNPACKED_MODEL_TYPES, choose_scoring
 from dpo_lightning.errors import UserError
 from dpo_lightning.models import policy
 from dpo_lightning.models.policy import load_policy
@@ -125,10 +125,12 @@ def found(tokenizer, tmp_path_factory):
             expected, logits = (model(batch.input_ids).logits for model in (module.causal_lm, loaded))
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         config = module.causal_lm.config
-        error = (policy.sums - truth.sums).abs().max().item()
-        return Found(
-            config.model_type, config.tie_word_embeddings, module.scoring, policy.router_loss is not None, error
-        )
+        fastest = choose_scoring(module.causal_lm, batch)  # packed, if the model can be
+        with torch.no_grad():
+            again = pair_logps(module.causal_lm, batch, fastest)
+        assert fastest._replace(packed=False) == module.scoring
+        error = max((found.sums - truth.sums).abs().max().item() for found in (policy, again))
+        return Found(config.model_type, config.tie_word_embeddings, fastest, policy.router_loss is not None, error)
 
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:12]))
