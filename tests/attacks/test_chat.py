@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attacked import error_line
 from conftest import REPO
 from dpo_lightning.cli import chat as chatting
 from dpo_lightning.cli.chat import converse, show
@@ -21,14 +22,6 @@ from dpo_lightning.cli.entry import main
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def error_line(capsys):
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and stderr.rstrip().endswith(lines[0]), stderr
-    return lines[0]
 
 
 def piped(text):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from attacked import error_line
 from conftest import REPO, ROWS
 from dpo_lightning.cli.entry import main
 
@@ -98,15 +99,6 @@ def asked(monkeypatch):
 def texts(folder, ids):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [tokenizer.decode(prompt) for prompt in ids]
-
-
-def error_line(capsys):
-    """What a command that failed has said: one `error: ` line, at the end, and no traceback."""
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and stderr.rstrip().endswith(lines[0]), stderr
-    return lines[0]
 
 
 # ---------------------------------------------------------------------- chat

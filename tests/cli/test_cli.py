@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from attacked import error_line
 from conftest import REPO, ROWS
 from dpo_lightning.cli.entry import main
 from dpo_lightning.dpo.losses import LOSSES
@@ -35,15 +36,6 @@ def run(tmp_path, monkeypatch, model_folder, rows_file):
         return main([*argv, *args])
 
     return call
-
-
-def error_line(capsys):
-    """The last thing on stderr must be one `error: ` line and nothing a traceback."""
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and stderr.rstrip().endswith(lines[0])
-    return lines[0]
 
 
 def test_fit_leaves_everything_behind_and_the_rest_works_on_it(run, tmp_path, capsys, caplog):

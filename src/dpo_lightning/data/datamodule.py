@@ -28,7 +28,7 @@ from dpo_lightning.data.reading import OnBadRow, RowAccount
 from dpo_lightning.data.sources import open_source
 from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import UserError
-from dpo_lightning.parsing import Range, Seed, check_settings
+from dpo_lightning.parsing import AtLeast1, Range, Seed, check_settings
 from dpo_lightning.storage.digests import content_digest
 from dpo_lightning.storage.trust import TRUST
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STORABLE = Range(f"at most {2**31 - 1}", lambda value: value < 2**31)
-BatchSize = Annotated[int, Range("at least 1", lambda size: size >= 1), STORABLE]
+BatchSize = Annotated[AtLeast1, STORABLE]
 SplitSize = Annotated[float, Range("a share below 1 or a number of pairs", lambda size: size >= 0), STORABLE]
 LONG_ENOUGH = Range(f"at least {SHORTEST}, for a prompt and a completion", lambda length: length >= SHORTEST)
 MOST = max(64, 4 * (os.cpu_count() or 1))

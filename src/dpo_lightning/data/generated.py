@@ -30,7 +30,7 @@ from dpo_lightning.data.encoding import encode_prompts, tokenizer_fingerprint
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.internals.transformers import hub_commit
 from dpo_lightning.models.hub import from_hub_or_folder
-from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy
+from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy, without_adapter
 from dpo_lightning.parsing import Range, check_setting, check_settings
 from dpo_lightning.storage.arrow_cache import find_dataset
 from dpo_lightning.storage.digests import file_digest, key_digest
@@ -181,8 +181,7 @@ class RejectedGenerator:
         settings = {name: getattr(self.generation, name) for name in MODEL_SETTINGS}
         # Quantized weights are loaded only with an adapter; a new one does not change the output.
         new_adapter = settings["quantization"] and base_model_name(settings["name_or_path"]) == settings["name_or_path"]
-        model = load_policy(**settings, lora={} if new_adapter else None)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return without_adapter(load_policy(**settings, lora={} if new_adapter else None))
 
     def _lines(self, model: "PreTrainedModel", pairs: "Dataset", positions: list[int]) -> list[dict[str, Any]]:
         from dpo_lightning.models.generate import Reply, generate

@@ -27,7 +27,7 @@ from dpo_lightning.internals.lightning import attached_trainer
 from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.hardware import fastest_attention
 from dpo_lightning.models.hub import first_line
-from dpo_lightning.models.policy import assert_no_dropout, load_config, load_policy, position_count
+from dpo_lightning.models.policy import assert_no_dropout, load_config, load_policy, position_count, without_adapter
 from dpo_lightning.models.sharding import data_parallel_mesh, shard
 from dpo_lightning.storage.digests import weights_digest
 from dpo_lightning.storage.trust import TRUST
@@ -35,11 +35,6 @@ from dpo_lightning.storage.trust import TRUST
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-def without_adapter(policy: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
-    """The plain causal LM of a policy; adapters stay injected in its layers."""
-    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 class PolicyModule(LightningModule):

@@ -264,3 +264,8 @@ def assert_no_dropout(model: nn.Module) -> None:
             raise UserError(
                 f"the model's {name} has dropout {module.p}, which its config does not name: set it to 0 in its code"
             )
+
+
+def without_adapter(policy: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
+    """The plain causal LM of a policy; adapters stay injected in its layers."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

@@ -63,7 +63,7 @@ def run_shared_pass(
         if found := find_results(task.fingerprint, strategy):  # another run has computed them meanwhile
             return found
         _make_shared(partial, task, strategy)
-        missing = _missing(task, partial)  # read by all before any writes, so that they divide the same rows
+        missing = _missing(task, _results(partial))  # read by all before any writes, so that they divide the same rows
         strategy.barrier("results read")
         longest_first = missing[np.argsort(-task.sizes[missing].astype(np.int64), kind="stable")]
         if len(share := longest_first[strategy.global_rank :: strategy.world_size]):
@@ -72,11 +72,13 @@ def run_shared_pass(
                 for results in task.compute(progress(batches, description, len(share), "pairs")):
                     append_lines(Path(file.name), results)
         strategy.barrier("results computed")
-        if len(missing := _missing(task, partial)):
+        known = _results(partial)
+        if len(missing := _missing(task, known)):
             raise UserError(task.unknown.format(row=missing[0] + 1))
         strategy.barrier("results checked")
         if strategy.is_global_zero:
-            _complete(task, partial)
+            _complete(task, known)
+            shutil.rmtree(partial, ignore_errors=True)
         strategy.barrier("results complete")
         found = find_dataset(task.fingerprint)
         assert found is not None  # it was just written
@@ -115,15 +117,13 @@ def _results(partial: Path) -> dict[int, Result]:
     return known
 
 
-def _missing(task: SharedPass, partial: Path) -> np.ndarray:
+def _missing(task: SharedPass, known: dict[int, Result]) -> np.ndarray:
     """Positions of the rows without a result, ascending, int64."""
-    return np.setdiff1d(np.arange(len(task.sizes)), np.fromiter(_results(partial), np.int64))
+    return np.setdiff1d(np.arange(len(task.sizes)), np.fromiter(known, np.int64))
 
 
-def _complete(task: SharedPass, partial: Path) -> None:
+def _complete(task: SharedPass, known: dict[int, Result]) -> None:
     """Writes all results, in the order of the rows, to the cache."""
-    known = _results(partial)
     results = [known[position] for position in range(len(task.sizes))]
     batches = (results[start : start + WRITTEN_ROWS] for start in range(0, len(results), WRITTEN_ROWS))
     cached_dataset(task.fingerprint, task.schema, lambda: map(task.columns, batches), lambda: task.note(results))
-    shutil.rmtree(partial, ignore_errors=True)
