@@ -162,20 +162,79 @@ def test_alibi_and_switched_off_windows_are_read_from_the_config():
     assert scoring_from_config(Qwen2Config(**GROUPED, sliding_window=8, use_sliding_window=False)).window is None
 
 
-def test_head_in_chunks_equals_head_at_once(monkeypatch):
+def head_results(model, hidden, targets, factors):
+    """Log-probs by the head, and the gradients of hidden states and weights."""
+    model.zero_grad()
+    hidden = hidden.clone().requires_grad_()
+    values = head_logps(model, hidden, targets)
+    (values * factors).sum().backward()
+    return values.detach(), hidden.grad, model.lm_head.weight.grad
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_logits_are_computed_again_where_they_take_too_much_memory(plain, monkeypatch):
+    if not plain:
+        monkeypatch.setattr(head, "plain_head", lambda model: None)
+    monkeypatch.setattr(head, "LEAST_PART", 40)  # of the 97 tokens
+    monkeypatch.setattr(head, "LOGITS_IN_CACHE", 1)
+    model, hidden = make_model("gpt2"), torch.randn(50, 32)
+    inputs = model, hidden, torch.randint(0, VOCABULARY, (50,)), torch.randn(50)
+    at_once = head_results(*inputs)
+    monkeypatch.setattr(head, "LOGITS_KEPT", 7 * VOCABULARY * 4)
+    for one, other in zip(at_once, head_results(*inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_head_in_parts_is_that_of_cross_entropy(name, monkeypatch):
+    monkeypatch.setattr(head, "LEAST_PART", 40)
+    monkeypatch.setattr(head, "LOGITS_IN_CACHE", 1)
+    model, hidden, factors = make_model(name), torch.randn(11, 32), torch.randn(11)
+    targets = torch.tensor([0, 39, 40, 79, 80, 96, 5, 5, 5, 12, 60])  # at the edges of the parts, and repeated
+    found = head_results(model, hidden, targets, factors)
+    model.zero_grad()
+    hidden.requires_grad_()
+    values = -F.cross_entropy(model.lm_head(hidden), targets, reduction="none")
+    (values * factors).sum().backward()
+    for one, other in zip(found, (values.detach(), hidden.grad, model.lm_head.weight.grad), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_in_16_bits_a_head_in_parts_is_closer_to_float32(monkeypatch):
+    model = make_model("llama").bfloat16().float()  # so that the logits alone are rounded
+    hidden = torch.randn(1000, 32).bfloat16().float()
+    targets = torch.multinomial(model.lm_head(hidden).softmax(-1), 1).squeeze(1)
+    exact = head_results(model, hidden, targets, torch.ones(1000))
+    errors = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(head, "plain_head", lambda model: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = head_results(model, hidden, targets, torch.ones(1000))
+        errors.append([float((one - other).abs().mean()) for one, other in zip(found, exact, strict=True)])
+    in_parts, whole = errors
+    assert in_parts[0] < 0.5 * whole[0]
+    assert in_parts[1] < whole[1] and in_parts[2] < whole[2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_embeddings_gradient_is_that_of_full_logits(tied):
     model = make_model("gpt2")
-    hidden = torch.randn(50, 32, requires_grad=True)
-    targets = torch.randint(0, VOCABULARY, (50,))
-    results = []
-    for chunk in (50, 7):
-        monkeypatch.setattr(head, "HEAD_CHUNK", chunk)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    grads = []
+    for scoring in (Scoring(), BY_FULL_LOGITS):
         model.zero_grad()
-        hidden.grad = None
-        values = head_logps(model, hidden, targets)
-        (values * torch.arange(50)).sum().backward()
-        results.append((values.detach(), hidden.grad.clone(), model.lm_head.weight.grad.clone()))
-    for at_once, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(at_once, chunked, rtol=1e-4, atol=1e-4)
+        pair_logps(model, make_batch(), scoring).token_logps.square().sum().backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert not model.transformer.wte.sparse
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", ["cohere", "granite", "gemma2", "phi"])
+def test_a_head_that_is_more_than_a_product_is_called(name):
+    assert head.plain_head(make_model(name)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,7 +242,7 @@ def test_target_log_probs_and_their_gradient_are_those_of_cross_entropy(dtype, m
     monkeypatch.setattr(head, "LOGITS_IN_CACHE", 3 * VOCABULARY)  # blocks of 3 rows, and one of 2
     targets, factors = torch.randint(0, VOCABULARY, (11,)), torch.randn(11)
     hidden, weight = torch.randn(11, 8).to(dtype), (3 * torch.randn(VOCABULARY, 8)).to(dtype).requires_grad_()
-    (values := logps._target_logps(hidden @ weight.T, targets)).backward(factors)
+    (values := head.target_logps(hidden @ weight.T, targets)).backward(factors)
     found, weight.grad = weight.grad, None
     (expected := -F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")).backward(factors)
     torch.testing.assert_close(values, expected)
@@ -192,7 +251,7 @@ def test_target_log_probs_and_their_gradient_are_those_of_cross_entropy(dtype, m
 
 def test_logits_that_the_backward_pass_has_written_over_are_not_used_again():
     logits = torch.randn(4, VOCABULARY, requires_grad=True) * 1
-    values = logps._target_logps(logits, torch.arange(4)).sum()
+    values = head.target_logps(logits, torch.arange(4)).sum()
     values.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         values.backward()
@@ -202,7 +261,7 @@ def test_the_head_sees_only_predicting_positions():
     model, batch = make_model("llama"), make_batch()
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
-    pair_logps(model, batch)
+    pair_logps(model, batch)  # a hook is called, so the head is too
     assert seen == [(batch.targets.numel(), VOCABULARY)]
 
 

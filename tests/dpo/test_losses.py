@@ -154,7 +154,7 @@ def test_wpo_weighs_a_pair_by_how_likely_the_policy_gives_it():
 @pytest.mark.parametrize("gathered", [True, False])
 @torch.no_grad()
 def test_wpos_sums_of_squares_are_the_models(model_folder, gathered, monkeypatch):
-    monkeypatch.setattr("dpo_lightning.dpo.head.HEAD_CHUNK", 3)
+    monkeypatch.setattr("dpo_lightning.dpo.head.LOGITS_KEPT", 3 * 4 * 128)
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     batch = collate([EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])], [0, 1])
     assert pair_logps(model, batch).log_sum_squares is None

@@ -121,12 +121,23 @@ def test_precision_decides_attention_and_how_the_reference_is_kept(data, module,
     assert fastest_attention("cpu", bf16=True, row_length=400) is fastest_attention("cuda", True, 70) is None
 
 
-@pytest.mark.parametrize("attention", [None, "eager", "sdpa", "packed"])
-def test_batches_are_packed_on_request(data, module, quiet_trainer, attention):
+@pytest.mark.parametrize(
+    ("attention", "precision", "packed"),
+    [
+        (None, "32-true", False),
+        (None, "bf16-mixed", True),
+        ("eager", "bf16-mixed", False),
+        ("sdpa", "bf16-mixed", False),
+        ("packed", "32-true", True),
+    ],
+)
+def test_batches_are_packed_on_request_and_where_it_is_faster(
+    data, module, quiet_trainer, attention, precision, packed
+):
     model = module(attn_implementation=attention)
-    quiet_trainer(max_steps=1).fit(model, data(batch_size=4))
-    assert model.scoring.shared and model.scoring.packed == (attention == "packed")
-    assert (attention_in_use(model.causal_lm) == PACKED) == (attention == "packed")
+    quiet_trainer(max_steps=1, precision=precision).fit(model, data(batch_size=4))
+    assert model.scoring.shared and model.scoring.packed == packed
+    assert (attention_in_use(model.causal_lm) == PACKED) == packed
 
 
 def test_dropout_is_off_in_both_models_while_training(module):

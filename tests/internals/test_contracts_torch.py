@@ -48,6 +48,16 @@ def test_conversions_go_through_apply():
         assert module.calls == 4 and module.weight.dtype == torch.float32
 
 
+def test_has_hooks():
+    with holds("_forward_hooks and _forward_pre_hooks", "hooks of the LM head, which is computed without a call"):
+        module = nn.Linear(2, 2)
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            assert not internals.has_hooks(module)
+            handle = register(lambda *args: None)
+            assert internals.has_hooks(module)
+            handle.remove()
+
+
 def test_softmax_gradient():
     with holds("aten._softmax_backward_data", "the attention of packed pairs on CPUs (dpo/block_attention.py)"):
         scores, gradient = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)

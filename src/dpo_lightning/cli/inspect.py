@@ -137,7 +137,7 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
         count = int(numeric_column(train, cut).sum())
         share = f"{count:,} ({count / len(train):.1%})"
         yield f"{cut.replace('_', 's ')} to fit data.max_length = {data.max_length}: {share}"
-    share = f"{padding(data):.1%} of their tokens, none with model.attn_implementation: packed"
+    share = f"{padding(data):.1%} of their tokens, none if they are packed (model.attn_implementation)"
     yield f"padding in the first epoch's training batches: {share}"
     if rows:
         yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"

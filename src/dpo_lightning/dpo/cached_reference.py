@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpo_lightning.data.batching import REFERENCE_LOGPS
 from dpo_lightning.data.columns import id_counts
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.dpo.head import plain_head
 from dpo_lightning.internals.datasets import cache_folder
 from dpo_lightning.models.generate import evaluating
 from dpo_lightning.storage.arrow_cache import Columns, dataset_folder
@@ -57,7 +58,7 @@ def add_reference_logps(module: "PolicyModule") -> None:
             "pairs": len(data.datasets[name]),
             "tokens": content_digest(data.datasets[name], TOKEN_COLUMNS),
             "layout": "shared" if scoring.shared else "separate",
-            "head": "gathered" if scoring.gathered else "full",
+            "head": _head(module, scoring),
             "attention": _attention(module, scoring),
             "precision": str(module.trainer.precision),
         }
@@ -71,8 +72,18 @@ def _attention(module: "PolicyModule", scoring: "Scoring") -> str | None:
     valid, under the attention that the policy was loaded with. In 16 bits two attentions differ by tenths of a nat,
     which would show as margins before any training.
     """
-    in_float32 = module.trainer.precision == "32-true" and module.causal_lm.dtype == torch.float32
-    return "packed" if scoring.packed and not in_float32 else module.loaded_attention
+    return "packed" if scoring.packed and not _in_float32(module) else module.loaded_attention
+
+
+def _head(module: "PolicyModule", scoring: "Scoring") -> str:
+    """The head of a cache's key. In float32 all ways of computing it agree."""
+    if not scoring.gathered:
+        return "full"
+    return "gathered" if _in_float32(module) or plain_head(module.causal_lm) is None else "in parts"
+
+
+def _in_float32(module: "PolicyModule") -> bool:
+    return module.trainer.precision == "32-true" and module.causal_lm.dtype == torch.float32
 
 
 def _logps(module: "PolicyModule", data: PreferenceDataModule, name: str, key: dict[str, Any]) -> pa.ChunkedArray:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpo_lightning.data.batching import PADDING, PROMPT, PairBatch, to_packed, to_separate
 from dpo_lightning.dpo import packing
-from dpo_lightning.dpo.head import _log_sum_squares, _target_logps, head_log_sum_squares, head_logps
+from dpo_lightning.dpo.head import head_log_sum_squares, head_logps, log_sum_squares, sparse_embedding, target_logps
 from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.routing import router_loss
 
@@ -77,15 +77,16 @@ def compute_pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scor
         batch = batch if scoring.shared else to_separate(batch)
         inputs = _inputs(model, batch, scoring.window)
     if scoring.gathered:
-        output = model.base_model(**inputs, use_cache=False)
+        with sparse_embedding(model):
+            output = model.base_model(**inputs, use_cache=False)
         hidden = output[0].flatten(0, 1).index_select(0, batch.predict_index)
         token_logps = head_logps(model, hidden, batch.targets)
         squares = head_log_sum_squares(model, hidden) if sum_squares else None
     else:
         output = model(**inputs, use_cache=False)
         logits = output.logits.flatten(0, 1)[batch.predict_index]
-        token_logps = _target_logps(logits, batch.targets)
-        squares = _log_sum_squares(logits) if sum_squares else None
+        token_logps = target_logps(logits, batch.targets)
+        squares = log_sum_squares(logits) if sum_squares else None
     balance = router_loss(model, output, batch.segment_ids != PADDING)
     return PairLogps(token_logps, batch.sequence, batch.num_pairs, balance, squares)
 

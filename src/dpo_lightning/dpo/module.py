@@ -30,7 +30,7 @@ from dpo_lightning.dpo.throughput import Throughput
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
 from dpo_lightning.models.policy import base_model_name
-from dpo_lightning.models.sharding import check_strategy, gathered
+from dpo_lightning.models.sharding import check_strategy, gathered, is_sharded
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, check_settings
 from dpo_lightning.storage.states import check_amount
 
@@ -62,7 +62,8 @@ class DPOModule(PolicyModule):
         lora: arguments of `peft.LoraConfig` (r, lora_alpha, target_modules, ...); by default all weights train.
         gradient_checkpointing: uses less memory and about a third more time.
         attn_implementation: `eager` or `sdpa`, by default the faster one here (`hardware.fastest_attention`); or
-            `packed`: all pairs of a batch in one row without padding (`dpo.packing`), if the model can take that.
+            `packed`: all pairs of a batch in one row without padding (`dpo.packing`), if the model can take that. By
+            default that too on a CPU in bfloat16.
         dtype: of the weights in memory; float32 is right for mixed precision. 16 bits only under an adapter.
         quantization: `4bit` or `8bit` weights under an adapter, by bitsandbytes.
         router_aux_loss_coef: weight of a mixture of experts' load-balancing loss; by default that of its config.
@@ -288,7 +289,11 @@ class DPOModule(PolicyModule):
         """
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+            # Saves a pass over all gradients where they stay as they are. A GPU would have to wait to find out.
+            if norm.device.type != "cpu" or is_sharded(self.policy) or not norm <= gradient_clip_val:
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            self.grad_norm = norm
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

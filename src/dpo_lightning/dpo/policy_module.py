@@ -25,7 +25,7 @@ from dpo_lightning.dpo.shared_prompt import choose_scoring
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
 from dpo_lightning.internals.transformers import attention_in_use
-from dpo_lightning.models.hardware import fastest_attention
+from dpo_lightning.models.hardware import fastest_attention, packing_is_faster
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import assert_no_dropout, load_config, load_policy, position_count, without_adapter
 from dpo_lightning.models.sharding import data_parallel_mesh, shard
@@ -134,9 +134,14 @@ class PolicyModule(LightningModule):
     def _fastest_attention(self) -> str | None:
         if self.data is None or "train" not in self.data.datasets:
             return None
-        bf16 = self.hparams.dtype == "bfloat16" or self.trainer.precision.startswith("bf16")
         row_length = numeric_column(self.data.datasets["train"], "length").mean()
-        return fastest_attention(self.trainer.strategy.root_device.type, bf16, row_length)
+        return fastest_attention(*self._hardware, row_length)
+
+    @property
+    def _hardware(self) -> tuple[str, bool]:
+        """The kind of device, and whether it computes in bfloat16."""
+        bf16 = self.hparams.dtype == "bfloat16" or self.trainer.precision.startswith("bf16")
+        return self.trainer.strategy.root_device.type, bf16
 
     def make_reference(self) -> Reference:
         """The reference that `model.reference` names, made from the policy as it is before training."""
@@ -204,9 +209,10 @@ class PolicyModule(LightningModule):
         """The way to compute this model's log-probs, chosen on the first batch (`choose_scoring`) by all ranks."""
         if self.scoring is not None:
             return self.scoring
-        may_pack = self.hparams.attn_implementation == "packed"
+        attention = self.hparams.attn_implementation
+        may_pack = attention == "packed" or attention is None and packing_is_faster(*self._hardware)
         scoring = self.trainer.strategy.broadcast(choose_scoring(self.causal_lm, batch, may_pack=may_pack))
-        if may_pack and not scoring.packed:
+        if attention == "packed" and not scoring.packed:
             rank_zero_warn("model.attn_implementation is packed, but this model cannot read packed pairs: not packed")
         if not scoring.shared:
             rank_zero_warn(f"prompts are read twice per pair, which is slower: {scoring.reason}")

@@ -23,6 +23,11 @@ def convert(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     module._apply(function)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anyone wants to know of the calls of a module. Uses `_forward_hooks` and `_forward_pre_hooks`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def softmax_gradient(gradient: Tensor, probabilities: Tensor) -> Tensor:
     """The gradient of a softmax's input over the last dimension, from that of its output, `probabilities`.
 

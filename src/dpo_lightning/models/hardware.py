@@ -23,6 +23,11 @@ def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
     return "32-true", f"this CPU has no bfloat16 arithmetic ({', '.join(sorted(BF16_FLAGS))})"
 
 
+def packing_is_faster(accelerator: str, bf16: bool) -> bool:
+    """Whether pairs are packed into one row by default: where that was measured to be faster (benchmarks/NOTES.md)."""
+    return accelerator == "cpu" and bf16
+
+
 def fastest_attention(accelerator: str, bf16: bool, row_length: float) -> str | None:
     """The attention that trains fastest on rows of about `row_length` tokens; None for the default of transformers.
 
