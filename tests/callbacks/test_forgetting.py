@@ -1,6 +1,7 @@
 """What training costs elsewhere is measured before and after it and in `test`, with each kind of reference."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -134,13 +135,14 @@ def test_the_report_and_the_test_command_have_it(tmp_path, monkeypatch, model_fo
     folder = tmp_path / "lightning_logs" / "version_0"
     report = (folder / "report.html").read_text()
     assert "perplexity of the policy" in report and "nats a token" in report
-    assert "forgetting: perplexity on other text" in caplog.text
+    number = r"(\d\S*)"
+    said = re.search(
+        f"other text {number} before and {number} after training; KL from the reference {number}", caplog.text
+    )
     run("test", "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"))
     metrics = json.loads((tmp_path / "lightning_logs" / "version_1" / "metrics.json").read_text())["metrics"]
-    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
-    curves = state["ReportCallback"]["curves"]
-    for name in ("perplexity", "reference_perplexity", "kl"):
-        assert metrics[f"test/forgetting/{name}"] == pytest.approx(curves[f"forgetting/{name}"][-1][1], rel=1e-4)
+    for name, value in zip(("reference_perplexity", "perplexity", "kl"), said.groups(), strict=True):
+        assert metrics[f"test/forgetting/{name}"] == pytest.approx(float(value), rel=0.05)
     run("test", "--forgetting.enabled", "false")
     metrics = json.loads((tmp_path / "lightning_logs" / "version_2" / "metrics.json").read_text())["metrics"]
     assert not any("forgetting" in name for name in metrics)

@@ -24,7 +24,7 @@ def numbers(model, other, ids):
     return compare(partial(predictions, model), other and partial(predictions, other), texts)
 
 
-IDS = torch.randint(400, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+IDS = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 @torch.no_grad()
