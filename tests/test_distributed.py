@@ -60,6 +60,15 @@ def curve(folder):
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
+def forgetting(folder):
+    """Perplexity before and after training, then that of the reference, then the KL."""
+    (path,) = folder.glob("lightning_logs/version_0/metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = ("perplexity", "reference_perplexity", "kl")
+    return [float(row[f"forgetting/{name}"]) for name in names for row in rows if row[f"forgetting/{name}"]]
+
+
 def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
@@ -70,6 +79,8 @@ def test_the_same_global_batches_give_the_same_losses(fit, tmp_path, strategy):
     assert len(alone) == 4
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=0, atol=1e-5)
     one, two = weights(tmp_path / "one" / "out"), weights(tmp_path / "two" / "out")
+    forgotten = [forgetting(tmp_path / folder) for folder in ("one", "two")]
+    assert len(forgotten[0]) == 4 and forgotten[1] == pytest.approx(forgotten[0], rel=1e-3)
     for name, weight in one.items():  # Adam makes much of a gradient of 0
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-3)
 

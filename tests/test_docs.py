@@ -80,6 +80,15 @@ def test_every_command_of_a_readme_works(readme, monkeypatch):
             assert args[:2] == ["-m", "pip"] or args[:2] == ["-m", "dpo_lightning.demo.build"], line
 
 
+@pytest.mark.parametrize("page", sorted(REPO.glob("docs/*.md")), ids=lambda path: path.name)
+def test_every_command_of_a_page_parses(page, monkeypatch):
+    monkeypatch.chdir(REPO)
+    for line in commands(page):
+        _, script, command, *args = shlex.split(line)
+        assert script == "cli.py"
+        check_cli(command, args)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_path_of_a_page_is_there(page):
     text = page.read_text()

@@ -63,6 +63,13 @@ def test_prompts_that_end_in_a_blank(prompt, wrong):
     assert not wrong or "leave it out of the prompt" in warning
 
 
+def test_prompts_that_end_in_a_blank_are_counted():
+    good, bad = ("Answer:", " yes"), ("Answer: ", "yes")
+    assert "the prompts of 2 of 8 rows (25%) end in a blank" in checks.ends_in_blank(pairs(*[bad] * 2, *[good] * 6))
+    many = pairs(*[bad] * checks.CHECKED_PAIRS)
+    assert "the prompts of 1,000 of the first 1,000 rows (100%)" in checks.ends_in_blank(many)
+
+
 def test_plain_prompts_for_a_chat_model():
     plain, markers = pairs(("Answer:", " yes")), {"<|im_start|>"}
     assert "data.format: messages" in checks.plain_for_a_chat_model(plain, True, markers)

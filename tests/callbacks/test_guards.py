@@ -1,4 +1,5 @@
 import functools
+import json
 import math
 import re
 import warnings
@@ -8,12 +9,14 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from conftest import ROWS
+from conftest import REPO, ROWS
 from dpo_lightning import DPOModule, PreferenceDataModule
-from dpo_lightning.callbacks.guards import GuardsCallback, reply_warnings
+from dpo_lightning.callbacks.guards import GuardsCallback, displacement_warnings, reply_warnings
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
+from dpo_lightning.cli.entry import main
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.errors import UserError
+from ranks import run_ranks
 
 
 @pytest.fixture
@@ -30,11 +33,11 @@ def data(tokenizer, rows_file):
 def fit(quiet_trainer, module, data):
     """Runs a few steps and gives what the guards said."""
 
-    def run(*callbacks, **options):
+    def run(*callbacks, guards=None, **options):
         defaults = {"max_steps": 6, "log_every_n_steps": 2, "limit_val_batches": 0, "gradient_clip_val": 1.0}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            quiet_trainer(callbacks=[GuardsCallback(), *callbacks], **defaults | options).fit(module, data)
+            quiet_trainer(callbacks=[guards or GuardsCallback(), *callbacks], **defaults | options).fit(module, data)
         return [str(warning.message) for warning in caught if "guards.py" in str(warning.filename)]
 
     return run
@@ -122,6 +125,132 @@ def test_a_schedule_of_ones_own_has_no_warmup(fit, module):
     module.hparams.warmup_steps = 100
     module.make_scheduler = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)
     assert any("likelihood displacement" in warning for warning in fit(At(3, change_weights), max_steps=10))
+
+
+def change_beginnings(data):
+    """Makes first tokens of chosen completions less likely, and all that they have in common more likely."""
+    data.setup("fit")
+    chosen = data.datasets["train"]["chosen_ids"][:]
+    first = sorted({ids[0] for ids in chosen})
+    common = sorted(set.intersection(*(set(ids[1:-1]) for ids in chosen)) - set(first))
+
+    def change(module):
+        def hook(_, __, logits):
+            shift = torch.zeros(logits.shape[-1])
+            shift[first], shift[common] = -3.0, 5.0
+            return logits + shift
+
+        module.causal_lm.get_output_embeddings().register_forward_hook(hook)
+
+    return change
+
+
+def test_a_displaced_first_token_is_said_once_though_the_margins_grow(fit, data):
+    (warning,) = fit(At(3, change_beginnings(data)), max_steps=10)
+    assert warning.startswith("step 4: the first token of the chosen completion has lost more than 1 nat")
+    assert "[sigmoid, sft]" in warning and (REPO / "docs" / "troubleshooting.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("share", "margin", "kinds"), [(0.9, 1.0, {"first_token"}), (0.1, 1.0, set()), (0.9, -1.0, set())]
+)
+def test_a_first_token_counts_if_many_pairs_lose_it_while_margins_grow(share, margin, kinds):
+    metrics = {"train/rewards/first_displaced": torch.tensor(share), "train/rewards/margins": torch.tensor(margin)}
+    assert set(displacement_warnings(4, metrics)) == kinds
+
+
+# ---------------------------------------------------------------------- nothing left to learn
+
+
+class QuietLoss(PreferenceLoss):
+    factor = 1e-3
+
+    def __call__(self, *args):
+        return super().__call__(*args) * self.factor
+
+
+def quiet(module):
+    module.loss.__class__ = QuietLoss
+
+
+def loud(module):
+    module.loss.__class__ = PreferenceLoss
+
+
+LONG = {"max_steps": 20, "max_epochs": -1, "log_every_n_steps": 2}
+
+
+def test_a_loss_without_a_gradient_is_said_once_with_what_is_left_of_the_run(fit):
+    (warning,) = fit(At(3, quiet), **LONG)
+    assert warning.startswith("step 12: nothing is left to learn") and "0.1% of that at the first step" in warning
+    assert "40% of the run is left; stop here (guards.stop_when_learned: true)" in warning
+    assert "[sigmoid, sft]" in warning and "data.rejected: shuffled or generated" in warning
+
+
+def test_a_lull_is_not_the_end(fit):
+    assert fit(At(3, quiet), At(11, loud), **LONG) == []
+
+
+def test_the_end_of_a_run_is_not_worth_stopping_for(fit):
+    assert fit(At(10, quiet), **LONG) == []
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_run_ends_where_nothing_is_left_to_learn(quiet_trainer, module, data, accumulated):
+    trainer = quiet_trainer(
+        callbacks=[GuardsCallback(stop_when_learned=True), At(3, quiet)], accumulate_grad_batches=accumulated, **LONG
+    )
+    with pytest.warns(match="the run ends here"):
+        trainer.fit(module, data)
+    assert trainer.global_step == 13, "the step in which it was noticed is finished"
+    assert trainer.state.finished and "val/loss" in trainer.callback_metrics
+
+
+def test_all_ranks_stop_at_the_same_step(quiet_trainer, module, data):
+    def steps(rank):
+        guards = GuardsCallback(stop_when_learned=True)
+        trainer = quiet_trainer(
+            callbacks=[guards, At(3 + 2 * rank, quiet)], devices=2, strategy="ddp", **LONG | {"max_steps": 30}
+        )
+        trainer.fit(module, data)
+        return trainer.global_step
+
+    assert run_ranks(2, steps) == [15, 15]
+
+
+def test_a_run_that_ended_so_is_finished_when_it_is_resumed(
+    model_folder, rows_file, tmp_path, monkeypatch, caplog, recwarn
+):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def call(self, policy, *args):
+        calls.append(policy.token_logps.requires_grad)
+        return scored(self, policy, *args) * (1e-3 if sum(calls) > 2 else 1.0)
+
+    scored = PreferenceLoss.__call__
+    monkeypatch.setattr(PreferenceLoss, "__call__", call)
+
+    def run(*args):
+        argv = ["fit", "--config", str(REPO / "configs" / "gpt2.yaml"), "--model.name_or_path", str(model_folder)]
+        argv += ["--data.train_dataset", rows_file, "--data.val_size", "4", "--data.test_size", "4"]
+        argv += ["--data.batch_size", "4", "--data.max_length", "128", "--model.max_new_tokens", "4"]
+        argv += ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--trainer.max_epochs", "3"]
+        argv += ["--trainer.log_every_n_steps", "2", "--replies.num_prompts", "2", *args]
+        assert main(argv) == 0
+        return torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+
+    ended = run("--guards.stop_when_learned", "true")
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert ended["global_step"] == 13 and (folder / "huggingface").is_dir()
+    assert "Finished after 13 steps" in (folder / "report.html").read_text()
+    assert {json.loads(line)["step"] for line in (folder / "replies.jsonl").read_text().splitlines()} == {0, 13}
+    again = run("--guards.stop_when_learned", "true", "--ckpt_path", "last", "--export.enabled", "false")
+    assert "this run is finished: at step 12 nothing was left to learn" in caplog.text
+    assert again["global_step"] == 13
+    on = run("--ckpt_path", "last", "--export.enabled", "false")
+    assert on["global_step"] > 13
+    assert sum("nothing is left to learn" in str(warning.message) for warning in recwarn) == 1
 
 
 def showings(*values):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 
 from conftest import REPO, ROWS
 from dpo_lightning import PreferenceDataModule
@@ -42,7 +43,7 @@ def test_it_says_what_will_be_trained_on(inspect, tokenizer, tmp_path):
     assert "prompts cut to fit data.max_length = 64: 0 (0.0%)" in printed
     assert f"⟦<|endoftext|>⟧\n{rows}, line " in printed and printed.count("  chosen    ⟦ SELECT ") == 3
     assert "an epoch has 10 batches of 4 pairs on each of 1 devices; at 2 per step the run has 15 steps" in printed
-    assert "--time true" in printed
+    assert "--time true" in printed and "warning:" not in printed
     assert not list(tmp_path.glob("lightning_logs"))
 
 
@@ -53,6 +54,14 @@ def test_several_data_sets_can_be_named_in_yaml_and_on_the_command_line(inspect,
     assert "rows.jsonl: 51 rows read, 48 pairs" in by_yaml and "other.jsonl: 20 rows read, 20 pairs" in by_yaml
     by_hand = inspect("--data.on_bad_row", "skip", "--data.train_dataset", "[rows.jsonl, other.jsonl]")
     assert "train: 60 pairs" in by_hand and "train: 60 pairs" not in by_yaml
+
+
+def test_prompts_that_end_in_a_blank_are_pointed_out(inspect):
+    settings = yaml.safe_load((REPO / "configs" / "founding.yaml").read_text())["data"]
+    templates = {f"--data.{name}": settings[name] for name in ("prompt_template", "completion_template")}
+    printed = inspect("--data.on_bad_row", "skip", *(part for pair in templates.items() for part in pair))
+    assert "warning: the prompts of 40 of 40 rows (100%) end in a blank" in printed
+    assert 'data.completion_template: " {answer}"' in printed
 
 
 def test_a_bad_row_ends_it_as_it_would_end_training(inspect, tmp_path):

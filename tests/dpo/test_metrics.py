@@ -1,8 +1,9 @@
+import pytest
 import torch
 from test_losses import POLICY, REFERENCE, logps
 
-from dpo_lightning.dpo.metrics import PAIR_METRICS, PairMetrics
-from dpo_lightning.dpo.preference_loss import PreferenceLoss
+from dpo_lightning.dpo.metrics import ADDED_METRICS, OF_REFERENCE, PAIR_METRICS, PairMetrics
+from dpo_lightning.dpo.preference_loss import PreferenceLoss, gradient_weights
 
 rewards = PreferenceLoss(beta=0.1).rewards
 
@@ -22,8 +23,10 @@ def test_values_are_means_over_pairs():
         "logps/chosen": -1.5,
         "logps/rejected": -3.0,
         "kl": round((4.5 / 3 + 0.625 / 3) / 2, 5),
+        "logps/first_token": -1.0,  # of -1 and -1
+        "rewards/first_displaced": 0.0,
     }
-    assert tuple(found) == PAIR_METRICS
+    assert tuple(found) == PAIR_METRICS + ADDED_METRICS[:2]
 
 
 def test_a_short_last_batch_and_several_ranks_do_not_bias():
@@ -35,7 +38,8 @@ def test_a_short_last_batch_and_several_ranks_do_not_bias():
         reference = logps(*[([-1.0], [-1.0])] * policy.num_pairs)
         metrics.update(torch.zeros(policy.num_pairs), rewards(policy, reference), policy, reference)
     # What torchmetrics does across ranks: states with dist_reduce_fx="sum" are added.
-    first.sums, first.pairs = first.sums + second.sums, first.pairs + second.pairs
+    for name in first.metric_state:
+        setattr(first, name, getattr(first, name) + getattr(second, name))
     for name, value in whole.compute().items():
         torch.testing.assert_close(first.compute()[name], value)
     assert float(first.compute()["rewards/accuracies"]) == 0.875
@@ -53,9 +57,42 @@ def test_without_a_reference_nothing_is_compared_with_it():
     metrics = PairMetrics(reference_free=True)
     metrics.update(torch.zeros(2), PreferenceLoss("simpo", beta=2.0).rewards(POLICY, None), POLICY, None)
     found = metrics.compute()
-    assert set(PAIR_METRICS) - set(found) == {"rewards/displaced", "kl"}
+    assert set(PAIR_METRICS + ADDED_METRICS[:2]) - set(found) == OF_REFERENCE
     # beta times the mean log-prob per token: chosen 2 * (-1, -1), rejected 2 * (-4, -1).
     assert (float(found["rewards/chosen"]), float(found["rewards/rejected"])) == (-2.0, -5.0)
     metrics.reset()
     metrics.update(torch.zeros(2), PreferenceLoss("cpo", beta=2.0).rewards(POLICY, None), POLICY, None)
     assert float(metrics.compute()["rewards/chosen"]) == -3.0  # of the sums -2 and -1
+
+
+def test_a_first_token_counts_as_displaced_from_one_nat_on():
+    policy = logps(([-3.0, -1.0], [-9.0]), ([-2.9, -1.0], [-9.0]), ([-2.0], [-9.0, -5.0]))
+    reference = logps(([-1.9, -9.0], [-0.0]), ([-2.0, -1.0], [-0.0]), ([-2.0], [-0.0, -5.0]))
+    metrics = PairMetrics()
+    metrics.update(torch.zeros(3), rewards(policy, reference), policy, reference)
+    found = metrics.compute()
+    assert float(found["rewards/first_displaced"]) == pytest.approx(1 / 3)
+    assert float(found["logps/first_token"]) == pytest.approx((-3.0 - 2.9 - 2.0) / 3)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_gradient_weights_are_the_slopes_in_both_log_probs(loss_type):
+    policy = POLICY._replace(token_logps=POLICY.token_logps.clone().requires_grad_())
+    losses = PreferenceLoss(loss_type, beta=0.1)(policy, REFERENCE)
+    ratios = POLICY.sums - REFERENCE.sums
+    h, per_token = (r[:, 0] - r[:, 1] for r in (ratios, ratios / POLICY.lengths))
+    expected = {
+        "sigmoid": 2 * 0.1 * torch.sigmoid(-0.1 * h),
+        "hinge": torch.full_like(h, 2 * 0.1),
+        "ipo": 2 * (per_token - 5).abs() * (1 / POLICY.lengths).sum(1),
+    }
+    torch.testing.assert_close(gradient_weights(losses, policy), expected[loss_type])
+    losses.sum().backward()  # the graph is still there
+
+
+def test_a_state_of_an_earlier_version_lacks_the_added_sums():
+    """They stay 0, and have their own count, so that their means are right from the next batch on."""
+    metrics = PairMetrics()
+    metrics.sums, metrics.pairs = torch.ones(len(PAIR_METRICS)), torch.tensor(4.0)
+    metrics.update(torch.tensor([0.5, 1.5]), rewards(POLICY, REFERENCE), POLICY, REFERENCE)
+    assert float(metrics.compute()["logps/first_token"]) == -1.0

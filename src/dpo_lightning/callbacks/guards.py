@@ -3,7 +3,7 @@
 Checked before the first step (`preflight`), at logging steps, and at every loss that is not finite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,16 @@ from dpo_lightning.data.batching import PairBatch, collate, to_pairs
 from dpo_lightning.dpo.gradient_scaler import MAX_SKIPS_IN_A_ROW
 from dpo_lightning.dpo.logps import pair_logps
 from dpo_lightning.errors import UserError
+from dpo_lightning.parsing import check_settings
+from dpo_lightning.storage.states import check_amount, check_state
 
 PROBED = 4  # pairs of the first batch that the preflight scores
 TOLERANCE = 0.02  # nats per token; bfloat16 kernels of different batch shapes differ by about 0.006
 DISPLACED = 0.5  # share of pairs whose chosen log-prob fell below the reference's
+FIRST_DISPLACED = 0.3  # share of pairs whose first chosen token is `metrics.FIRST_FALL` less likely than then
+# The gradient weight, as a share of the first step's, under which a loss has ceased to teach, and for how many steps.
+LITTLE_PULL, QUIET_STEPS = 0.05, 10
+STATE = {"first_pull": int | float | None, "last_pull": int, "learned": int | None}
 EOS_DROP = 0.3  # how far the share of replies that end may fall below its best
 REPETITION, REPETITION_RISE = 0.3, 0.2  # how high repetition may be, and how far above its lowest
 
@@ -44,9 +50,17 @@ class GuardsCallback(Callback):
     elsewhere losses are collected on the device and checked together, every `log_every_n_steps` and before each
     checkpoint, so that a bad policy never replaces a good checkpoint. A step that a gradient scaler skips does no harm:
     the run is stopped only when all steps are skipped.
+
+    Args:
+        stop_when_learned: end the run, as early stopping does, once the loss has nothing left to teach.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_when_learned: bool = False) -> None:
+        check_settings(GuardsCallback.__init__, locals(), "guards.")
+        self.stop_when_learned = stop_when_learned
+        self._first_pull: float | None = None  # gradient weight of the first step; unknown in older checkpoints
+        self._last_pull = 0  # the last step by which the loss still had a gradient worth the name
+        self._learned: int | None = None  # the step at which nothing was left to learn
         self._first_batch: PairBatch | None = None
         self._step = 0  # the optimizer step that the current batch is part of
         self._unchecked: list[BatchResult] = []
@@ -56,6 +70,7 @@ class GuardsCallback(Callback):
         """Checks that the data can name their rows, and adapts settings that Lightning would refuse."""
         if stage == "fit":
             preference_data(trainer, self)
+            self._first_pull, self._last_pull, self._learned = None, 0, None
             fit_validation_to_epochs(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,6 +78,15 @@ class GuardsCallback(Callback):
         if not trainer.fast_dev_run:
             for warning in learning_checks.before_training(trainer):
                 rank_zero_warn(warning)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a resumed run in which nothing was left to learn."""
+        if self.stop_when_learned and self._learned is not None:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"this run is finished: at step {self._learned} nothing was left to learn; "
+                "guards.stop_when_learned: false trains on"
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if nothing was learnt; `on_train_end` would be too early, before the last replies."""
@@ -84,11 +108,14 @@ class GuardsCallback(Callback):
             for warning in preflight(trainer, pl_module, self._first_batch):
                 rank_zero_warn(warning)
             self._first_batch = None
+            self._first_pull = float(pl_module.train_metrics.compute()["gradient_weight"])  # of all ranks' pairs
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
     ) -> None:
         """Checks the loss: at once where that is free, otherwise where the run waits for the device anyway."""
+        if self.stop_when_learned and self._learned is not None and trainer.global_step == self._step:
+            trainer.should_stop = True
         self._unchecked.append(BatchResult(self._step, batch.pair_ids, outputs["loss"].detach(), pl_module.grad_norm))
         free = pl_module.device.type == "cpu" and trainer.world_size == 1
         too_often = pl_module.skipped.in_a_row >= MAX_SKIPS_IN_A_ROW
@@ -106,6 +133,22 @@ class GuardsCallback(Callback):
         """Stops before a policy with NaN is saved."""
         self._stop_at_nan(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What tells a resumed run whether there is something left to learn."""
+        return {"first_pull": self._first_pull, "last_pull": self._last_pull, "learned": self._learned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned.
+
+        Raises:
+            ValueError: the state has another structure.
+        """
+        check_state(state_dict, STATE, "the guards")
+        for name, value in state_dict.items():
+            if value is not None:
+                check_amount(value, f"the guards' {name}")
+        self._first_pull, self._last_pull, self._learned = (state_dict[name] for name in STATE)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the last steps."""
         self._stop_at_nan(trainer)
@@ -117,22 +160,37 @@ class GuardsCallback(Callback):
             )
 
     def _warn(self, trainer: Trainer, module: LightningModule) -> None:
-        """Warns of likelihood displacement and of replies that become worse, once each."""
+        """Warns of what training metrics and replies show, once of each kind."""
         found: dict[str, str] = {}
-        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step > warmup_steps(trainer, module):
-            share = trainer.callback_metrics.get("train/rewards/displaced")
-            if share is not None and share > DISPLACED:
-                found["displaced"] = (
-                    f"step {trainer.global_step}: the chosen completion of {share:.0%} of the pairs has become less "
-                    "likely than it was under the reference (likelihood displacement): lower model.learning_rate, "
-                    "raise model.beta, or set model.loss_type: dpop or [sigmoid, sft]"
-                )
+        metrics, step = trainer.callback_metrics, trainer.global_step
+        if step and step % trainer.log_every_n_steps == 0 and "train/loss" in metrics:
+            if step > warmup_steps(trainer, module):
+                found |= displacement_warnings(step, metrics)
+            if warning := self._nothing_left(trainer):
+                found["learned"] = warning
         if replies := find_callback(trainer, RepliesCallback):
             found |= reply_warnings([(showing.step, showing.shares) for showing in replies.showings])
         for kind, warning in found.items():
             if kind not in self._warned_of:
                 rank_zero_warn(warning)
         self._warned_of.update(found)
+
+    def _nothing_left(self, trainer: Trainer) -> str | None:
+        """Looks at the gradient weight since the last log; a warning once it has been small for `QUIET_STEPS` steps.
+
+        All ranks see the same mean, so they agree without asking each other.
+        """
+        step, metrics = trainer.global_step, trainer.callback_metrics
+        if not self._first_pull or self._learned is not None:
+            return None
+        pull = float(metrics["train/gradient_weight"]) / self._first_pull
+        if not pull < LITTLE_PULL:
+            self._last_pull = step
+        if step - self._last_pull < QUIET_STEPS:
+            return None
+        self._learned = step
+        steps, loss = trainer.estimated_stepping_batches, float(metrics["train/loss"])
+        return learning_checks.nothing_left(step, pull, loss, steps, self.stop_when_learned)
 
     def _stop_at_nan(self, trainer: Trainer) -> None:
         results, self._unchecked = self._unchecked, []
@@ -211,6 +269,22 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
             "load both from the same weights"
         )
     return warnings
+
+
+def displacement_warnings(step: int, metrics: Mapping[str, Tensor]) -> dict[str, str]:
+    """Warnings by kind where chosen completions have become less likely than under the reference."""
+    found: dict[str, str] = {}
+    share = metrics.get("train/rewards/displaced")
+    if share is not None and share > DISPLACED:
+        found["displaced"] = (
+            f"step {step}: the chosen completion of {share:.0%} of the pairs has become less likely than it was under "
+            "the reference (likelihood displacement): lower model.learning_rate, raise model.beta, or set "
+            "model.loss_type: dpop or [sigmoid, sft]"
+        )
+    share = metrics.get("train/rewards/first_displaced")
+    if share is not None and share > FIRST_DISPLACED and metrics["train/rewards/margins"] > 0:
+        found["first_token"] = learning_checks.first_token_displaced(step, float(share))
+    return found
 
 
 def reply_warnings(history: Sequence[tuple[int, dict[str, float]]]) -> dict[str, str]:

@@ -12,10 +12,13 @@ from lightning.pytorch import Trainer
 
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.dpo.metrics import FIRST_FALL
 
 CHECKED_PAIRS = 1000  # of the training data
 RARE = 0.05  # a smaller share of the rows is an accident and no warning
+SHORT_REST = 0.05  # a smaller share of a run is not worth stopping for
 FEW_STEPS, ENOUGH_STEPS = 30, 60  # optimizer steps; 62 taught SQL at the founding recipe's learning rate of 1e-5
 NO_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
 AFTER_A_WORD = ",.:;!?)"  # punctuation that a blank follows
@@ -23,21 +26,24 @@ AFTER_A_WORD = ",.:;!?)"  # punctuation that a blank follows
 
 def before_training(trainer: Trainer) -> Iterator[str]:
     """Warnings about the training data and the length of the run."""
-    data = trainer.datamodule
-    pairs = data.pairs("train", range(min(CHECKED_PAIRS, len(data.datasets["train"]))))
-    special_tokens = set(getattr(data.tokenizer, "get_added_vocab", dict)())
+    yield from about_data(trainer.datamodule)
     by_epochs = trainer.max_steps < 0 and trainer.overfit_batches == 0 and trainer.limit_train_batches == 1.0
-    warnings = [
-        plain_for_a_chat_model(pairs, bool(data.tokenizer.chat_template), special_tokens),
-        joined(pairs),
-        ends_in_blank(pairs),
-        too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs) if by_epochs else None,
-    ]
-    yield from filter(None, warnings)
+    if by_epochs:
+        yield from filter(None, [too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs)])
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             yield f"nothing is trained, because trainer.{name} is 0: the model stays as it is"
             return
+
+
+def about_data(data: PreferenceDataModule) -> Iterator[str]:
+    """Warnings about the training data."""
+    pairs = data.pairs("train", range(min(CHECKED_PAIRS, len(data.datasets["train"]))))
+    special_tokens = set(getattr(data.tokenizer, "get_added_vocab", dict)())
+    chat_model = bool(data.tokenizer.chat_template)
+    yield from filter(
+        None, [plain_for_a_chat_model(pairs, chat_model, special_tokens), joined(pairs), ends_in_blank(pairs)]
+    )
 
 
 def after_training(trainer: Trainer) -> Iterator[str]:
@@ -84,7 +90,7 @@ def joined(pairs: Sequence[PreferencePair]) -> str | None:
     """Checks for completions that follow a word or its punctuation without a blank."""
     share = _share(pairs, lambda pair: runs_together(pair.prompt, pair.chosen))
     return share and (
-        f"the completions of {share} of the rows follow their prompt without a blank ('Answer:SELECT'), as in "
+        f"the completions of {share} follow their prompt without a blank ('Answer:SELECT'), as in "
         "no text that the model was pretrained on: begin completions with a blank (of context, question, answer "
         'rows: data.completion_template: " {answer}"), or end prompts in a new line'
     )
@@ -94,20 +100,22 @@ def ends_in_blank(pairs: Sequence[PreferencePair]) -> str | None:
     """Checks for prompts that end in a blank, which tokenizers make part of the next word."""
     share = _share(pairs, lambda pair: pair.prompt.endswith((" ", "\t")))
     return share and (
-        f"the prompts of {share} of the rows end in a blank, but in a model's tokens a blank belongs to the word "
-        "after it: leave it out of the prompt and begin the completion with it (of context, question, answer rows: "
-        "data.prompt_template and data.completion_template)"
+        f"the prompts of {share} end in a blank, but in a model's tokens a blank belongs to the word after it, so that "
+        "completions begin as in no text that the model was pretrained on: leave it out of the prompt and begin the "
+        "completion with it (of context, question, answer rows: at the end of data.prompt_template, and "
+        'data.completion_template: " {answer}")'
     )
 
 
 def _share(pairs: Sequence[PreferencePair], condition: Callable[[PreferencePair], bool]) -> str | None:
-    """The share of the plain-text pairs that meet a condition, as text; None where it is small.
+    """How many of the plain-text pairs meet a condition, "48 of 96 rows (50%)"; None where their share is small.
 
     Conversations do not count: their chat template separates prompt and reply.
     """
     plain = [pair for pair in pairs if not pair.chat and pair.chosen]
-    share = sum(map(condition, plain)) / len(plain) if plain else 0.0
-    return f"{share:.0%}" if share >= RARE else None
+    count = sum(map(condition, plain))
+    rows = f"the first {len(plain):,} rows" if len(pairs) == CHECKED_PAIRS else f"{len(plain):,} rows"
+    return f"{count:,} of {rows} ({count / len(plain):.0%})" if plain and count / len(plain) >= RARE else None
 
 
 def runs_together(prompt: str, completion: str) -> bool:
@@ -145,4 +153,37 @@ def same_replies(before: Sequence[str], after: Sequence[str], wanted: Sequence[s
     return (
         "after the training every reply that was checked is the same as before, so nothing visible was learnt: train "
         "longer (trainer.max_epochs), raise model.learning_rate, or set model.loss_type: [sigmoid, sft]"
+    )
+
+
+def nothing_left(step: int, pull: float, loss: float, steps: float, stops: bool) -> str | None:
+    """Says that the loss teaches no more, unless the run is almost over anyway.
+
+    Args:
+        step: optimizer steps that are done.
+        pull: gradient weight of the loss as a share of that at the first step.
+        loss: the training loss.
+        steps: of the whole run; infinite if nothing limits it.
+        stops: the run ends here.
+    """
+    rest = 1 - step / steps
+    if rest <= 0 or rest < SHORT_REST and not stops:
+        return None
+    left = f"{rest:.0%} of the run is" if math.isfinite(steps) else "an endless run is"
+    ends = "the run ends here (guards.stop_when_learned)" if stops else "stop here (guards.stop_when_learned: true)"
+    return (
+        f"step {step}: nothing is left to learn from these pairs: the loss is {loss:.2g}, its gradient {pull:.1%} of "
+        f"that at the first step, and {left} left; {ends}; for better replies set model.loss_type: [sigmoid, sft], "
+        "which goes on teaching the chosen completions, or give rejected ones that are harder to tell from them "
+        "(data.rejected: shuffled or generated)"
+    )
+
+
+def first_token_displaced(step: int, share: float) -> str:
+    """Says that chosen completions have become unlikely to begin as they should."""
+    return (
+        f"step {step}: the first token of the chosen completion has lost more than {FIRST_FALL:g} nat against the "
+        f"reference in {share:.0%} of the pairs, although the margins grow: replies will begin otherwise, and what "
+        "follows cannot repair that; set model.loss_type: [sigmoid, sft], or lower model.learning_rate "
+        "(docs/troubleshooting.md)"
     )

@@ -23,7 +23,8 @@ CHARTS = {
     },
     "diagnostics": {
         "KL": ["(train|val)/kl$"],
-        "displaced": ["(train|val)/rewards/displaced$"],
+        "displaced": ["(train|val)/rewards/(first_)?displaced$"],
+        "gradient left in the loss": ["train/gradient_weight$"],
         "gradient norm": ["train/grad_norm$"],
         "learning rate": ["train/learning_rate$"],
         "pairs per second": ["train/pairs_per_second$"],

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.callbacks.context import batches_per_epoch
+from dpo_lightning.callbacks.learning_checks import about_data
 from dpo_lightning.callbacks.report.callback import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
@@ -139,6 +140,7 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
         yield f"{cut.replace('_', 's ')} to fit data.max_length = {data.max_length}: {share}"
     share = f"{padding(data):.1%} of their tokens, none if they are packed (model.attn_implementation)"
     yield f"padding in the first epoch's training batches: {share}"
+    yield from (f"warning: {warning}" for warning in about_data(data))
     if rows:
         yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"
     for position in range(min(rows, len(train))):

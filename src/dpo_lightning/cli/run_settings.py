@@ -10,6 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.export.callback import ExportCallback
+from dpo_lightning.callbacks.forgetting import ForgettingCallback
+from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -23,6 +25,8 @@ SECTIONS: dict[str, Any] = {  # of settings -> the class that gets them, if it i
     "data": PreferenceDataModule,
     "trainer": None,
     "replies": RepliesCallback,
+    "forgetting": ForgettingCallback,
+    "guards": GuardsCallback,
     "checkpoint": None,
     "last": LastCheckpoint,
     "predictions": ReplyWriter,

@@ -36,6 +36,7 @@ from dpo_lightning.callbacks.checkpoint_files import (
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
 from dpo_lightning.callbacks.export.callback import ExportCallback
+from dpo_lightning.callbacks.forgetting import ForgettingCallback
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.progress import RunBar
@@ -68,7 +69,7 @@ from dpo_lightning.storage.trust import TRUST, plain_settings
 from dpo_lightning.visible import one_line
 
 # Callbacks without settings.
-CALLBACKS = (EvaluationCallback, GuardsCallback, StoryboardCallback, ReportCallback, StoppingCallback)
+CALLBACKS = (EvaluationCallback, StoryboardCallback, ReportCallback, StoppingCallback)
 
 
 class DPOCLI(LightningCLI):
@@ -92,6 +93,8 @@ class DPOCLI(LightningCLI):
         )
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(RepliesCallback, "replies")
+        parser.add_lightning_class_args(ForgettingCallback, "forgetting")
+        parser.add_lightning_class_args(GuardsCallback, "guards")  # after the replies, which it looks at
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
         parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")

@@ -20,7 +20,7 @@ class PairLogps(NamedTuple):
     """Log-probabilities of B pairs' completion tokens under one model, float32."""
 
     token_logps: Tensor  # [N] nats, in the order of the batch's targets
-    sequence: Tensor  # [N] int64 in [0, 2B): see PairBatch
+    sequence: Tensor  # [N] int64 in [0, 2B), ascending: see PairBatch
     num_pairs: int  # B
     router_loss: Tensor | None = None  # weighted load-balancing loss of a mixture of experts, a scalar
     log_sum_squares: Tensor | None = None  # [N] log of the sum of p^2 over the vocabulary, where asked for; no gradient
@@ -37,6 +37,12 @@ class PairLogps(NamedTuple):
     def lengths(self) -> Tensor:
         """Number of completion tokens, EOS counted, [B, 2] float32."""
         return self._per_side(torch.ones_like(self.token_logps))
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """Log-probabilities of each completion's first token, [B, 2]; that of an empty completion is its EOS."""
+        sequences = torch.arange(2 * self.num_pairs, device=self.sequence.device)
+        return self.token_logps[torch.searchsorted(self.sequence, sequences)].view(-1, 2)
 
 
 class Scoring(NamedTuple):

@@ -25,11 +25,17 @@ PAIR_METRICS = (
     "logps/rejected",
     "kl",
 )
-OF_REFERENCE = {"rewards/displaced", "kl"}  # left out without a reference
+ADDED_METRICS = (  # with sums and a count of their own, since earlier checkpoints of unfinished runs lack them
+    "logps/first_token",  # of the chosen completion's first token, nats
+    "rewards/first_displaced",  # share of pairs in which it is `FIRST_FALL` less likely than under the reference
+    "gradient_weight",  # see `preference_loss.gradient_weights`; in training only
+)
+FIRST_FALL = 1.0  # nats
+OF_REFERENCE = {"rewards/displaced", "rewards/first_displaced", "kl"}  # left out without a reference
 
 
 class PairMetrics(Metric):
-    """Means over pairs of `PAIR_METRICS`, under TRL's names.
+    """Means over pairs of `PAIR_METRICS` and `ADDED_METRICS`, under TRL's names where TRL has them.
 
     `kl` estimates, per pair, how far the policy is from the reference on the data's completion tokens: the mean of
     half the squared log-ratio (the k2 estimator of Schulman 2020, "Approximating KL divergence"), in nats per token.
@@ -40,18 +46,23 @@ class PairMetrics(Metric):
     Args:
         reference_free: leave out what compares with a reference.
         keep_margins: keep each pair's margin for `all_margins`.
+        in_training: every `update` has the pairs' gradient weights.
     """
 
     full_state_update = False
     sums: Tensor
     pairs: Tensor
+    added_sums: Tensor
+    added_pairs: Tensor
     margins: list[Tensor]
 
-    def __init__(self, reference_free: bool = False, keep_margins: bool = False) -> None:
+    def __init__(self, reference_free: bool = False, keep_margins: bool = False, in_training: bool = False) -> None:
         super().__init__()
-        self.reference_free, self.keep_margins = reference_free, keep_margins
+        self.reference_free, self.keep_margins, self.in_training = reference_free, keep_margins, in_training
         self.add_state("sums", torch.zeros(len(PAIR_METRICS), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("added_sums", torch.zeros(len(ADDED_METRICS), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("added_pairs", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
         if keep_margins:
             self.add_state("margins", [], dist_reduce_fx="cat")
 
@@ -60,8 +71,15 @@ class PairMetrics(Metric):
         return super()._apply(keep_float32(fn), *args, **kwargs)
 
     @torch.no_grad()
-    def update(self, losses: Tensor, rewards: Tensor, policy: PairLogps, reference: PairLogps | None) -> None:
-        """Adds a batch of B pairs: `losses` [B], `rewards` [B, 2] and the log-probs under both models."""
+    def update(
+        self,
+        losses: Tensor,
+        rewards: Tensor,
+        policy: PairLogps,
+        reference: PairLogps | None,
+        gradients: Tensor | None = None,
+    ) -> None:
+        """Adds a batch of B pairs: `losses` [B], `rewards` [B, 2], log-probs, and in training gradient weights [B]."""
         logps, lengths = policy.sums, policy.lengths
         chosen, rejected = rewards.unbind(1)
         other = policy.token_logps if reference is None else reference.token_logps
@@ -79,6 +97,11 @@ class PairMetrics(Metric):
         )
         self.sums += torch.stack(values).sum(1)
         self.pairs += len(losses)
+        first = policy.first_tokens[:, 0]
+        fall = first.new_zeros(len(first)) if reference is None else reference.first_tokens[:, 0] - first
+        gradients = torch.zeros_like(losses) if gradients is None else gradients
+        self.added_sums += torch.stack([first, (fall > FIRST_FALL).float(), gradients]).sum(1)
+        self.added_pairs += len(losses)
         if self.keep_margins:
             self.margins.append(chosen - rejected)
 
@@ -87,7 +110,10 @@ class PairMetrics(Metric):
         if self.pairs == 0:
             return {}
         means = dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))
-        return {name: means[name] for name in PAIR_METRICS if not (self.reference_free and name in OF_REFERENCE)}
+        means |= dict(zip(ADDED_METRICS, self.added_sums / self.added_pairs, strict=True))
+        unknown = set() if self.in_training else {"gradient_weight"}
+        unknown |= OF_REFERENCE if self.reference_free else set()
+        return {name: mean for name, mean in means.items() if name not in unknown}
 
     def all_margins(self) -> Tensor:
         """The margins [n] of all ranks' pairs since the last reset; n may be 0. To be called on all ranks."""

@@ -23,7 +23,7 @@ from dpo_lightning.dpo.logps import pair_logps
 from dpo_lightning.dpo.metrics import PairMetrics
 from dpo_lightning.dpo.optimization import PlateauSchedule, make_optimizer, make_scheduler
 from dpo_lightning.dpo.policy_module import PolicyModule
-from dpo_lightning.dpo.preference_loss import PreferenceLoss
+from dpo_lightning.dpo.preference_loss import PreferenceLoss, gradient_weights
 from dpo_lightning.dpo.reference import check_reference, load_weights, move, weights_to_save
 from dpo_lightning.dpo.resume import Resume
 from dpo_lightning.dpo.throughput import Throughput
@@ -111,7 +111,8 @@ class DPOModule(PolicyModule):
         self.loss = PreferenceLoss(loss_type, loss_weights, beta, label_smoothing, loss_options)
         check_reference(reference, sync_ref_model, self.loss.needs_reference)
         reference_free = not self.loss.needs_reference
-        self.train_metrics, self.test_metrics = PairMetrics(reference_free), PairMetrics(reference_free)
+        self.train_metrics = PairMetrics(reference_free, in_training=True)
+        self.test_metrics = PairMetrics(reference_free)
         self.val_metrics = PairMetrics(reference_free, keep_margins=True)
         self.grad_norm: Tensor | None = None
         self.router_loss: Tensor | None = None
@@ -140,7 +141,8 @@ class DPOModule(PolicyModule):
         policy = pair_logps(self.causal_lm, batch, scoring, sum_squares=self.loss.use_weighting)
         losses = self.loss(policy, reference, batch.weight, batch.margin)
         rewards = self.loss.rewards(policy, reference)
-        getattr(self, f"{stage}_metrics").update(losses.detach(), rewards, policy, reference)
+        gradients = gradient_weights(losses, policy) if losses.requires_grad else None
+        getattr(self, f"{stage}_metrics").update(losses.detach(), rewards, policy, reference, gradients)
         if policy.router_loss is None:
             return losses.mean()
         self.router_loss = policy.router_loss.detach().float()

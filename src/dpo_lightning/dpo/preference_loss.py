@@ -61,6 +61,16 @@ def wpo_weights(policy: PairLogps) -> Tensor:
     return (aligned.sums / policy.lengths).sum(1).exp()
 
 
+def gradient_weights(losses: Tensor, policy: PairLogps) -> Tensor:
+    """How strongly the losses [B] still pull at their pairs: |dL/d log pi| of y_w plus that of y_l, [B].
+
+    For `sigmoid` it is 2 beta sigmoid(-beta h): beta at equal models, and nearly 0 once the margin is wide. The graph
+    is kept for the backward pass.
+    """
+    (slopes,) = torch.autograd.grad(losses.sum(), policy.token_logps, retain_graph=True)
+    return (policy._replace(token_logps=slopes.abs()).sums / policy.lengths).sum(1)
+
+
 class PreferenceLoss:
     """A weighted sum of losses: log-probs of policy and reference -> [B].
 

@@ -9,7 +9,7 @@ A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024, equations 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -147,6 +147,10 @@ class FrozenCopy:
         with nullcontext() if dtype is None else torch.autocast(device, dtype):
             return pair_logps(self.model, batch, scoring)
 
+    def as_model(self) -> AbstractContextManager["PreTrainedModel"]:
+        """The copy as a causal LM."""
+        return nullcontext(self.model)
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Moves or converts the reference's own tensors, as `Module._apply` does the module's."""
         convert(self.model, function)
@@ -170,8 +174,14 @@ class AdapterOff:
     @torch.no_grad()
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
         """Like `pair_logps`, under the base model."""
+        with self.as_model() as model:
+            return pair_logps(model, batch, scoring)
+
+    @contextmanager
+    def as_model(self) -> Iterator["PreTrainedModel"]:
+        """The base model, during the block."""
         with self.policy.disable_adapter():
-            return pair_logps(self.policy.get_base_model(), batch, scoring)
+            yield self.policy.get_base_model()
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Does nothing: the policy's module moves the weights."""
@@ -191,17 +201,18 @@ class AdapterCopy:
     @torch.no_grad()
     def logps(self, batch: PairBatch, scoring: Scoring) -> PairLogps:
         """Like `pair_logps`, under the model with the copied adapter."""
-        with self._swapped_in():
-            return pair_logps(self.policy.get_base_model(), batch, scoring)
+        with self.as_model() as model:
+            return pair_logps(model, batch, scoring)
 
     @contextmanager
-    def _swapped_in(self) -> Iterator[None]:
+    def as_model(self) -> Iterator["PreTrainedModel"]:
+        """The model with the copied adapter, during the block."""
         # Through `.data`, so that autograd does not object in the policy's backward pass.
         weights = [shard_of(weight.data) for weight in trained_weights(self.policy).values()]
         kept = [weight.clone() for weight in weights]
         copy_all(weights, [shard_of(weight) for weight in self.weights.values()])
         try:
-            yield
+            yield self.policy.get_base_model()
         finally:
             copy_all(weights, kept)
 

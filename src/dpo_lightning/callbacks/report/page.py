@@ -43,6 +43,7 @@ def render(run: Run) -> str:
         tiles=_tiles(run),
         charts=_charts(run.curves),
         margins=histogram("Margins of pairs", run.margins),
+        forgetting=_forgetting(run.curves),
         prompts=[prompt for number in range(len(run.pairs)) if (prompt := _prompt(run, number))],
     )
     return str(page)  # no longer Markup, which another template would not escape
@@ -66,6 +67,18 @@ def _tiles(run: Run) -> list[Change]:
     return tiles
 
 
+def _forgetting(curves: Mapping[str, Curve]) -> dict[str, str]:
+    """What training cost elsewhere (`ForgettingCallback`), {} where it was not measured."""
+    perplexity, reference, kl = (
+        [value for _, value in curves.get(f"forgetting/{name}", [])]
+        for name in ("perplexity", "reference_perplexity", "kl")
+    )
+    rows = {"perplexity of the policy": " → ".join(map(number_text, perplexity[:1] + perplexity[1:][-1:]))}
+    rows |= {"perplexity of the reference": number_text(reference[-1])} if reference else {}
+    rows |= {"KL of the policy from the reference": f"{number_text(kl[-1])} nats a token"} if kl else {}
+    return rows if perplexity else {}
+
+
 def _charts(curves: Mapping[str, Curve]) -> list[str]:
     def both(metric: str) -> dict[str, str]:
         return {f"train/{metric}": "training", f"val/{metric}": "validation"}
@@ -79,11 +92,14 @@ def _charts(curves: Mapping[str, Curve]) -> list[str]:
         "Rewards in training": {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"},
         "KL from the reference": both("kl"),
         "Displaced: chosen less likely than before": both("rewards/displaced"),
+        "Displaced first token of chosen": both("rewards/first_displaced"),
+        "Gradient left in the loss": {"train/gradient_weight": "training"},
         "Learning rate": {"train/learning_rate": "learning rate"},
         "Gradient norm": {"train/grad_norm": "before clipping"},
         "Pairs per second": {"train/pairs_per_second": "training"},
     }
     shares |= {"Accuracy: pairs with a positive margin", "Displaced: chosen less likely than before"}
+    shares |= {"Displaced first token of chosen"}
     return [
         line_chart(title, {label: curves.get(name, []) for name, label in names.items()}, title in shares)
         for title, names in charts.items()
