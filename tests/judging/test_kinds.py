@@ -186,10 +186,17 @@ def test_forms_in_yaml(text, names):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (
+            "[[sql]]",
+            "replies.judge is .* it must be a text or settings of its own .* or a list, each a text or settings",
+        ),
         ("exakt", "replies.judge 'exakt' is unknown: one of sql, exact, regex, .*did you mean 'exact'"),
         ("{regx: a}", "'regx' is unknown"),
         ("regex", "replies.judge: regex needs pattern: {regex: {pattern: ...}}"),
-        ("{regex: {patern: a}}", "regex has no option 'patern': it has pattern, full_match, .*did you mean 'pattern'"),
+        (
+            "{regex: {patterns: a}}",
+            "regex has no option 'patterns': it has pattern, full_match, .*did you mean 'pattern'",
+        ),
         ("{regex: '('}", r"regex: pattern '\(' is no regular expression: missing \)"),
         ("{regex: {pattern: 3}}", "replies.judge: regex.pattern is 3: it must be a text"),
         ("{regex: 3}", "replies.judge: regex is 3: it must be its options"),
@@ -198,7 +205,7 @@ def test_forms_in_yaml(text, names):
         ("{sql: {timeout: 3}}", "sql has no option 'timeout': it has ignore_case, name"),
         ("{sql: {ignore_case: 1}}", "sql.ignore_case is 1: it must be true or false"),
         ("{json_schema: none.json}", "schema 'none.json' cannot be read: No such file"),
-        ("{json_schema: {schema: {type: objekt}}}", r"schema is no JSON schema: 'objekt' is not valid .* at \$.type"),
+        ("{json_schema: {schema: {type: thing}}}", r"schema is no JSON schema: 'thing' is not valid .* at \$.type"),
         ("{python: math}", "function 'math' cannot be imported"),
         ("{python: {function: math:cos, margin: -1}}", "margin is -1: it must be 0 or more"),
         ("[{regex: a}, {regex: b}]", r"there is another judge called regex: give .* {regex: {name: ..., ...}}"),

@@ -105,8 +105,8 @@ class Judge:
         if not self.failure:
             self.failure = why
             rank_zero_warn(
-                f"{self.where} '{self.name}' {why}: this reply has no verdict, and so have all others on which it "
-                f"fails; {self.name}/{UNJUDGED} is their share"
+                f"{self.where} '{self.name}' {why}: this reply gets no verdict, nor does any other on which it fails; "
+                f"{self.name}/{UNJUDGED} is their share"
             )
         if self._failed == FAILURES and not self._judged:
             raise UserError(f"{self.where} '{self.name}' failed on each of the first {FAILURES} replies: it {why}")
@@ -128,6 +128,7 @@ def find_judges(setting: JudgeSetting, where: str = "replies.judge") -> dict[str
     Raises:
         UserError: a name is unknown, an option is wrong, a function cannot be imported, or two judges share a name.
     """
+    check_setting(where, setting, JudgeSetting)
     judges: dict[str, Judge] = {}
     for kind, options in _named(setting, where):
         judge = Judge(kind, where, options)
