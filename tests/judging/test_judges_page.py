@@ -58,21 +58,19 @@ def test_the_schema_of_the_page_judges_what_its_template_makes(run, tmp_path):
     assert all(judges["json_schema"](Reply(text, [1], True), PreferencePair("", text, ""))["valid"] for text in wanted)
 
 
-def test_the_function_of_the_page_judges_in_fit_test_and_predict(run, tmp_path, capsys):
+def test_the_function_of_the_page_judges_in_fit_test_and_predict(run, tmp_path, capsys, caplog):
     *_, example = YAML
     assert run("fit", example) == 0
     assert all(0 <= line["overlap/score"] < 1 and "sql/valid" in line for line in replies(tmp_path))
     assert run("test", example) == 0
     metrics = [json.loads(path.read_text())["metrics"] for path in tmp_path.glob("lightning_logs/*/metrics.json")]
     assert 0 <= metrics[0]["test/overlap/score"] < 1 and metrics[0]["test/overlap/unjudged"] == 0
-    capsys.readouterr()
     predicted = {"predictions.output": "out.jsonl", "predictions.judge": "my_scores:overlap"}
     assert run("predict", example, **predicted) == 0
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and all("overlap/score" in line and "sql/valid" not in line for line in lines)
     mean = sum(line["overlap/score"] for line in lines) / 4
-    printed = capsys.readouterr()
-    assert f"overlap/score {mean:.3g}" in printed.out + printed.err
+    assert f"overlap/score {mean:.3g}" in caplog.text
     assert run("predict", example, **predicted | {"predictions.judge": "sql"}) == 2
     assert "judged otherwise" in capsys.readouterr().err
 
