@@ -1,9 +1,7 @@
 """Checks of settings from the command line and YAML files, with one-line errors that name what is allowed."""
 
 import difflib
-import importlib
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -302,25 +300,3 @@ def setting(key: str, node: yaml.Node | None) -> tuple[yaml.Node, yaml.Node] | N
         if key.startswith(f"{name.value}.") and (found := setting(key[len(name.value) + 1 :], value)):
             return found
     return None
-
-
-# ---------------------------------------------------------------------- functions of the user's own
-
-
-def imported_function(name: str, setting: str) -> Callable[..., Any]:
-    """Imports the function that a setting names as `package.module:function`, also from the working directory.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
-    module_name, _, function_name = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as with `python -m`; console scripts do not have it
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # importing a module can fail in any way
-        raise UserError(f"{setting} '{name}' cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise UserError(f"{setting} '{name}' is {type(function).__name__}, not a function")
-    return function

@@ -40,7 +40,7 @@ def command(tmp_path, monkeypatch, model_folder, capsys):
 def one_second(monkeypatch):
     """Little time for templates; the process that knows it ends with the test."""
     rendering._WORKER.end()
-    monkeypatch.setattr(rendering, "SECONDS", 0.5)
+    monkeypatch.setattr(rendering._WORKER, "seconds", 0.5)
     yield
     rendering._WORKER.end()
 

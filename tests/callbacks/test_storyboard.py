@@ -13,6 +13,7 @@ from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.callbacks.storyboard import RESULTS, StoryboardCallback
 from dpo_lightning.judging.views import markdown_table
 
+JUDGED = ("sql/valid", "sql/exact", "sql/execution", "reply/eos_rate", "reply/repetition")
 HOSTILE = (
     "<script>alert(1)</script> ![x](http://127.0.0.1/x.png) [y](javascript:z) | cell |\n# head\n\n* a_b_ `c` <b>&amp;"
     "\x1b[31m ~~~ --- 1. \\| http://127.0.0.1 \u202e"
@@ -74,7 +75,8 @@ def test_hparams_hold_the_settings_and_name_results_that_exist(fitted):
     _, trainer, events = fitted
     experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
     tags = {info.name.tag for info in experiment.experiment.metric_infos}
-    assert tags == set(RESULTS) <= set(events.Tags()["scalars"])
+    judged = {f"replies/{name}" for name in JUDGED}
+    assert tags == set(RESULTS) | judged and tags <= set(events.Tags()["scalars"])
     started = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     values = started.session_start_info.hparams
     assert values["beta"].number_value == 0.1 and values["loss_type"].string_value == "sigmoid"

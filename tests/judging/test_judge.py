@@ -17,9 +17,10 @@ from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.judge import JUDGES, VerdictMeans, find_judges, repetition, verdicts
+from dpo_lightning.judging.judge import FAILURES, VerdictMeans, check_round, find_judges, verdicts
+from dpo_lightning.judging.kinds import JUDGES, repetition
 from dpo_lightning.judging.quantities import QUANTITIES, TITLES, marks
-from dpo_lightning.models.generate import Reply
+from dpo_lightning.models.reply import Reply
 from ranks import run_ranks
 
 PAIR = PreferencePair("p", " SELECT a FROM t", "", "CREATE TABLE t (a INT)")
@@ -91,18 +92,81 @@ RETURNS = "def odd(reply, pair):\n    return {}"
         ("", "sqll", "replies.judge 'sqll' is unknown.*did you mean 'sql'"),
         ("", "nowhere:odd", "cannot be imported: ModuleNotFoundError"),
         ("odd = 3", "my_judges:odd", "is int, not a function"),
-        (RETURNS.format("{'a': 'yes'}"), "my_judges:odd", "returned 'a': 'yes': its verdicts are names with"),
-        (RETURNS.format("{1: True}"), "my_judges:odd", "returned 1: True"),
-        (RETURNS.format("True"), "my_judges:odd", "raised TypeError"),
-        (RETURNS.format("{'a': 1 / 0}"), "my_judges:odd", "raised ZeroDivisionError: division by zero"),
         ("def sql(reply, pair):\n    return {}", "my_judges:sql", "there is another judge called sql"),
     ],
 )
 def test_a_judge_that_cannot_be_used_is_one_line(own, code, name, words):
     own(code)
     with pytest.raises(UserError, match=words) as error:
-        verdicts(find_judges(name), Reply("", [], True), PAIR)
+        find_judges(name)
     assert "\n" not in str(error.value)
+
+
+REPLIES = [Reply(text, [1], True) for text in ("1", "2", "3")]
+
+
+def a_round(judges, replies=REPLIES):
+    judged = [verdicts(judges, reply, PAIR) for reply in replies]
+    means = VerdictMeans()
+    means.update(judged)
+    check_round(judges, means)
+    return judged, means.compute()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("{'a': 'yes'}", "returned 'a': 'yes': its verdicts are names with"),
+        ("{1: True}", "returned 1: True"),
+        ("'good'", "returned 'good': it must return a number"),
+        ("{'a': 1 / 0}", "raised ZeroDivisionError: division by zero"),
+        ("exit(1)", "raised SystemExit"),
+        ("'\\x1b[31m\\nred'.index('x')", "raised ValueError"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_judge_that_fails_on_every_reply_of_the_first_round_ends_the_run(own, body, words):
+    own(RETURNS.format(body))
+    with pytest.raises(UserError, match=f"replies.judge: python 'odd' failed on every reply: it .*{words}") as error:
+        a_round(find_judges("my_judges:odd"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=f"failed on each of the first {FAILURES} replies: it .*{words}"):
+        a_round(find_judges("my_judges:odd"), REPLIES * 9)
+
+
+HANGS_ON_2 = """
+def odd(reply, pair):
+    if reply.text == "2":
+        {}
+    if pair.chosen == "":
+        1 / 0
+    return int(reply.text)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("while True: pass", "took more than 0.5 seconds"),
+        ("raise RuntimeError('\\x1b[31mno\\nanswer')", r"raised RuntimeError: \\x1b\[31mno answer"),
+        ("__import__('os')._exit(0)", r"ended its process \(exit code 0\)"),
+        ("return 'x' * 10**9", "took more than 128 MiB"),
+    ],
+)
+def test_a_reply_on_which_a_judge_fails_has_no_verdict_and_is_counted(own, what, words):
+    own(HANGS_ON_2.format(what))
+    judges = find_judges({"python": {"function": "my_judges:odd", "timeout": 0.5, "memory": 0.125}})
+    with pytest.warns(UserWarning, match=words) as warned:
+        judged, means = a_round(judges)
+    assert len([one for one in warned if "odd" in str(one.message)]) == 1
+    assert [found.get("odd/score") for found in judged] == [1.0, None, 3.0]
+    assert [found["odd/unjudged"] for found in judged] == [False, True, False]
+    assert means["odd/score"] == 2 and means["odd/unjudged"] == pytest.approx(1 / 3)
+    with pytest.warns(UserWarning, match="failed on every reply"):  # it has judged some before: the run goes on
+        judged = [verdicts(judges, reply, PAIR._replace(chosen="")) for reply in REPLIES[:1]]
+        means = VerdictMeans()
+        means.update(judged)
+        check_round(judges, means)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +192,12 @@ def test_what_is_no_number_is_not_judged(own):
 
 
 def test_every_verdict_of_the_packages_judges_has_its_name():
-    found = verdicts(JUDGES, Reply("SELECT a FROM t", [1], True), PAIR)
-    assert set(found) == set(QUANTITIES) and set(TITLES) == set(JUDGES)
+    pytest.importorskip("jsonschema")
+    judges = find_judges([{"sql": {"ignore_case": True}}, "exact", {"regex": "a"}, {"json_schema": {"schema": {}}}])
+    found = verdicts(judges, Reply("SELECT a FROM t", [1], True), PAIR)
+    own = {name for name in QUANTITIES if name.partition("/")[0] in JUDGES}
+    assert set(found) - {"regex/unjudged", "json_schema/unjudged"} == own and set(TITLES) == set(JUDGES)
+    assert own == {f"{name}/{verdict}" for name, judge in judges.items() for verdict in judge.verdicts}
 
 
 @pytest.fixture

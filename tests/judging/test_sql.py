@@ -13,7 +13,7 @@ from dpo_lightning.judging.sql.judge import sql
 from dpo_lightning.judging.sql.normalize import equivalent_text
 from dpo_lightning.judging.sql.sandbox import Sandbox
 from dpo_lightning.judging.sql.tokens import tokenize
-from dpo_lightning.models.generate import Reply
+from dpo_lightning.models.reply import Reply
 from sql_verdicts import compiles, same_result
 
 WIKISQL = Path(__file__).parents[2] / ".." / "shared" / "data" / "wikisql-test.jsonl"

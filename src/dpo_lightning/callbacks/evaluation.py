@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
 from dpo_lightning.callbacks.replies import RepliesCallback, answer
 from dpo_lightning.data.batching import PairBatch, collate_prompts, to_pairs
-from dpo_lightning.judging.judge import VerdictMeans, find_judges, verdicts
+from dpo_lightning.judging.judge import JudgeSetting, VerdictMeans, check_round, find_judges, verdicts
 from dpo_lightning.parsing import check_settings
 from dpo_lightning.storage.atomic import atomic_file
 
@@ -27,9 +27,9 @@ class EvaluationCallback(Callback):
         judge: as in `RepliesCallback`; by default the judges of the run's `RepliesCallback`, or `sql` without one.
     """
 
-    def __init__(self, judge: str | list[str] | None = None) -> None:
+    def __init__(self, judge: JudgeSetting | None = None) -> None:
         check_settings(EvaluationCallback.__init__, locals(), "evaluation.")
-        self.judges = find_judges(judge) if judge is not None else {}
+        self.judges = find_judges(judge, "evaluation.judge") if judge is not None else {}
 
     # ------------------------------------------------------------------ Lightning's hooks, the same for both commands
 
@@ -56,6 +56,7 @@ class EvaluationCallback(Callback):
         """Logs the means over the split."""
         if trainer.state.fn in PREFIX:
             self._means = self._means.gathered()
+            check_round(self.judges, self._means)
             means = {f"{PREFIX[trainer.state.fn]}/{name}": mean for name, mean in self._means.compute().items()}
             pl_module.log_dict(means, sync_dist=True)  # they are the same on all processes
 

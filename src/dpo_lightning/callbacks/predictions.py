@@ -1,5 +1,6 @@
 """Writes the replies of `predict` to a .jsonl file, which an interrupted run continues."""
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from dpo_lightning.callbacks.context import preference_data
 from dpo_lightning.data.batching import PromptBatch
 from dpo_lightning.data.encoding import tokenizer_fingerprint
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.generate import Reply
+from dpo_lightning.judging.judge import JudgeSetting, VerdictMeans, check_round, find_judges, verdicts
+from dpo_lightning.models.reply import Reply
 from dpo_lightning.parsing import check_settings
 from dpo_lightning.storage.digests import key_digest, weights_digest
 from dpo_lightning.storage.jsonl import Lines, append_lines, could_be_half, keep_lines, read_lines
@@ -24,12 +26,17 @@ class ReplyWriter(BasePredictionWriter):
 
     If an interrupted run of the same model on the same prompts left such a file, it is continued. Any other file that
     exists is refused and left unchanged, and so is one that another `predict` is writing.
+
+    Args:
+        judge: as in `RepliesCallback`: each line gets the verdicts on its reply. By default there are none.
     """
 
-    def __init__(self, output: str = "replies.jsonl") -> None:
+    def __init__(self, output: str = "replies.jsonl", judge: JudgeSetting | None = None) -> None:
         check_settings(ReplyWriter.__init__, locals(), "predictions.")
         super().__init__(write_interval="batch")
         self.output = output
+        self.judges = find_judges(judge, "predictions.judge") if judge is not None else {}
+        self._judged_by = {"judge": key_digest(judge)[:12]} if self.judges else {}
         self._existing = Lines([], [], b"")  # of the file
         self._kept = 0  # how many of these lines stay
         self._all_prompts: Any = None
@@ -102,6 +109,8 @@ class ReplyWriter(BasePredictionWriter):
                     "data.max_length or model.max_new_tokens)"
                 )
             )
+        if any(line.get("judge") != self._judged_by.get("judge") for line in self._existing.objects):
+            raise UserError(self._refusal("holds replies that were judged otherwise (by another predictions.judge)"))
         if trainer.is_global_zero:
             keep_lines(Path(self.output), self._existing, self._kept)
         if self._kept:
@@ -118,27 +127,33 @@ class ReplyWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Writes a batch of replies from all processes, in the order of the data."""
-        answered = list(zip(batch.pair_ids.tolist(), prediction, strict=True))
-        if trainer.world_size > 1:
-            shards: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shards, answered)
-            answered = sorted(item for shard in shards for item in shard)
-        if not trainer.is_global_zero:
-            return
-        positions = [position for position, _ in answered]
+        positions = batch.pair_ids.tolist()
         pairs = trainer.datamodule.pairs("predict", positions)
         rows = trainer.datamodule.row_numbers("predict", positions)
         lines = []
-        for (_, reply), pair, row in zip(answered, pairs, rows, strict=True):
+        for position, reply, pair, row in zip(positions, prediction, pairs, rows, strict=True):
             line = {"row": row, "prompt": pair.prompt, "reply": reply.text, "stopped": reply.stopped}
-            wanted = {"wanted": pair.chosen, "context": pair.context}
-            lines.append(line | {key: text for key, text in wanted.items() if text} | {"model": self._model})
-        append_lines(Path(self.output), lines)
+            line |= {key: text for key, text in (("wanted", pair.chosen), ("context", pair.context)) if text}
+            line |= verdicts(self.judges, reply, pair)
+            lines.append((position, line | {"model": self._model} | self._judged_by))
+        if trainer.world_size > 1:
+            shards: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shards, lines)
+            lines = sorted((line for shard in shards for line in shard), key=itemgetter(0))
+        if trainer.is_global_zero:
+            append_lines(Path(self.output), [line for _, line in lines])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports where the replies are."""
         trainer.datamodule.datasets["predict"] = self._all_prompts
         rank_zero_info(f"replies written to {self.output}")
+        if self.judges and trainer.is_global_zero:
+            means = VerdictMeans()
+            means.update(
+                {name: line[name] for name in line if "/" in name} for line in read_lines(Path(self.output)).objects
+            )
+            rank_zero_info(", ".join(f"{name} {mean:.3g}" for name, mean in means.compute().items()))
+            check_round(self.judges, means)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Unlocks the file."""

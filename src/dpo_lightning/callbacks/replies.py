@@ -12,10 +12,10 @@ from dpo_lightning.callbacks.context import preference_data, run_folder, tensorb
 from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_prompts
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.judge import Verdict, VerdictMeans, find_judges, verdicts
+from dpo_lightning.judging.judge import JudgeSetting, Verdict, VerdictMeans, check_round, find_judges, verdicts
 from dpo_lightning.judging.quantities import marks, quantity
 from dpo_lightning.judging.views import markdown_table, show_replies
-from dpo_lightning.models.generate import Reply
+from dpo_lightning.models.reply import Reply
 from dpo_lightning.parsing import AtLeast1, Count, check_settings
 from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.states import check_state
@@ -58,7 +58,8 @@ class RepliesCallback(Callback):
         every_n_steps: optimizer steps between two rounds of replies; 0 is only before and after training.
         num_prompts: held-out prompts to answer each time.
         num_shown: how many of them the console prints.
-        judge: a judge of `dpo_lightning.judging.judge`, one of your own (`my_module:my_judge`), or several.
+        judge: a judge of `dpo_lightning.judging.kinds`, a function of your own (`my_module:my_function`), or several,
+            each with or without options (`dpo_lightning.judging.judge`).
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class RepliesCallback(Callback):
         every_n_steps: Count = 50,
         num_prompts: AtLeast1 = 16,
         num_shown: Count = 4,
-        judge: str | list[str] = "sql",
+        judge: JudgeSetting = "sql",
     ) -> None:
         check_settings(RepliesCallback.__init__, locals(), "replies.")
         self.judges = find_judges(judge)
@@ -154,6 +155,7 @@ class RepliesCallback(Callback):
         judged = [verdicts(self.judges, reply, pair) for reply, pair in zip(replies, self.pairs, strict=True)]
         means = VerdictMeans()  # all processes judge the same replies
         means.update(judged)
+        check_round(self.judges, means)
         counts = {name: count for name, (_, count) in means.totals.items() if count}
         shares = {name: mean for name, mean in means.compute().items() if name in counts}
         texts, before = ([reply.text for reply in answered] for answered in (replies, self._reference))
@@ -169,12 +171,13 @@ class RepliesCallback(Callback):
     def _to_console(self, texts: list[str], before: list[str]) -> None:
         showing = self.showings[-1]
         now = {"now": texts} if len(self.showings) > 1 else {}
+        judged = {name.partition("/")[0] for name in showing.shares}
         show_replies(
             f"step {showing.step}" if showing.step else "before training",
             [pair.prompt for pair in self.pairs[: self.num_shown]],
             {"before": before, **now, "wanted": [pair.chosen for pair in self.pairs]},
             showing.shares,
-            sql=any(pair.context for pair in self.pairs),
+            next((j.kind.syntax for name, j in self.judges.items() if name in judged and j.kind.syntax), None),
         )
 
     def _to_tensorboard(

@@ -6,8 +6,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dpo_lightning.callbacks.context import find_callback, tensorboard_writer
 from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.judging.judge import JUDGES
-from dpo_lightning.judging.quantities import QUANTITIES, reply_charts, results
+from dpo_lightning.judging.judge import Judge
+from dpo_lightning.judging.quantities import reply_charts, results
 
 # Group -> title of a chart -> regular expressions of its tags, for TensorBoard's "custom scalars" tab.
 CHARTS = {
@@ -17,10 +17,7 @@ CHARTS = {
         "accuracy": ["(train|val)/rewards/accuracies$"],
         "rewards": ["(train|val)/rewards/(chosen|rejected)$"],
     },
-    "replies": {
-        **{title: [f"replies/{name}$" for name in words] for title, words in reply_charts(QUANTITIES).items()},
-        "Replies: length": ["replies/reply/length$"],
-    },
+    "replies": {"Replies: length": ["replies/reply/length$"]},
     "diagnostics": {
         "KL": ["(train|val)/kl$"],
         "displaced": ["(train|val)/rewards/(first_)?displaced$"],
@@ -30,13 +27,12 @@ CHARTS = {
         "pairs per second": ["train/pairs_per_second$"],
     },
 }
-# Listed beside the hyperparameters, each with its last value in the run.
+# Listed beside the hyperparameters, each with its last value in the run, and so are the verdicts of judges.
 RESULTS = (
     "val/loss",
     "val/rewards/accuracies",
     "val/rewards/margins",
     "val/kl",
-    *(f"replies/{name}" for name in results(QUANTITIES)),
     "train/pairs_per_second",
 )
 
@@ -44,9 +40,10 @@ RESULTS = (
 class StoryboardCallback(Callback):
     """Completes the TensorBoard log of a run, if it has one:
 
-    - custom scalars: `CHARTS`, and a chart for each judge of the user's own;
-    - hparams: all settings, with the metrics of `RESULTS`. Verdicts of a user's own judge are not among them, since
-      TensorBoard needs their names before the first reply is judged: they are in the charts, and in `validate`'s log;
+    - custom scalars: `CHARTS`, and a chart for each judge of the run;
+    - hparams: all settings, with the metrics of `RESULTS` and the verdicts of the run's judges. Those of a function of
+      the user's own are not among them, since TensorBoard needs their names before the first reply is judged: they are
+      in the charts, and in `validate`'s log;
     - histograms: the margins of all pairs at each validation, from all ranks.
     """
 
@@ -66,11 +63,15 @@ class StoryboardCallback(Callback):
             group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in CHARTS.items()
         }
         replies = find_callback(trainer, RepliesCallback)
-        own = [name for name in replies.judges if name not in JUDGES] if replies else []
-        layout["replies"] |= {name: ["Multiline", [f"replies/{name}/"]] for name in own}
+        judges: dict[str, Judge] = replies.judges if replies else {}
+        names = [f"{name}/{verdict}" for name, judge in judges.items() for verdict in judge.verdicts]
+        charts = {title: [f"replies/{name}$" for name in words] for title, words in reply_charts(names).items()}
+        charts |= {name: [f"replies/{name}/"] for name, judge in judges.items() if not judge.verdicts}
+        layout["replies"] |= {title: ["Multiline", tags] for title, tags in charts.items()}
         writer.add_custom_scalars(layout)
         assert writer.file_writer is not None  # until it is closed
-        for summary in hparams(settings(trainer, pl_module), dict.fromkeys(RESULTS, 0.0)):
+        metrics = [*RESULTS, *(f"replies/{name}" for name in results(names))]
+        for summary in hparams(settings(trainer, pl_module), dict.fromkeys(metrics, 0.0)):
             writer.file_writer.add_summary(summary)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_lightning.data.cells import messages, number, shortened, text
 from dpo_lightning.data.pair import BadCell, BadRow, PreferencePair
 from dpo_lightning.errors import UserError, did_you_mean
-from dpo_lightning.parsing import imported_function
 from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.visible import one_line
+from dpo_lightning.worker import imported_function
 
 if TYPE_CHECKING:
     from dpo_lightning.data.chat import ChatTemplate

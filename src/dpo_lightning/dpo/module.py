@@ -35,7 +35,7 @@ from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, check_se
 from dpo_lightning.storage.states import check_amount
 
 if TYPE_CHECKING:
-    from dpo_lightning.models.generate import Reply
+    from dpo_lightning.models.reply import Reply
 
 IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
 NOT_SAVED = ("optimizer", "lr_scheduler")  # settings that are functions, which no checkpoint may name

@@ -21,7 +21,7 @@ from dpo_lightning.dpo.logps import PairLogps, Scoring, pair_logps
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.internals.torch import convert, copy_all, lerp_all
 from dpo_lightning.models.sharding import gathered, placed_like, shard_of
-from dpo_lightning.parsing import imported_function
+from dpo_lightning.worker import imported_function
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,21 +16,17 @@ class Quantity(NamedTuple):
     better: Literal["higher", "lower"] | None = "higher"  # None: neither, so it is no result of a run
 
 
-QUANTITIES = {
-    "sql/valid": Quantity("valid SQL", "valid", share=True),
-    "sql/exact": Quantity("exactly the wanted SQL", "exact", share=True),
-    "sql/execution": Quantity("same result as wanted", "same result", share=True),
-    "sql/unjudged": Quantity("results that could not be compared", share=True, better=None),
-    "reply/eos_rate": Quantity("replies that end by themselves", "ended", share=True),
-    "reply/length": Quantity("tokens of a reply", better=None),
-    "reply/repetition": Quantity("4-grams that came before in the reply", share=True, better="lower"),
-}
-TITLES = {"sql": "SQL", "reply": "Replies"}  # of the charts with a judge's verdicts
+QUANTITIES: dict[str, Quantity] = {}  # by the name of a verdict; `kinds` enters the package's own
+TITLES: dict[str, str] = {}  # of the charts with a judge's verdicts, by the judge's name
+UNJUDGED = "unjudged"  # the verdict of a judge on whether it failed on a reply
 
 
 def quantity(name: str) -> Quantity:
     """The entry for a name; a user's verdict without one counts as a number, and higher is better."""
-    return QUANTITIES.get(name) or Quantity(name, name.rpartition("/")[2])
+    judge, _, verdict = name.rpartition("/")
+    if verdict == UNJUDGED and name not in QUANTITIES:
+        return Quantity(f"replies on which {judge} failed", share=True, better=None)
+    return QUANTITIES.get(name) or Quantity(name, verdict)
 
 
 def results(names: Iterable[str]) -> list[str]:

@@ -19,14 +19,18 @@ def fold(text: str, length: int = FOLDED_LENGTH) -> str:
 
 
 def show_replies(
-    title: str, prompts: Sequence[str], columns: dict[str, Sequence[str]], means: dict[str, float], sql: bool = False
+    title: str,
+    prompts: Sequence[str],
+    columns: dict[str, Sequence[str]],
+    means: dict[str, float],
+    syntax: str | None = None,
 ) -> None:
     """Prints a table with a row per prompt to rich's shared console, above any progress bar.
 
     Args:
         columns: title -> a text per prompt; there may be more texts than prompts.
         means: of the verdicts, for the caption.
-        sql: highlight the columns as SQL.
+        syntax: the language, such as "sql", in which the columns are highlighted.
     """
     from rich import get_console
     from rich.table import Table
@@ -40,18 +44,18 @@ def show_replies(
     for i, prompt in enumerate(prompts):
         # Text, not markup: a reply must not be able to style or link itself.
         cells = [fold(column[i]) for column in columns.values()]
-        table.add_row(Text(fold(prompt)), *(_highlighted(cell) if sql else Text(cell) for cell in cells))
+        table.add_row(Text(fold(prompt)), *(_highlighted(cell, syntax) if syntax else Text(cell) for cell in cells))
     with tqdm.external_write_mode():  # a bar drawn by tqdm, such as Lightning's, makes room as well
         get_console().print(table)
 
 
-def _highlighted(query: str) -> "Text":
+def _highlighted(text: str, language: str) -> "Text":
     from rich.syntax import Syntax
 
-    text = Syntax("", "sql", theme="ansi_dark", background_color="default").highlight(query)
-    text.rstrip()
-    text.no_wrap = False  # by default code is cut instead of wrapped
-    return text
+    code = Syntax("", language, theme="ansi_dark", background_color="default").highlight(text)
+    code.rstrip()
+    code.no_wrap = False  # by default code is cut instead of wrapped
+    return code
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,24 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_lightning.models.policy import position_count
+from dpo_lightning.models.reply import Reply
 from dpo_lightning.models.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
-
-
-class Reply(NamedTuple):
-    """A model's reply to one prompt."""
-
-    text: str
-    token_ids: list[int]  # without EOS
-    stopped: bool  # ended by EOS, not by the length limit
 
 
 def prompt_room(model: "PreTrainedModel", max_new_tokens: int) -> int:

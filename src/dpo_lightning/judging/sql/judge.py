@@ -6,24 +6,27 @@ A reply is judged as generated: no query is searched for in prose. Neither it no
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.judging.sql.fill import draw_fillings, plan_fillings, without_summed
 from dpo_lightning.judging.sql.query import read_query
 from dpo_lightning.judging.sql.sandbox import QueryError, Result, Sandbox
-from dpo_lightning.judging.sql.tokens import tokenize
-from dpo_lightning.models.generate import Reply
+from dpo_lightning.judging.sql.tokens import lower_texts, tokenize
+from dpo_lightning.models.reply import Reply
 
 FILLINGS = 24
 MAX_SECONDS = 0.3  # of CPU time, after which the remaining fillings are skipped
 
 
-def sql(reply: Reply, pair: PreferencePair) -> dict[str, bool | None]:
+def sql(reply: Reply, pair: PreferencePair, ignore_case: bool = False) -> dict[str, bool | None]:
     """Judges a reply to a pair whose context is CREATE TABLE statements. Without a context there are no verdicts.
 
     - `valid` and `execution`: see `validity_and_execution`.
     - `exact`: the reply's text is the chosen completion's, after both are normalised.
+    - `execution_ignoring_case`, with `ignore_case`: the same without regard to the case of letters in texts.
     - `unjudged`: `execution` is None.
     """
     if not pair.context:
@@ -32,10 +35,17 @@ def sql(reply: Reply, pair: PreferencePair) -> dict[str, bool | None]:
 
     wanted = pair.chosen.strip()
     valid, same = validity_and_execution(reply.text, wanted, pair.context)
-    return {"valid": valid, "exact": equivalent_text(reply.text, wanted), "execution": same, "unjudged": same is None}
+    found = {"valid": valid, "exact": equivalent_text(reply.text, wanted), "execution": same}
+    if ignore_case:
+        differ = valid and same is False
+        _, same_in_lower = validity_and_execution(reply.text, wanted, pair.context, True) if differ else (valid, same)
+        found["execution_ignoring_case"] = same_in_lower
+    return found | {"unjudged": same is None}
 
 
-def validity_and_execution(reply: str, wanted: str, context: str) -> tuple[bool | None, bool | None]:
+def validity_and_execution(
+    reply: str, wanted: str, context: str, lower: bool = False
+) -> tuple[bool | None, bool | None]:
     """Two verdicts: whether the reply is valid, and whether it has the wanted query's result.
 
     Valid is one read query that sqlite compiles against the context's tables. The results are compared on random
@@ -45,7 +55,12 @@ def validity_and_execution(reply: str, wanted: str, context: str) -> tuple[bool 
 
     Both are None if the context does not compile. The second is also None if the wanted query does not run, or if both
     agree only on results that say nothing: no rows, or rows of 0 and NULL.
+
+    Args:
+        lower: all letters in texts count as lower case: in the queries, the context, the tables and the results.
     """
+    if lower:
+        reply, wanted, context = map(lower_texts, (reply, wanted, context))
     try:
         sandbox = Sandbox(context)
     except ValueError:
@@ -54,7 +69,7 @@ def validity_and_execution(reply: str, wanted: str, context: str) -> tuple[bool 
         wanted_query, reply_query = _compiled(sandbox, wanted), _compiled(sandbox, reply)
         if reply_query is None or wanted_query is None:
             return reply_query is not None, None if wanted_query is None else False
-        return True, _agree_on_fillings(sandbox, reply_query, wanted_query, seed=context + "\n" + wanted)
+        return True, _agree_on_fillings(sandbox, reply_query, wanted_query, context + "\n" + wanted, lower)
 
 
 def _compiled(sandbox: Sandbox, text: str) -> str | None:
@@ -67,20 +82,20 @@ def _compiled(sandbox: Sandbox, text: str) -> str | None:
     return query
 
 
-def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> bool | None:
+def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str, lower: bool) -> bool | None:
     queries = [tokenize(wanted), tokenize(reply)]
     plan = plan_fillings(sandbox.tables, queries)
     ordered = _is_ordered(wanted)
     clear, unclear, meaningful = False, [], False
     deadline = time.thread_time() + MAX_SECONDS
     for filling in chain(without_summed(plan, queries, seed), draw_fillings(plan, FILLINGS, seed)):
-        sandbox.fill(filling)
-        if (expected := _rows(sandbox, wanted)) is None:
+        sandbox.fill({table: list(map(_lower, rows)) for table, rows in filling.items()} if lower else filling)
+        if (expected := _rows(sandbox, wanted, lower)) is None:
             return None
-        if (got := _rows(sandbox, reply)) is None:
+        if (got := _rows(sandbox, reply, lower)) is None:
             return False
         sandbox.reverse_rows()
-        if (shuffled := _rows(sandbox, wanted)) is None:
+        if (shuffled := _rows(sandbox, wanted, lower)) is None:
             return None
         meaningful |= any(cell for row in expected.rows for cell in row)
         if not _same_rows(expected, shuffled):
@@ -96,14 +111,18 @@ def _agree_on_fillings(sandbox: Sandbox, reply: str, wanted: str, seed: str) -> 
     return True if meaningful else None
 
 
-def _rows(sandbox: Sandbox, query: str) -> Result | None:
+def _rows(sandbox: Sandbox, query: str, lower: bool) -> Result | None:
     """The query's result, floats rounded to nine digits since sums depend on the order of their terms."""
     try:
         result = sandbox.run(query)
     except QueryError:
         return None
     rows = [tuple(float(f"{cell:.9g}") if isinstance(cell, float) else cell for cell in row) for row in result.rows]
-    return Result(result.columns, rows)
+    return Result(result.columns, [tuple(_lower(row)) for row in rows] if lower else rows)
+
+
+def _lower(row: Iterable[Any]) -> list[Any]:
+    return [cell.lower() if isinstance(cell, str | bytes) else cell for cell in row]
 
 
 def _is_ordered(query: str) -> bool:

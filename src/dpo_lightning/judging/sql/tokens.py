@@ -48,6 +48,29 @@ def without_blanks(sql: str) -> str:
     return "".join(parts)
 
 
+def lower_texts(sql: str) -> str:
+    """The same with its texts in lower case: `name = 'Jo' AND upper(x) = 'A'` -> `name = 'jo' AND lower(x) = 'a'`.
+
+    Formats of dates and numbers stay as they are, since `%m` and `%M` mean different things.
+    """
+    parts: list[str] = []
+    before = last = ""  # the two tokens in front
+    word = 0  # where the last word is
+    for match in _TOKEN.finditer(sql):
+        raw = match.group()
+        if match.lastgroup == "space":
+            parts.append(raw)
+            continue
+        is_format = last == "(" and before in ("strftime", "printf", "format")
+        if raw == "(" and last == "upper":
+            parts[word] = "lower"
+        if match.lastgroup == "word":
+            word = len(parts)
+        parts.append(raw.lower() if match.lastgroup in ("string", "quoted") and not is_format else raw)
+        before, last = last, raw.lower()
+    return "".join(parts)
+
+
 def tokenize(sql: str) -> list[Token]:
     """`SELECT "a" FROM t -- x` -> word SELECT, quoted a, word FROM, word t.
 
