@@ -14,7 +14,7 @@ FLOORS = (
     ("data",),
     ("storage",),
     ("models",),
-    ("errors", "visible", "parsing"),  # files directly in the package
+    ("errors", "visible", "parsing", "shipped"),  # files directly in the package
     ("internals",),
 )
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}

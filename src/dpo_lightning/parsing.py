@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.internals.argparse import option_names
+from dpo_lightning.shipped import shipped_configs
 
 KINDS = {
     "int": "a whole number",
@@ -153,7 +154,7 @@ def explained(message: str, names: Collection[str]) -> str:
         group = re.match(r"Group '([^']+)'", message)
         return no_such_setting(f"{group[1]}.{found[1]}" if group else found[1], names)
     if found := re.match(r"the following arguments are required: (?:(fit|validate|test|predict)\.)?([^\s,]+)", message):
-        configuration = "--config FILE, such as configs/gpt2.yaml, or " if found[1] else ""
+        configuration = "--config NAME or FILE, such as --config gpt2, or " if found[1] else ""
         return f"{found[2]} is missing: give {configuration}--{found[2]} VALUE"
     if found := re.match(r"argument ([\w.]+) --> ([\w.]+): ", message):  # a linked setting, which jsonargparse fills in
         return no_such_setting(found[2], [found[1]])
@@ -240,7 +241,8 @@ def composed(name: str) -> yaml.Node | None:
         raise UserError(f"--config {name} is a folder: name a .yaml file in it ({files})")
     if not path.exists():
         beside = [str(file) for file in path.parent.glob("*") if file.is_file()] if path.parent.is_dir() else []
-        raise UserError(f"--config {name}: no such file{did_you_mean(name, beside)}")
+        hint = did_you_mean(name, beside) or did_you_mean(path.stem, shipped_configs())
+        raise UserError(f"--config {name}: no such file{hint}")
     try:
         content = path.read_bytes()
         return yaml.compose(content.decode(), Loader=yaml.SafeLoader)

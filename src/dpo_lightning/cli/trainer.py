@@ -44,6 +44,7 @@ from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
+from dpo_lightning.cli.configs import with_shipped
 from dpo_lightning.cli.download import download
 from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
 from dpo_lightning.cli.run_settings import check_run_settings, warn_of_other_splits
@@ -263,7 +264,7 @@ class DownloadCLI(DPOCLI):
 def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
     """Parses a configuration and, with `run`, runs its Trainer command."""
     # Not as an argument: Lightning starts the processes of further devices with this process's command line.
-    sys.argv[1:] = args
+    args = sys.argv[1:] = with_shipped(args)
     check_config_files(args)
     try:
         return cli(
@@ -280,11 +281,11 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
         raise with_location(error, args) from error
 
 
-def run_trainer(args: Sequence[str]) -> None:
+def run_trainer(args: Sequence[str]) -> DPOCLI:
     """Runs `fit`, `validate`, `test` or `predict`; what Lightning refuses becomes a UserError."""
     try:
         with restoring():
-            configured(DPOCLI, args, run=True)
+            return configured(DPOCLI, args, run=True)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except ValueError as error:
