@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.errors import UserError, did_you_mean
-from dpo_lightning.internals.argparse import option_names
+from dpo_lightning.internals.argparse import PlainTypes, arrange_help, option_names
 from dpo_lightning.shipped import shipped_configs
 
 KINDS = {
@@ -127,10 +127,23 @@ def run_function(function: Callable[..., Any], args: Sequence[str]) -> None:
 
 
 class OneLineErrorParser(LightningArgumentParser):
-    """A parser with errors of one line instead of the error and the usage, and without abbreviated names."""
+    """A parser with errors of one line instead of the error and the usage, and without abbreviated names.
+
+    Attributes:
+        sections: of settings -> their titles in `--help`, in that order.
+    """
+
+    sections: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": PlainTypes} | kwargs)
+
+    def format_help(self, *args: Any) -> str:
+        """The help, with what most users set first."""
+        # jsonargparse names options that are there only behind the command.
+        self.prog: str = self.prog.replace(" [options] ", " ")
+        arrange_help(self, self.sections)
+        return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raises UserError with the message in plain words."""

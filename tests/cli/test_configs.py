@@ -40,10 +40,12 @@ def test_a_missing_file_is_not_taken_for_a_shipped_configuration_but_it_is_sugge
         composed(name)
 
 
-def test_configs_are_listed_with_what_they_are_for(capsys):
+def test_configs_are_listed_with_what_they_are_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "gpt2            The main run: GPT-2 learns to answer in SQL from b-mc2/sql-create-context." in lines
+    assert max(map(len, lines)) <= 100
     assert any(line.startswith("loggers/csv     Overlay: metrics into ") for line in lines)
 
 

@@ -1,9 +1,12 @@
 """Shipped configurations by name: in `--config gpt2`, and for the command `configs`: list, print and copy them."""
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_lightning.cli.entry import program
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.shipped import shipped_configs
 
@@ -19,7 +22,8 @@ def run_configs(args: Sequence[str]) -> None:
         UserError: there is no such configuration, or the copy would replace a file.
     """
     parser = argparse.ArgumentParser(
-        "configs", description="List the configurations that ship with dpo-lightning, or print or copy one."
+        f"{program()} configs",
+        description="List the configurations that ship with this package, print or copy one.",
     )
     parser.add_argument("name", nargs="?", help="the configuration to print")
     parser.add_argument("--copy", action="store_true", help="write it to a file here instead, to be edited")
@@ -32,9 +36,9 @@ def run_configs(args: Sequence[str]) -> None:
     elif given.copy:
         raise UserError("configs --copy needs a name, such as `configs --copy gpt2`")
     else:
-        width = max(map(len, shipped), default=0)
+        width, columns = max(map(len, shipped), default=0), shutil.get_terminal_size((200, 24)).columns
         for name, path in shipped.items():
-            print(f"{name:{width}}  {summary(path)}")
+            print(f"{name:{width}}  {textwrap.shorten(summary(path), columns - width - 2, placeholder='…')}")
         print(HINT)
 
 

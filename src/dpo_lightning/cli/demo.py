@@ -5,6 +5,7 @@ import webbrowser
 from collections.abc import Sequence
 
 from dpo_lightning.callbacks.context import run_folder
+from dpo_lightning.cli.entry import program
 from dpo_lightning.cli.trainer import run_trainer
 from dpo_lightning.shipped import shipped_configs
 
@@ -20,7 +21,7 @@ CREATE TABLE. Where to look next:
 def run_demo(args: Sequence[str]) -> None:
     """Runs `demo`; other arguments than its own go to `fit`."""
     parser = argparse.ArgumentParser(
-        "demo",
+        f"{program()} demo",
         description="Train a tiny model on rows that ship with the package, and say where its report is.",
         epilog="Any setting of `fit` can be given as well, such as --trainer.max_steps 40.",
         allow_abbrev=False,

@@ -48,19 +48,20 @@ COMMANDS = {
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
+    "completion": Command("print a script for tab completion", "dpo_lightning.cli.completion", "run_completion"),
 }
 
 
 def usage() -> str:
     """The text of `--help` without a command."""
-    commands = "\n".join(f"  {name:10}{command.help}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:12}{command.help}" for name, command in COMMANDS.items())
     return f"""usage: {program()} COMMAND --config NAME_OR_FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
 Direct Preference Optimization of causal language models.
 
 {commands}
 
-`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from."""
+`help COMMAND` lists a command's settings; `--debug` shows where an error comes from."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -89,6 +90,8 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]  # `help fit` is `fit --help`
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())
