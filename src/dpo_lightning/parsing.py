@@ -140,8 +140,6 @@ class OneLineErrorParser(LightningArgumentParser):
 
     def format_help(self, *args: Any) -> str:
         """The help, with what most users set first."""
-        # jsonargparse names options that are there only behind the command.
-        self.prog: str = self.prog.replace(" [options] ", " ")
         arrange_help(self, self.sections)
         return super().format_help(*args)
 

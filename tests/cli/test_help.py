@@ -1,4 +1,4 @@
-"""`--help`, `help` and tab completion: what someone sees who looks for a setting."""
+"""`--help` and `help`: what someone sees who looks for a setting."""
 
 import re
 import subprocess
@@ -59,20 +59,3 @@ def test_public_names_are_listed_and_there():
     assert set(dpo_lightning.__all__) == set(dpo_lightning.WHERE)
     for name in dpo_lightning.__all__:
         assert getattr(dpo_lightning, name).__name__ == name
-
-
-def test_bash_completes_commands_settings_and_configurations(tmp_path, capsys):
-    pytest.importorskip("shtab")
-    assert main(["completion", "bash"]) == 0
-    script = tmp_path / "completion.bash"
-    script.write_text(capsys.readouterr().out)
-
-    def completed(*words):
-        line = f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}"
-        function = "$(complete -p dpo-lightning | sed 's/.*-F \\([^ ]*\\).*/\\1/')"
-        code = f"source {script}; {line}; {function} dpo-lightning '{words[-1]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
-
-    assert completed("dpo-lightning", "ex") == ["export"]
-    assert "--model.beta" in completed("dpo-lightning", "fit", "--model.b")
-    assert "gpt2" in completed("dpo-lightning", "configs", "gp")

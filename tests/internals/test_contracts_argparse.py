@@ -6,7 +6,7 @@ from contracts import contract
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dpo_lightning.internals.argparse import PlainTypes, arrange_help, command_action, option_names
+from dpo_lightning.internals.argparse import PlainTypes, arrange_help, option_names
 from dpo_lightning.parsing import Range
 
 ABOVE_0 = Annotated[float, Range("in [0, 1]", lambda value: 0 <= value <= 1)]
@@ -39,11 +39,3 @@ def test_plain_types():
         parser.add_argument("--share", type=ABOVE_0 | None)
         shown = " ".join(parser.format_help().split())
         assert "float, in [0, 1]" in shown and "Annotated" not in shown
-
-
-def test_command_action():
-    with contract("jsonargparse", "the parser's _actions", "`completion`, which knows the commands of all parsers"):
-        parser = ArgumentParser()
-        parser.add_subcommands().add_subcommand("fit", ArgumentParser())
-        command_action(parser).add_subcommand("chat", ArgumentParser())
-        assert "{fit,chat}" in parser.format_help()

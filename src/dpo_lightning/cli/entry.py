@@ -48,7 +48,6 @@ COMMANDS = {
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
-    "completion": Command("print a script for tab completion", "dpo_lightning.cli.completion", "run_completion"),
 }
 
 

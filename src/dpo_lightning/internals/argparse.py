@@ -4,7 +4,7 @@ import re
 from argparse import Action, ArgumentParser
 from collections.abc import Iterator, Mapping
 
-from jsonargparse import ActionSubCommands, DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter
 
 ANNOTATED = re.compile(r"Annotated\[(\w+), ((?:\[.*?\]|[^\[\]])*)\]")
 
@@ -31,6 +31,7 @@ def arrange_help(parser: ArgumentParser, titles: Mapping[str, str]) -> None:
     Args:
         titles: section, such as "model" -> title.
     """
+    parser.prog = parser.prog.replace(" [options] ", " ")  # jsonargparse's; all options come behind the command
     order = list(titles)
     groups = {}
     for group in parser._action_groups:
@@ -52,8 +53,3 @@ class PlainTypes(DefaultHelpFormatter):
     def _get_type_str(self, action: Action) -> str | None:
         name = super()._get_type_str(action)
         return name and ANNOTATED.sub(r"\1, \2", name)
-
-
-def command_action(parser: ArgumentParser) -> ActionSubCommands:
-    """What a parser's commands were added to, to add others. Uses `_actions`: `add_subcommands` can be called once."""
-    return next(action for action in parser._actions if isinstance(action, ActionSubCommands))
