@@ -9,12 +9,7 @@ help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: $(VENV)/.installed  ## set-up and training on shipped data: SQL in about a minute, no hub, no GPU
-	$(BIN)/python cli.py fit --config configs/demo.yaml
-	@echo
-	@echo "The questions are about tables that were not trained on; SQL is valid if it compiles against the question's own"
-	@echo "CREATE TABLE. Open the report in a browser. Where to look next:"
-	@echo "    $(BIN)/tensorboard --logdir lightning_logs             the curves"
-	@echo "    $(BIN)/python cli.py fit --config configs/gpt2.yaml    the real thing: GPT-2"
+	$(BIN)/python cli.py demo
 
 test: $(VENV)/.installed-test  ## set-up and all tests
 	$(BIN)/ruff check .

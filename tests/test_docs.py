@@ -50,7 +50,9 @@ def parse_only(cli_class, args, run):
 
 
 def check_cli(command, args):
-    if command == "download":
+    if command == "demo":
+        assert not args
+    elif command == "download":
         parse_only(DownloadCLI, args, run=False)
     elif command == "export":
         assert set(args[::2]) == {"--ckpt_path", "--output_dir"}
@@ -74,10 +76,13 @@ def test_every_command_of_a_readme_works(readme, monkeypatch):
             assert set(args) <= targets, line
         elif program == "tensorboard":
             assert args == ["--logdir", "lightning_logs"], line
-        elif args[0] == "cli.py":
-            check_cli(args[1], args[2:])
+        elif program == "pip":
+            assert args == ["install", "dpo-lightning"], line
+        elif program == "dpo-lightning" or args[0] == "cli.py":
+            command, *rest = args if program == "dpo-lightning" else args[1:]
+            check_cli(command, rest)
         else:
-            assert args[:2] == ["-m", "pip"] or args[:2] == ["-m", "dpo_lightning.demo.build"], line
+            assert args[:2] == ["-m", "dpo_lightning.demo.build"], line
 
 
 @pytest.mark.parametrize("page", sorted(REPO.glob("docs/*.md")), ids=lambda path: path.name)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -15,7 +15,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.errors import UserError, did_you_mean
-from dpo_lightning.internals.argparse import option_names
+from dpo_lightning.internals.argparse import PlainTypes, arrange_help, option_names
+from dpo_lightning.shipped import shipped_configs
 
 KINDS = {
     "int": "a whole number",
@@ -124,10 +125,21 @@ def run_function(function: Callable[..., Any], args: Sequence[str]) -> None:
 
 
 class OneLineErrorParser(LightningArgumentParser):
-    """A parser with errors of one line instead of the error and the usage, and without abbreviated names."""
+    """A parser with errors of one line instead of the error and the usage, and without abbreviated names.
+
+    Attributes:
+        sections: of settings -> their titles in `--help`, in that order.
+    """
+
+    sections: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": PlainTypes} | kwargs)
+
+    def format_help(self, *args: Any) -> str:
+        """The help, with what most users set first."""
+        arrange_help(self, self.sections)
+        return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raises UserError with the message in plain words."""
@@ -151,7 +163,7 @@ def explained(message: str, names: Collection[str]) -> str:
         group = re.match(r"Group '([^']+)'", message)
         return no_such_setting(f"{group[1]}.{found[1]}" if group else found[1], names)
     if found := re.match(r"the following arguments are required: (?:(fit|validate|test|predict)\.)?([^\s,]+)", message):
-        configuration = "--config FILE, such as configs/gpt2.yaml, or " if found[1] else ""
+        configuration = "--config NAME or FILE, such as --config gpt2, or " if found[1] else ""
         return f"{found[2]} is missing: give {configuration}--{found[2]} VALUE"
     if found := re.match(r"argument ([\w.]+) --> ([\w.]+): ", message):  # a linked setting, which jsonargparse fills in
         return no_such_setting(found[2], [found[1]])
@@ -238,7 +250,8 @@ def composed(name: str) -> yaml.Node | None:
         raise UserError(f"--config {name} is a folder: name a .yaml file in it ({files})")
     if not path.exists():
         beside = [str(file) for file in path.parent.glob("*") if file.is_file()] if path.parent.is_dir() else []
-        raise UserError(f"--config {name}: no such file{did_you_mean(name, beside)}")
+        hint = did_you_mean(name, beside) or did_you_mean(path.stem, shipped_configs())
+        raise UserError(f"--config {name}: no such file{hint}")
     try:
         content = path.read_bytes()
         return yaml.compose(content.decode(), Loader=yaml.SafeLoader)

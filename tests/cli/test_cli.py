@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line(run, capsys, args, words):
     [
         (
             "fit",
-            "model.name_or_path is missing: give --config FILE, such as configs/gpt2.yaml, or --model.name_or_path",
+            "model.name_or_path is missing: give --config NAME or FILE, such as --config gpt2, or --model.name_or_path",
         ),
         ("chat", "model is missing: give --model VALUE"),
         ("export", "ckpt_path is missing: give --ckpt_path VALUE"),
@@ -178,7 +178,7 @@ def test_help_and_a_mistyped_command_import_nothing_heavy():
         (["--help"], 0, "predict"),
         ([], 2, "usage: "),
         (["fti"], 2, "error: unknown command 'fti': did you mean fit?"),
-        (["dance"], 2, "it is one of fit, "),
+        (["dance"], 2, "it is one of demo, "),
     ):
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
         assert done.returncode == status, done.stderr

@@ -25,7 +25,7 @@ def model_folder(name: str, option: str) -> str:
     if path.suffix == ".ckpt" and path.exists():
         raise UserError(
             f"{option} '{name}' is a checkpoint: write its model as a folder first, with "
-            f"`python cli.py export --ckpt_path {name} --output_dir FOLDER`, and give that folder"
+            f"`dpo-lightning export --ckpt_path {name} --output_dir FOLDER`, and give that folder"
         )
     if path.is_file():
         raise UserError(f"{option} '{name}' is a file: give the folder of a model, or a hub id")
@@ -38,7 +38,7 @@ def model_folder(name: str, option: str) -> str:
     if found := next((p for folder in (path, path / "checkpoints") for p in sorted(folder.glob("*.ckpt"))), None):
         raise UserError(
             f"{option} '{name}' has checkpoints but no exported model: write one first, with "
-            f"`python cli.py export --ckpt_path {found} --output_dir FOLDER`, and give that folder"
+            f"`dpo-lightning export --ckpt_path {found} --output_dir FOLDER`, and give that folder"
         )
     return name
 

@@ -38,6 +38,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "demo": Command("see it work: train a tiny model on rows that ship with it", "dpo_lightning.cli.demo", "run_demo"),
+    "configs": Command("list the shipped configurations, or copy one", "dpo_lightning.cli.configs", "run_configs"),
     "fit": Command("train, showing replies before, during and after"),
     "validate": Command("reward metrics and judged replies on the validation pairs"),
     "test": Command("the same on the test pairs"),
@@ -51,14 +53,14 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of `--help` without a command."""
-    commands = "\n".join(f"  {name:10}{command.help}" for name, command in COMMANDS.items())
-    return f"""usage: python cli.py COMMAND --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+    commands = "\n".join(f"  {name:12}{command.help}" for name, command in COMMANDS.items())
+    return f"""usage: {program()} COMMAND --config NAME_OR_FILE [--config OVERLAY ...] [--KEY VALUE ...]
 
 Direct Preference Optimization of causal language models.
 
 {commands}
 
-`COMMAND --help` lists a command's settings; `--debug` shows where an error comes from."""
+`help COMMAND` lists a command's settings; `--debug` shows where an error comes from."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -87,6 +89,8 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]  # `help fit` is `fit --help`
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())
@@ -129,9 +133,15 @@ def stopped(args: Sequence[str], stop: Stopped) -> str:
     """The message about a stopped run, with the command that resumes it."""
     kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (before, arg)]
     kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
-    program = "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
     done = "stopped at once" if stop.step is None else f"stopped after step {stop.step}, which is saved"
-    return f"{done}; to resume:\n    {program} {shlex.join(kept)} --ckpt_path last"
+    return f"{done}; to resume:\n    {program()} {shlex.join(kept)} --ckpt_path last"
+
+
+def program() -> str:
+    """How this program was started, for commands that the user can repeat."""
+    if os.path.basename(sys.argv[0]) == "__main__.py":
+        return "python -m dpo_lightning"
+    return "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
 
 
 def keep_quiet() -> None:

@@ -15,6 +15,8 @@ from dpo_lightning.parsing import OneLineErrorParser, check_settings, run_functi
 from dpo_lightning.storage.trust import TRUST
 from dpo_lightning.visible import one_line
 
+LOSS = ("loss_type", "loss_weights", "loss_options", "label_smoothing")
+
 
 def run_export(args: Sequence[str]) -> None:
     """Runs `export` with its arguments, the command's name first."""
@@ -49,7 +51,10 @@ def export(
         )
     if not checkpoint["global_step"]:
         raise UserError(f"--ckpt_path '{ckpt_path}' has 0 optimizer steps: nothing was trained, so no model is written")
-    module = DPOModule(**_model_settings(checkpoint, ckpt_path), trust_remote_code=trust_remote_code)
+    settings = _model_settings(checkpoint, ckpt_path)
+    loss = {name: settings.pop(name) for name in LOSS}  # not used here, and it can be a function of the user's own
+    module = DPOModule(**settings, trust_remote_code=trust_remote_code)
+    module.hparams.update(loss)  # for the model card
     target = export_target(module, output_dir, [Path(ckpt_path).parent])
     target.check()  # before the model is loaded
     data_settings = checkpoint.get(DATA_SETTINGS, {})

@@ -32,6 +32,8 @@ LONGEST_PROMPT = 300  # characters; longer ones are cut
 class InspectCLI(DPOCLI):
     """The configuration of a run, with the options of `inspect`."""
 
+    command = "inspect"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `rows` and `time`."""
         super().add_arguments_to_parser(parser)

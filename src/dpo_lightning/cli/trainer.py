@@ -45,7 +45,9 @@ from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
+from dpo_lightning.cli.configs import with_shipped
 from dpo_lightning.cli.download import download
+from dpo_lightning.cli.entry import COMMANDS, program
 from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
 from dpo_lightning.cli.run_settings import check_run_settings, warn_of_other_splits
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -56,6 +58,7 @@ from dpo_lightning.data.prompt_format import (
     read_prompt_format,
     resolved_template,
 )
+from dpo_lightning.dpo.losses import import_loss
 from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
@@ -68,6 +71,20 @@ from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_l
 from dpo_lightning.storage.trust import TRUST, plain_settings
 from dpo_lightning.visible import one_line
 
+# The sections of `--help`, what most users set first.
+HELP = {
+    "ckpt_path": "the checkpoint to start from",
+    "model": "the model, its loss and its optimization",
+    "data": "the pairs",
+    "replies": "replies before, during and after training",
+    "last": "last.ckpt, from which a run resumes",
+    "checkpoint": "the best checkpoints (Lightning's ModelCheckpoint)",
+    "export": "the trained model as a Hugging Face folder",
+    "predictions": "the file that `predict` writes",
+    "optimizer": "another optimizer than AdamW",
+    "lr_scheduler": "another schedule than model.lr_scheduler_type",
+    "trainer": "Lightning's Trainer",
+}
 # Callbacks without settings.
 CALLBACKS = (EvaluationCallback, StoryboardCallback, ReportCallback, StoppingCallback)
 
@@ -75,9 +92,20 @@ CALLBACKS = (EvaluationCallback, StoryboardCallback, ReportCallback, StoppingCal
 class DPOCLI(LightningCLI):
     """LightningCLI with the DPO callbacks, a precision that suits the hardware, and checked settings."""
 
+    command = ""  # of the command line, unless it is one of Lightning's
     config: Namespace
     _logger_options: Mapping[str, Any] = MappingProxyType({})
     _checkpoint_prompt_format: PromptFormat | None = None
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser whose help begins with one line of usage instead of all settings."""
+        usage = "%(prog)s --config NAME_OR_FILE [--config OVERLAY ...] [--KEY VALUE ...]"
+        own = {"prog": f"{program()} {self.command}".strip(), "usage": usage}
+        if self.command:
+            own["description"] = f"{COMMANDS[self.command].help}."
+        parser = super().init_parser(**own | kwargs)
+        parser.sections = HELP
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks as sections of the configuration, and our defaults."""
@@ -109,8 +137,13 @@ class DPOCLI(LightningCLI):
         if settings.optimizer:
             given = parser.parse_args(args, defaults=False)
             self._optimizer_given = (given[command] if command else given).optimizer.get("init_args") or Namespace()
-        if ":" in (settings.model.reference or ""):  # now, as nothing is imported that a checkpoint names
+        # Now, as nothing is imported that a checkpoint names.
+        if ":" in (settings.model.reference or ""):
             import_reference(settings.model.reference)
+        losses = settings.model.loss_type
+        for name in [losses] if isinstance(losses, str) else losses or ():
+            if ":" in name:
+                import_loss(name)
 
     @property
     def settings(self) -> Namespace:
@@ -257,6 +290,8 @@ class DPOCLI(LightningCLI):
 class DownloadCLI(DPOCLI):
     """The configuration of a run, with the option of `download`."""
 
+    command = "download"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `output_dir`."""
         super().add_arguments_to_parser(parser)
@@ -266,7 +301,7 @@ class DownloadCLI(DPOCLI):
 def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
     """Parses a configuration and, with `run`, runs its Trainer command."""
     # Not as an argument: Lightning starts the processes of further devices with this process's command line.
-    sys.argv[1:] = args
+    args = sys.argv[1:] = with_shipped(args)
     check_config_files(args)
     try:
         return cli(
@@ -277,17 +312,18 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
             auto_configure_optimizers=False,
             trainer_defaults={"callbacks": [callback() for callback in CALLBACKS]},
             parser_class=OneLineErrorParser,
+            parser_kwargs={name: {"description": f"{COMMANDS[name].help}."} for name in cli.subcommands()},
             save_config_kwargs={"overwrite": True},
         )
     except UserError as error:
         raise with_location(error, args) from error
 
 
-def run_trainer(args: Sequence[str]) -> None:
+def run_trainer(args: Sequence[str]) -> DPOCLI:
     """Runs `fit`, `validate`, `test` or `predict`; what Lightning refuses becomes a UserError."""
     try:
         with restoring():
-            configured(DPOCLI, args, run=True)
+            return configured(DPOCLI, args, run=True)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except ValueError as error:

@@ -29,7 +29,7 @@ from dpo_lightning.data.columns import text_keys
 from dpo_lightning.data.encoding import encode_prompts, tokenizer_fingerprint
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.internals.transformers import hub_commit
-from dpo_lightning.models.hub import from_hub_or_folder
+from dpo_lightning.models.hub import from_hub_or_folder, local_path
 from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy, without_adapter
 from dpo_lightning.parsing import Range, check_setting, check_settings
 from dpo_lightning.storage.arrow_cache import find_dataset
@@ -284,8 +284,8 @@ def stored_weights(name_or_path: str, trust_remote_code: bool = False) -> str:
     """
     base = base_model_name(name_or_path)
     if base != name_or_path:
-        return _files_digest(Path(name_or_path).expanduser()) + stored_weights(base, trust_remote_code)
-    if (folder := Path(base).expanduser()).is_dir():
+        return _files_digest(local_path(name_or_path)) + stored_weights(base, trust_remote_code)
+    if (folder := local_path(base)).is_dir():
         return _files_digest(folder)
     from transformers import AutoConfig
 

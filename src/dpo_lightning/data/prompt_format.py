@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dpo_lightning.data.formats import FORMATS, LONGEST_TEMPLATE, RowOptions, placeholders, quoted
 from dpo_lightning.data.rendering import render_chats
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.hub import first_line
+from dpo_lightning.models.hub import first_line, local_path
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -134,7 +134,7 @@ def read_prompt_format(folder: str) -> PromptFormat | None:
     Raises:
         UserError: the file cannot be read, or is not what `write_prompt_format` writes.
     """
-    path = Path(folder).expanduser() / FILE
+    path = local_path(folder) / FILE
     if not path.exists():
         return None
     try:

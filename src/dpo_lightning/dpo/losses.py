@@ -6,18 +6,20 @@ Names and parameters are TRL's, and so are the values of losses that TRL has; do
 
 To add a loss, write one function with `@loss()`. It takes `Pairs`; its keyword-only arguments are its parameters with
 their ranges and defaults, and the decorator's flags say what it can be combined with. `preference_loss` mixes losses.
+Users name their own without any change here: `model.loss_type: my_module:my_loss`.
 """
 
 import inspect
 import math
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_lightning.parsing import NotNegative, Positive, Range
+from dpo_lightning.errors import UserError
+from dpo_lightning.parsing import NotNegative, Positive, Range, imported_function
 
 FlippedShare = Annotated[float, Range("in [0, 0.5)", lambda value: 0 <= value < 0.5)]
 SomeFlippedShare = Annotated[float, Range("in (0, 0.5) for exo_pair, usually 1e-3", lambda value: 0 < value < 0.5)]
@@ -65,9 +67,13 @@ class Loss(NamedTuple):
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The function's keyword-only parameters."""
-        parameters = inspect.signature(self.function).parameters
-        return {name: p for name, p in parameters.items() if p.kind == inspect.Parameter.KEYWORD_ONLY}
+        """The function's keyword-only parameters; those without an annotation may have any value."""
+        parameters = inspect.signature(self.function, eval_str=True).parameters
+        return {
+            name: p.replace(annotation=Any) if p.annotation is p.empty else p
+            for name, p in parameters.items()
+            if p.kind == p.KEYWORD_ONLY
+        }
 
 
 LOSSES: dict[str, Loss] = {}
@@ -85,10 +91,27 @@ def loss(
     """Registers a loss, `Pairs` and its own parameters -> [B], under its function's name; see `Loss` for the flags."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        LOSSES[function.__name__] = Loss(function, reference_free, f_divergence, margin, sorts, per_token, preference)
+        name = function.__name__
+        if (known := LOSSES.get(name)) and known.function.__module__ != function.__module__:
+            raise UserError(f"there is already a loss called {name}: rename the function in {function.__module__}")
+        LOSSES[name] = Loss(function, reference_free, f_divergence, margin, sorts, per_token, preference)
         return function
 
     return register
+
+
+def import_loss(name: str) -> None:
+    """Imports and registers a user's function, named `package.module:function`; without `@loss()` it has no flags.
+
+    Raises:
+        UserError: it cannot be imported, or has parameters that are not keyword-only.
+    """
+    function = imported_function(name, "model.loss_type")
+    own = list(inspect.signature(function).parameters.values())[1:]
+    if wrong := [p.name for p in own if p.kind != p.KEYWORD_ONLY]:
+        raise UserError(f"model.loss_type '{name}': {wrong[0]} must be keyword-only, as in (pairs, *, {wrong[0]})")
+    decorated = next((known for known in LOSSES.values() if known.function is function), None)
+    LOSSES[name] = decorated or Loss(function, False, False, False, False, False, True)
 
 
 # ---------------------------------------------------------------------- losses of the chosen-rejected difference

@@ -48,7 +48,7 @@ class DPOModule(PolicyModule):
     Args:
         name_or_path: model to train, a hub id or a local folder.
         beta: strength of the KL constraint; a smaller value lets the policy move further from the reference.
-        loss_type: one or several losses of `dpo_lightning.dpo.losses`.
+        loss_type: one or several losses of `dpo_lightning.dpo.losses`, or your own (`my_module:my_loss`).
         loss_weights: a weight for each loss; 1 each by default.
         label_smoothing: share of pairs assumed to be labelled wrongly, for losses that have it (docs/losses.md).
         loss_options: other parameters of the losses, f-divergence, LD-DPO and WPO (see `PreferenceLoss`).

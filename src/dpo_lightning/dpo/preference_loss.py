@@ -75,7 +75,7 @@ class PreferenceLoss:
     """A weighted sum of losses: log-probs of policy and reference -> [B].
 
     Args:
-        loss_type: one or several names in `LOSSES`.
+        loss_type: one or several names in `LOSSES`, which `import_loss` adds to.
         loss_weights: a weight for each loss; 1 each by default.
         beta: strength of the KL constraint, or what the loss's docstring calls beta.
         label_smoothing: share of labels assumed to be flipped, for losses that have this parameter.
@@ -104,7 +104,8 @@ class PreferenceLoss:
         names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         if unknown := [name for name in names if name not in LOSSES]:
             near = did_you_mean(unknown[0], LOSSES)
-            raise UserError(f"model.loss_type '{unknown[0]}' is unknown: it is one of {', '.join(LOSSES)}{near}")
+            known = f"it is one of {', '.join(LOSSES)}, or a function that your own settings name (my_module:my_loss)"
+            raise UserError(f"model.loss_type '{unknown[0]}' is unknown: {known}{near}")
         self.losses = [LOSSES[name] for name in names]
         self.weights = self._checked_weights(loss_weights)
         check_setting("model.beta", beta, Positive)
@@ -155,6 +156,8 @@ class PreferenceLoss:
             if name != "beta":
                 where = f"model.{name}" if name == "label_smoothing" else f"model.loss_options.{name}"
                 values[name] = options.get(name, parameter.default)
+                if values[name] is parameter.empty:
+                    raise UserError(f"{where} is missing: the loss {term.name} has no default for it")
                 check_setting(where, values[name], parameter.annotation)
         return values
 
@@ -229,10 +232,18 @@ class PreferenceLoss:
         """
         pairs = self._pairs(policy, reference, margin)
         terms = zip(self.weights, self.losses, self.parameters, strict=True)
-        losses = torch.stack([factor * term.function(pairs, **own) for factor, term, own in terms]).sum(0)
+        losses = torch.stack([factor * self._values(term, pairs, own) for factor, term, own in terms]).sum(0)
         if self.use_weighting:
             losses = losses * wpo_weights(policy)
         return losses if weight is None else losses * weight
+
+    @staticmethod
+    def _values(term: Loss, pairs: Pairs, own: Mapping[str, Any]) -> Tensor:
+        values = term.function(pairs, **own)
+        if values.shape != pairs.margin.shape:
+            shape, wanted = list(values.shape), list(pairs.margin.shape)
+            raise UserError(f"the loss {term.name} returns the shape {shape}: it must be {wanted}, a value per pair")
+        return values
 
     def _pairs(self, policy: PairLogps, reference: PairLogps | None, margin: Tensor | None) -> Pairs:
         own = self._sums(policy)

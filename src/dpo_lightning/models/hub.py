@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.datasets import go_offline, hub_endpoint
+from dpo_lightning.shipped import shipped_file
 from dpo_lightning.visible import one_line
 
 PROBE_SECONDS = 5.0
@@ -46,13 +47,13 @@ def from_hub_or_folder(kind: str, name: str, load: Callable[..., T], **kwargs: A
             raise UserError(f"{kind} '{name}' cannot be loaded from the hub: {first_line(error)}") from error
         raise UserError(
             f"{kind} '{name}' is not a local folder and not in the local cache, and the Hugging Face hub cannot be "
-            f"reached; either run `python cli.py download` on a connected machine and add "
-            f"`--config configs/local.yaml` here, or give the path of a local {kind} folder instead of the name"
+            f"reached; either run `dpo-lightning download` on a connected machine and add "
+            f"`--config local` here, or give the path of a local {kind} folder instead of the name"
         ) from error
 
 
 def local_path(name: str) -> Path:
-    """A name as a path, with `~` expanded.
+    """A name as a path, with `~` expanded; what is not there but ships with the package is looked up in the package.
 
     Raises:
         UserError: the system cannot look it up.
@@ -65,7 +66,7 @@ def local_path(name: str) -> Path:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        return shipped_file(name) or path
     except (OSError, ValueError) as error:  # too long, NUL, no permission, a loop of links
         raise UserError(f"'{one_line(name[:200])}' cannot be looked up: {reason_of(error)}") from error
     return path
