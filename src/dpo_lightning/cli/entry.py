@@ -42,6 +42,7 @@ COMMANDS = {
     "validate": Command("reward metrics and judged replies on the validation pairs"),
     "test": Command("the same on the test pairs"),
     "predict": Command("write replies to prompts to a file"),
+    "find": Command("try learning rates and betas in short runs", "dpo_lightning.cli.find", "run_find"),
     "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
@@ -129,9 +130,13 @@ def stopped(args: Sequence[str], stop: Stopped) -> str:
     """The message about a stopped run, with the command that resumes it."""
     kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (before, arg)]
     kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
-    program = "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
     done = "stopped at once" if stop.step is None else f"stopped after step {stop.step}, which is saved"
-    return f"{done}; to resume:\n    {program} {shlex.join(kept)} --ckpt_path last"
+    return f"{done}; to resume:\n    {program()} {shlex.join(kept)} --ckpt_path last"
+
+
+def program() -> str:
+    """The command by which this program was started."""
+    return "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
 
 
 def keep_quiet() -> None:

@@ -44,6 +44,7 @@ from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
+from dpo_lightning.cli.arms import Find
 from dpo_lightning.cli.download import download
 from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
 from dpo_lightning.cli.run_settings import check_run_settings, warn_of_other_splits
@@ -94,6 +95,7 @@ class DPOCLI(LightningCLI):
         parser.add_lightning_class_args(RepliesCallback, "replies")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
+        parser.add_class_arguments(Find, "find")
         parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
 
