@@ -102,7 +102,8 @@ class Result(NamedTuple):
             },
             "an arm",
         )
-        return cls(*(Arm(**line["arm"]) if name == "arm" else line[name] for name in cls._fields))
+        fields: dict[str, Any] = {name: line[name] for name in cls._fields}
+        return cls(**fields | {"arm": Arm(**line["arm"])})
 
     def line(self) -> dict[str, Any]:
         """The result for a file of JSON lines."""
@@ -118,7 +119,8 @@ def arms(find: Find, learning_rate: float, beta: float, loss: str | list[str], u
     """All combinations, each once. The first arm is the configuration itself, whose settings the arguments are."""
     rates = find.learning_rates or around(learning_rate)
     betas = find.betas or (around(beta) if uses_beta else [beta])
-    losses = [None if own in (None, loss, [loss]) else own for own in find.losses or [None]]
+    wanted: Sequence[str | list[str] | None] = find.losses or [None]
+    losses = [None if own in (None, loss, [loss]) else own for own in wanted]
     tried = [Arm(learning_rate, beta), *(Arm(rate, b, own) for own in losses for rate in rates for b in betas)]
     return [arm for position, arm in enumerate(tried) if arm not in tried[:position]]
 

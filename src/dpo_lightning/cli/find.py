@@ -184,7 +184,7 @@ class Search:
             found.append(self.results[key])
             names = score_names(found, self.find.rank_by)
             took = "finished before" if known else f"in {duration(found[-1].seconds)}"
-            if rest := len(chosen) - position:
+            if not known and (rest := len(chosen) - position):
                 took += f", about {duration(rest * self._estimate(steps))} left in this round"
             print(visible(f"{position}/{len(chosen)} {arm}: {outcome(found[-1], names)}; {took}"), flush=True)
         return found
