@@ -58,6 +58,8 @@ def check_cli(command, args):
         assert set(args[::2]) == {"--ckpt_path", "--output_dir"}
     elif command == "inspect":
         parse_only(InspectCLI, args, run=False)
+    elif command == "find":
+        parse_only(DPOCLI, args, run=False)
     elif command == "chat":
         assert set(args[::2]) <= {"--model", "--reference"}
     else:

@@ -57,7 +57,7 @@ class RepliesCallback(Callback):
     Args:
         every_n_steps: optimizer steps between two rounds of replies; 0 is only before and after training.
         num_prompts: held-out prompts to answer each time.
-        num_shown: how many of them the console prints.
+        num_shown: how many of them the console prints; 0 is no table.
         judge: a judge of `dpo_lightning.judging.kinds`, a function of your own (`my_module:my_function`), or several,
             each with or without options (`dpo_lightning.judging.judge`).
     """
@@ -162,7 +162,8 @@ class RepliesCallback(Callback):
         changed = sum(map(str.__ne__, texts, before))
         self.showings.append(Showing(step, texts[:REMEMBERED], judged[:REMEMBERED], shares, counts, changed))
         if trainer.is_global_zero:
-            self._to_console(texts, before)
+            if self.num_shown:
+                self._to_console(texts, before)
             self._to_tensorboard(trainer, texts, before, judged)
             if self._file:
                 append_lines(self._file, self._lines(replies, before, judged))

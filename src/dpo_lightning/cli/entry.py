@@ -44,6 +44,7 @@ COMMANDS = {
     "validate": Command("reward metrics and judged replies on the validation pairs"),
     "test": Command("the same on the test pairs"),
     "predict": Command("write replies to prompts to a file"),
+    "find": Command("try learning rates and betas in short runs", "dpo_lightning.cli.find", "run_find"),
     "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),

@@ -14,6 +14,7 @@ from dpo_lightning.callbacks.forgetting import ForgettingCallback
 from dpo_lightning.callbacks.guards import GuardsCallback
 from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.cli.arms import Find
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import UserError
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Any] = {  # of settings -> the class that gets them, if it i
     "last": LastCheckpoint,
     "predictions": ReplyWriter,
     "export": ExportCallback,
+    "find": Find,
 }
 SPLIT_SETTINGS = ("val_dataset", "test_dataset", "val_size", "test_size", "seed")  # decide which rows are held out
 PROCESSES = 8  # allowed on any CPU, to try out distributed runs

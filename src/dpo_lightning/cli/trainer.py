@@ -45,6 +45,7 @@ from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
+from dpo_lightning.cli.arms import Find
 from dpo_lightning.cli.configs import with_shipped
 from dpo_lightning.cli.download import download
 from dpo_lightning.cli.entry import COMMANDS, program
@@ -125,6 +126,7 @@ class DPOCLI(LightningCLI):
         parser.add_lightning_class_args(GuardsCallback, "guards")  # after the replies, which it looks at
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(ReplyWriter, "predictions")
+        parser.add_class_arguments(Find, "find")
         parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
 
