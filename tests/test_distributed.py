@@ -102,7 +102,16 @@ def test_a_sharded_run_resumes_from_its_checkpoint_and_exports(fit, tmp_path, sh
         "--checkpoint.every_n_train_steps",
         "2",
     )
-    args += ("--checkpoint.save_top_k", "-1", "--checkpoint.monitor", "null", "--trainer.limit_val_batches", "0")
+    args += (
+        "--checkpoint.save_weights_only",
+        "false",
+        "--checkpoint.save_top_k",
+        "-1",
+        "--checkpoint.monitor",
+        "null",
+        "--trainer.limit_val_batches",
+        "0",
+    )
     losses = fit(2, "whole", *args, strategy=FSDP)
     (checkpoint,) = (tmp_path / "whole").rglob("step2.ckpt")
     assert checkpoint.is_dir() == (sharded == "true")

@@ -1,6 +1,7 @@
 """Checkpoints that were edited, or hold less than a run needs: one clear line each, and no file is lost."""
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -136,22 +137,49 @@ def test_a_checkpoint_cannot_have_the_users_files_deleted(field, model_folder, t
     assert thesis.read_text() == "years of work"
 
 
-def test_a_checkpoint_of_weights_alone_is_tested_and_exported_but_not_gone_on_with(model_folder, tmp_path, capsys):
-    args = ["--checkpoint.save_weights_only", "true"]
-    assert command("fit", model_folder, *args) == 0
+def test_the_best_checkpoint_has_the_weights_alone_and_no_run_is_resumed_from_it(model_folder, capsys):
+    assert command("fit", model_folder) == 0
     (best,) = LAST.parent.glob("step*.ckpt")
+    assert best.stat().st_size < 0.5 * LAST.stat().st_size
+    weights, everything = (torch.load(path, weights_only=True) for path in (best, LAST))
+    assert not {"optimizer_states", "lr_schedulers", "callbacks"} & set(weights)
+    assert all(torch.equal(weight, everything["state_dict"][name]) for name, weight in weights["state_dict"].items())
     capsys.readouterr()
-    assert command("fit", model_folder, "--ckpt_path", str(best), *args) == 2
+    assert command("fit", model_folder, "--ckpt_path", str(best)) == 2
     line = error_line(capsys)
-    assert "has only the weights (checkpoint.save_weights_only)" in line and "--ckpt_path last" in line
-    best.touch()  # the newest one: `last` is what a run can go on from
-    with pytest.warns(UserWarning, match="no run can be resumed from it"):
-        assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "3", *args) == 0
+    assert "has only the weights (checkpoint.save_weights_only)" in line and f"resume with --ckpt_path '{LAST}'" in line
+    best.touch()  # the newest one: `last` is what a run can be resumed from
+    assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "3") == 0
     assert not Path("lightning_logs", "version_1").exists()
     assert torch.load(LAST, weights_only=True)["global_step"] == 3
     (best,) = LAST.parent.glob("step*.ckpt")
     assert command("test", model_folder, "--ckpt_path", str(best)) == 0
     assert main(["export", "--ckpt_path", str(best), "--output_dir", "out"]) == 0
+
+
+def test_a_run_killed_before_its_first_last_checkpoint_starts_anew(model_folder, capsys):
+    assert command("fit", model_folder) == 0
+    LAST.unlink()
+    capsys.readouterr()
+    assert command("fit", model_folder, "--ckpt_path", *map(str, LAST.parent.glob("step*.ckpt"))) == 2
+    assert "there is none beside it" in error_line(capsys)
+    assert command("fit", model_folder, "--ckpt_path", "last") == 0
+    assert Path("lightning_logs", "version_1", "checkpoints", "last.ckpt").exists() and not LAST.exists()
+
+
+def test_lightnings_own_last_checkpoint_can_be_resumed_from_too(model_folder):
+    assert command("fit", model_folder, "--checkpoint.save_last", "true") == 0
+    assert "optimizer_states" in torch.load(LAST, weights_only=True)
+
+
+def test_a_resumed_run_checks_the_bytes_once_and_maps_the_tensors(model_folder, monkeypatch):
+    assert command("fit", model_folder) == 0
+    checked, loaded, load, test = [], [], torch.load, zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: checked.append(archive.filename) or test(archive))
+    monkeypatch.setattr(torch, "load", lambda file, **options: loaded.append(options["mmap"]) or load(file, **options))
+    assert command("fit", model_folder, "--ckpt_path", "last", "--trainer.max_steps", "3") == 0
+    assert checked == [str(LAST)]
+    assert loaded == [True] * 3  # its parts, the settings, the states
 
 
 def test_a_sharded_checkpoint_is_not_exported_but_said(tmp_path, capsys):

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
-from dpo_lightning.callbacks.report.callback import ReportCallback, duration
+from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text, ticks
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.data.pair import PreferencePair
@@ -127,9 +127,8 @@ def test_a_histogram_counts_every_value_once():
     assert counts == [5, 3, 1]
 
 
-def test_numbers_and_durations_are_short():
+def test_numbers_are_short():
     assert [number_text(v) for v in (12000.0, 0.69314718, 2.5e-5)] == ["12000", "0.693", "2.5e-5"]
-    assert [duration(v) for v in (12.34, 754, 7500)] == ["12.3 s", "12 min 34 s", "2 h 5 min"]
 
 
 # ---------------------------------------------------------------------- of a whole run

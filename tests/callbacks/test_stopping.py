@@ -10,6 +10,7 @@ from conftest import REPO
 from dpo_lightning.cli.entry import main, stopped
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.errors import Stopped
+from ranks import run_ranks
 
 SETTINGS = [
     "--data.val_size", "4", "--data.test_size", "0", "--data.batch_size", "4", "--data.max_length", "128",
@@ -78,6 +79,22 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(fit, signalled, 
     curves = [checkpoint["callbacks"]["ReportCallback"]["curves"] for checkpoint in (ended, twin)]
     assert curves[0]["train/loss"] == curves[1]["train/loss"]
     assert curves[0]["val/loss"] == curves[1]["val/loss"]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(fit, monkeypatch, capfd):
+    step, batches = DPOModule.training_step, []
+
+    def training_step(self, batch, batch_idx):
+        batches.append(batch_idx)
+        if len(batches) == 3 and self.global_rank == 1:  # in the second of five steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DPOModule, "training_step", training_step)
+    args = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2")
+    assert run_ranks(2, lambda rank: fit(*args)) == [143, 0]
+    assert "stopped after step 3, which is saved" in capfd.readouterr().err
+    assert weights()["global_step"] == 3
 
 
 def test_a_second_ctrl_c_stops_at_once(fit, signalled, capsys, tmp_path):

@@ -14,10 +14,11 @@ from dpo_lightning.dpo.logps import Scoring, pair_logps
 from dpo_lightning.dpo.metrics import PairMetrics
 
 
+@pytest.mark.parametrize("scoring", [Scoring(), Scoring(shared=False)], ids=["shared", "separate"])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", ["dpop", "sft"]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()  # autograd needs a real GPU
-def test_a_step_on_a_gpu_waits_for_nothing(model_folder, dtype, loss_type):
+def test_a_step_on_a_gpu_waits_for_nothing(model_folder, dtype, loss_type, scoring):
     module = DPOModule(str(model_folder), loss_type=loss_type)
     pairs = collate([EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])], [0, 1])
     config = AutoConfig.from_pretrained(model_folder)
@@ -31,7 +32,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(model_folder, dtype, loss_type):
             module.policy = AutoModelForCausalLM.from_config(config)
             module.train_metrics = PairMetrics()
         module.reference = SimpleNamespace(logps=functools.partial(pair_logps, module.policy))
-        module.scoring, module.trainer = Scoring(), SimpleNamespace(world_size=1)
+        module.scoring, module.trainer = scoring, SimpleNamespace(world_size=1)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             loss = module.training_step(batch, 0)
         assert loss.device.type == "cuda"

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from attacked import LAST, command, error_line
 from dpo_lightning import DPOModule, PreferenceDataModule
@@ -76,3 +77,47 @@ def test_a_kind_that_nothing_asks_is_refused(model_folder):
         DPOModule(str(model_folder), reference="other", sync_ref_model=True)
     with pytest.raises(UserError, match="model.reference is other, but this model.loss_type has no reference"):
         DPOModule(str(model_folder), reference="other", loss_type="simpo")
+
+
+class Scored(Callback):
+    """Counts the batches that the reference scores in validations, and keeps what these log."""
+
+    def __init__(self):
+        self.calls, self.logged = 0, []
+
+    def on_fit_start(self, trainer, pl_module):
+        score = pl_module.reference.logps
+
+        def counted(batch, scoring):
+            self.calls += not trainer.training
+            return score(batch, scoring)
+
+        pl_module.reference.logps = counted
+
+    def on_validation_end(self, trainer, pl_module):
+        values = trainer.callback_metrics.items()
+        self.logged.append({name: float(value) for name, value in values if name.startswith("val/")})
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [({}, 2), ({"lora": {"r": 4}}, 2), ({"sync_ref_model": True, "ref_model_sync_steps": 1}, 1 + 4 * 2)],
+    ids=["copy", "adapter off", "moving"],
+)
+def test_a_validation_pair_is_scored_by_a_fixed_reference_once(
+    model_folder, tokenizer, rows_file, quiet_trainer, monkeypatch, options, calls
+):
+    def fit():
+        scored = Scored()
+        module = DPOModule(str(model_folder), learning_rate=1e-2, warmup_steps=0, **options)
+        data = PreferenceDataModule(tokenizer, rows_file, batch_size=4, val_size=4, test_size=0, eval_batch_size=2)
+        torch.manual_seed(1)
+        intervals = {"val_check_interval": 2, "max_steps": 8, "num_sanity_val_steps": 1}
+        quiet_trainer(**intervals, callbacks=[scored]).fit(module, data)
+        return scored
+
+    once = fit()
+    monkeypatch.setattr("dpo_lightning.dpo.policy_module.FIXED", ())
+    again = fit()
+    assert (once.calls, again.calls) == (calls, 1 + 4 * 2)  # a batch before training, and four validations of two
+    assert once.logged == again.logged and once.logged[-1]["val/kl"] > 0

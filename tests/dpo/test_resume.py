@@ -25,6 +25,7 @@ SETTINGS = [
     "--trainer.log_every_n_steps", "2", "--replies.num_prompts", "2", "--replies.every_n_steps", "4",
     "--trainer.val_check_interval", "3", "--trainer.max_epochs", "2", "--export.enabled", "false",
 ]  # fmt: skip
+EVERY = ["--checkpoint.save_top_k", "-1", "--checkpoint.save_weights_only", "false"]  # kept, to resume from
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def whole(fit, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AtomicCheckpointIO, "save_checkpoint", save_and_keep)
-        assert fit(folder, "--last.every_n_steps", "1", "--checkpoint.save_top_k", "-1") == 0
+        assert fit(folder, "--last.every_n_steps", "1", *EVERY) == 0
     return folder / "lightning_logs" / "version_0", sorted(kept.iterdir())
 
 
@@ -127,7 +128,7 @@ def test_an_older_checkpoint_gets_a_folder_of_its_own_and_the_newest_does_not(wh
 
 def test_last_without_any_checkpoint_starts_a_run(fit, tmp_path, caplog):
     assert fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", "1") == 0
-    assert "there is no checkpoint yet, so the run starts from the beginning" in caplog.text
+    assert "there is no checkpoint yet to resume from, so the run starts from the beginning" in caplog.text
 
 
 # ---------------------------------------------------------------------- the parts

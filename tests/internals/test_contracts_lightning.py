@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,16 @@ def test_last_save(tmp_path):
         trainer.fit(BoringModel())
         step, path = internals.last_save(best)
         assert step == 2 and Path(path).is_file()
+
+
+def test_skip_sigterm_broadcast(tmp_path):
+    with holds("the batch loop's _broadcast_sigterm_tensor", "steps of several processes that wait for no word"):
+        trainer = trainer_in(tmp_path)
+        loop = trainer.fit_loop.epoch_loop
+        assert "self._broadcast_sigterm_tensor()" in inspect.getsource(type(loop).advance)
+        theirs = loop._broadcast_sigterm_tensor
+        internals.skip_sigterm_broadcast(trainer)
+        assert loop._broadcast_sigterm_tensor != theirs and loop._broadcast_sigterm_tensor() is None
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])

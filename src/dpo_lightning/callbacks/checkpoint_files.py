@@ -34,6 +34,7 @@ BEST = {  # types in ModelCheckpoint's state
     "last_model_path": str,
     "dirpath": str | None,
 }
+RESUMED = "lr_schedulers"  # a part that only checkpoints with more than the weights have
 SHARDED = "meta.pt"  # in a sharded checkpoint's folder: everything but the weights and the optimizer
 
 
@@ -75,7 +76,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             except Exception as error:  # each kind of store has its own errors
                 raise UserError(f"--ckpt_path '{path}' cannot be read: {first_line(error)}") from error
         check_checkpoint(path)
-        return read_checkpoint(path, map_location or "cpu")
+        return read_checkpoint(path, map_location or "cpu", mmap=True)
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
@@ -163,12 +164,24 @@ def _malformed(checkpoint: dict[str, Any], weights: bool) -> str | None:
     return None
 
 
-def is_resumable(path: Path) -> bool:
-    """Whether an undamaged file is a checkpoint with more than the weights, so that a run can be resumed from it."""
+def newest_resumable(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint in a folder with more than the weights, from which a run can be resumed."""
+    return next((path for path in newest_first(folder) if not damage(path) and RESUMED in _parts(path)), None)
+
+
+def _parts(path: Path) -> frozenset[str]:
+    """The names of a checkpoint's parts, none if it cannot be used."""
+    stat = (path / SHARDED if path.is_dir() else path).stat()
+    return _parts_read(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.cache
+def _parts_read(path: Path, *state: int) -> frozenset[str]:
+    """As `_parts`, read once for each `state` of a file."""
     try:
-        return "lr_schedulers" in read_checkpoint(path, mmap=True)
+        return frozenset(read_checkpoint(path, mmap=True))
     except UserError:
-        return False
+        return frozenset()
 
 
 def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -177,10 +190,12 @@ def check_resumable(checkpoint: dict[str, Any], path: str | Path) -> None:
     Raises:
         UserError: it has only weights, or lets ModelCheckpoint delete files that are not its own.
     """
-    if "lr_schedulers" not in checkpoint or "loops" not in checkpoint:
+    if RESUMED not in checkpoint or "loops" not in checkpoint:
+        other = newest_resumable(Path(path).parent)
         raise UserError(
             f"--ckpt_path '{path}' has only the weights (checkpoint.save_weights_only): it can be tested and "
-            "exported, but no run can be resumed from it; resume with --ckpt_path last"
+            "exported, but no run can be resumed from it; resume with "
+            + (f"--ckpt_path '{other}'" if other else "another checkpoint, there is none beside it")
         )
     for name, state in (checkpoint.get("callbacks") or {}).items():
         if name.startswith(ModelCheckpoint.__name__):
@@ -236,29 +251,30 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name == LAST), reverse=True)
 
 
-def newest_undamaged(folders: Iterable[Path], resumable: bool = False) -> Path | None:
+def newest_undamaged(folders: Iterable[Path], to_resume: bool = False) -> Path | None:
     """The newest usable checkpoint of the first folder that has checkpoints; None if no folder has any.
 
-    Damaged ones are skipped with a warning each and, with `resumable`, so are those from which no run can be resumed.
+    Damaged ones are skipped with a warning each. With `to_resume` those of the weights alone are skipped as well; there
+    may be no others yet, if the run was killed early: then it is None, too.
 
     Raises:
         UserError: none of that folder's checkpoints is usable.
     """
-    for folder in folders:
-        found = newest_first(folder)
-        for path in found:
-            if reason := damage(path):
-                rank_zero_warn(f"skipping the checkpoint '{path}', which is damaged: {reason}")
-            elif resumable and not is_resumable(path):
-                rank_zero_warn(f"skipping the checkpoint '{path}': no run can be resumed from it (only weights?)")
-            else:
-                return path
-        if found:
-            raise UserError(
-                f"--ckpt_path last: all {len(found)} checkpoints in '{folder}' are damaged"
-                f"{' or cannot be resumed from' if resumable else ''}: start a new run without --ckpt_path, or give "
-                "the file of an older run"
-            )
+    found = next(filter(None, map(newest_first, folders)), [])
+    unusable = 0
+    for path in found:
+        reason = damage(path) or (to_resume and not _parts(path) and "it is no checkpoint of dpo-lightning")
+        if reason:
+            unusable += 1
+            rank_zero_warn(f"skipping the checkpoint '{path}', which is damaged: {reason}")
+        elif not to_resume or RESUMED in _parts(path):
+            return path
+    if unusable:
+        raise UserError(
+            f"--ckpt_path last: all {len(found)} checkpoints in '{found[0].parent}' are damaged"
+            f"{' or have only the weights' if to_resume else ''}: start a new run without --ckpt_path, or give "
+            "the file of an older run"
+        )
     return None
 
 

@@ -12,7 +12,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dpo_lightning.callbacks.checkpoint_files import LAST, PREVIOUS, check_resumable, damage, newest_first
+from dpo_lightning.callbacks.agreement import Agreement
+from dpo_lightning.callbacks.checkpoint_files import (
+    LAST,
+    PREVIOUS,
+    check_resumable,
+    damage,
+    newest_first,
+    newest_resumable,
+)
 from dpo_lightning.callbacks.context import find_callback, run_folder
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import last_save
@@ -45,6 +53,7 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(LAST)  # set when training starts
         self._lock: Path | None = None
         self._step, self._saved = 0, 0.0  # step and time of the newest one
+        self._agreed = Agreement()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting, and removes partial files that a killed run left.
@@ -56,7 +65,7 @@ class LastCheckpoint(Checkpoint):
         best, run = find_callback(trainer, ModelCheckpoint), run_folder(trainer)
         if trainer.ckpt_path:
             _check_optimizers(trainer)
-        self._step, self._saved = trainer.global_step, time.monotonic()
+        self._step, self._saved, self._agreed = trainer.global_step, time.monotonic(), Agreement()
         if run is None:
             return
         self.path = Path(best.dirpath if best and best.dirpath else run / "checkpoints") / LAST
@@ -65,8 +74,9 @@ class LastCheckpoint(Checkpoint):
         found = newest_first(self.path.parent)
         if found and trainer.ckpt_path is None:
             raise UserError(
-                f"'{self.path if self.path in found else found[0]}' is another run's: resume that run with "
-                "--ckpt_path last, or choose another checkpoint.dirpath"
+                f"'{self.path if self.path in found else found[0]}' is another run's: "
+                + ("resume that run with --ckpt_path last" if newest_resumable(self.path.parent) else "move it away")
+                + ", or choose another checkpoint.dirpath"
             )
         if trainer.is_global_zero:
             for partial in self.path.parent.glob(f"*{ModelCheckpoint.FILE_EXTENSION}.????????{PARTIAL}"):
@@ -115,7 +125,7 @@ class LastCheckpoint(Checkpoint):
         if not self.every_n_minutes:
             return False
         late = time.monotonic() - self._saved >= 60 * self.every_n_minutes  # by each rank's own clock
-        return trainer.strategy.reduce_boolean_decision(late, all=False)
+        return bool(self._agreed(trainer, late))
 
     def save(self, trainer: Trainer) -> None:
         """Writes `last.ckpt`, unless this step is already saved or the run is a trial. Call it on all ranks."""
@@ -131,7 +141,7 @@ class LastCheckpoint(Checkpoint):
         trainer.strategy.barrier("LastCheckpoint")
         if not same:
             trainer.save_checkpoint(self.path, weights_only=False)
-        self._step, self._saved = trainer.global_step, time.monotonic()
+        self._step, self._saved, self._agreed = trainer.global_step, time.monotonic(), Agreement()
 
 
 def newest_checkpoint(trainer: Trainer) -> Path | None:

@@ -3,6 +3,7 @@
 Checked before the first step (`preflight`), at logging steps, and at every loss that is not finite.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,7 +75,8 @@ class GuardsCallback(Callback):
             fit_validation_to_epochs(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns of what would keep this run from teaching anything."""
+        """Warns of what would keep this run from teaching anything, and stops before a policy with NaN is saved."""
+        pl_module.check_before_saving = functools.partial(self._stop_at_nan, trainer)
         if not trainer.fast_dev_run:
             for warning in learning_checks.before_training(trainer):
                 rank_zero_warn(warning)
@@ -90,6 +92,7 @@ class GuardsCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if nothing was learnt; `on_train_end` would be too early, before the last replies."""
+        pl_module.check_before_saving = None
         if not trainer.fast_dev_run:
             for warning in learning_checks.after_training(trainer):
                 rank_zero_warn(warning)
@@ -128,10 +131,6 @@ class GuardsCallback(Callback):
                 f"float16, so all were skipped and nothing is learned; {last_good(trainer)}; set trainer.precision: "
                 "32-true (or bf16-mixed where the hardware has it), or lower model.learning_rate"
             )
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Stops before a policy with NaN is saved."""
-        self._stop_at_nan(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What tells a resumed run whether there is something left to learn."""

@@ -110,12 +110,12 @@ class RepliesCallback(Callback):
             self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answers after the last step, and reports the time that replies took."""
+        """Answers after the last step, and says so if replies took much of the time."""
         self._show(trainer, pl_module)
         self.run_seconds = time.perf_counter() - self._began
         share = self.seconds / self.run_seconds
-        advice = "; a larger replies.every_n_steps makes it less" if share > 0.1 and self.every_n_steps else ""
-        rank_zero_info(f"replies took {self.seconds:.1f} s, {share:.0%} of the training time{advice}")
+        if share > 0.1 and self.every_n_steps:
+            rank_zero_info(f"replies took {share:.0%} of the training time; a larger replies.every_n_steps saves some")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run cannot generate again: the replies before training, and all rounds since."""

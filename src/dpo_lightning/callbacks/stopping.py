@@ -4,15 +4,16 @@ import signal
 import threading
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dpo_lightning.callbacks.agreement import Agreement
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.errors import Stopped
-from dpo_lightning.internals.lightning import cluster_environment
+from dpo_lightning.internals.lightning import cluster_environment, skip_sigterm_broadcast
 
 ENDING: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -20,16 +21,24 @@ ENDING: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 class StoppingCallback(Callback):
     """Notes signals during training and acts on them between two steps, on all processes after the same step.
 
+    With several processes that is a step later than with one (`Agreement`).
+
     SIGTERM and the first Ctrl-C save `last.ckpt` and end the run (`Stopped`); a second Ctrl-C ends it at once. SLURM's
     requeue signal, if Lightning handles it, saves and requeues as Lightning does, but never in the middle of a step.
     """
 
     def __init__(self) -> None:
         self._noted = self._announced = 0  # signal numbers
+        self._agreed = Agreement()
         self._before: dict[int, Any] = {}  # the replaced handlers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replaces the signal handlers, Lightning's included."""
+        """Replaces the signal handlers, Lightning's included, and spares the run its broadcast at each batch.
+
+        Raises:
+            SIGTERMException: a process has received SIGTERM before.
+        """
+        self._agreed = Agreement()
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may set handlers
         signals = [*ENDING]
@@ -37,6 +46,9 @@ class StoppingCallback(Callback):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             signals.append(environment.requeue_signal)
         self._before = {number: signal.signal(number, self._note) for number in signals}
+        if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+            raise SIGTERMException
+        skip_sigterm_broadcast(trainer)
 
     def _note(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._noted == number:
@@ -61,14 +73,11 @@ class StoppingCallback(Callback):
             self._act(trainer)
 
     def _act(self, trainer: Trainer) -> None:
-        number = self._noted
-        if trainer.world_size > 1:
-            noted = torch.tensor(number, device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(noted, reduce_op="max"))
+        number = self._agreed(trainer, self._noted)
         if not number:
             return
         if number not in ENDING:
-            self._noted = 0
+            self._noted, self._agreed = 0, Agreement()  # the word that is on its way is of the same signal
             self._before[number](number, None)
             return
         if last := find_callback(trainer, LastCheckpoint):

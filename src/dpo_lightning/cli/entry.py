@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,6 +28,8 @@ USERS_ERRORS = {  # of the system, that the user can correct
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no space
     *(errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EPERM),  # wrong path
 }
+
+began = time.perf_counter()  # that clock's reading when the command began, before its imports
 
 
 class Command(NamedTuple):
@@ -87,6 +90,8 @@ def run(args: Sequence[str]) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    global began
+    began = time.perf_counter()
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]

@@ -43,7 +43,7 @@ def export(
     """
     check_settings(export, locals(), "--")
     check_checkpoint(ckpt_path)
-    checkpoint = read_checkpoint(ckpt_path)
+    checkpoint = read_checkpoint(ckpt_path, mmap=True)
     if "state_dict" not in checkpoint:
         raise UserError(
             f"--ckpt_path '{ckpt_path}' is a sharded checkpoint, but `export` reads a single file: convert it with "

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.callbacks.context import batches_per_epoch
 from dpo_lightning.callbacks.learning_checks import about_data
-from dpo_lightning.callbacks.report.callback import duration
+from dpo_lightning.callbacks.times import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
 from dpo_lightning.data.columns import context_keys, id_counts, numeric_column

@@ -25,9 +25,7 @@ from dpo_lightning.callbacks.checkpoint_files import (
     check_checkpoint,
     check_resumable,
     checkpoint_folders,
-    damage,
-    is_resumable,
-    newest_first,
+    newest_resumable,
     newest_undamaged,
     read_checkpoint,
     restoring,
@@ -45,6 +43,8 @@ from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.run_folders import with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
+from dpo_lightning.callbacks.times import RunTimes
+from dpo_lightning.cli import entry
 from dpo_lightning.cli.arms import Find
 from dpo_lightning.cli.configs import with_shipped
 from dpo_lightning.cli.download import download
@@ -117,6 +117,7 @@ class DPOCLI(LightningCLI):
                 "checkpoint.filename": "step{step}",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.save_last": False,  # LastCheckpoint does
+                "checkpoint.save_weights_only": True,  # a third of the bytes; last.ckpt is there to resume from
                 "checkpoint.enable_version_counter": False,  # a resumed run replaces its files
             }
         )
@@ -175,6 +176,8 @@ class DPOCLI(LightningCLI):
             config.model.optimizer = with_run_settings(config.optimizer, config.model)
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
+        if config.checkpoint.save_last:  # it would take the place of LastCheckpoint's, without the optimizer's state
+            config.checkpoint.save_weights_only = False
 
     def instantiate_classes(self) -> None:
         """Checks that the model exists, before data are read, then does as LightningCLI."""
@@ -190,7 +193,7 @@ class DPOCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds our logger, checkpoint files and progress bar, unless the user gives others.
+        """Adds our logger, checkpoint files, clock and progress bar, unless the user gives others.
 
         Raises:
             UserError: Lightning refuses the settings.
@@ -206,6 +209,8 @@ class DPOCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if trainer.enable_checkpointing is False:  # with them, Lightning would refuse the run
             leave_callbacks_out(self, {"checkpoint", "last"})
+        if trainer.profiler is None:
+            kwargs["profiler"] = RunTimes(entry.began)
         own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
         if trainer.enable_progress_bar is not False and not any(isinstance(callback, ProgressBar) for callback in own):
             kwargs["callbacks"] = [*own, RunBar()]  # first, so that its line is complete when others print
@@ -268,12 +273,13 @@ class DPOCLI(LightningCLI):
             folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
         else:
             return "last"
-        path = newest_undamaged(folders, resumable=self.config.subcommand == "fit")
+        path = newest_undamaged(folders, to_resume=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
         # Not an error for `fit`, so that a job which is started repeatedly can use the same command each time.
         paths = " or ".join(f"'{folder.parent if folder.name == 'checkpoints' else folder}'" for folder in folders)
-        none = f"there is no checkpoint yet{f' in {paths}' if paths else ''}, so the run starts from the beginning"
+        there = f" in {paths}" if paths else ""
+        none = f"there is no checkpoint yet to resume from{there}, so the run starts from the beginning"
         rank_zero_info(f"--ckpt_path last: {path or none}")
         return str(path) if path else None
 
@@ -282,7 +288,7 @@ class DPOCLI(LightningCLI):
         run, logs = path.absolute().parent.parent, Path(settings.trainer.default_root_dir or ".") / "lightning_logs"
         if self.config.subcommand != "fit" or run.parent != logs.absolute() or version(run) < 0:
             return
-        if not path.samefile(next(o for o in newest_first(path.parent) if not damage(o) and is_resumable(o))):
+        if not path.samefile(newest_resumable(path.parent) or path):
             rank_zero_info(f"{path} is not the newest checkpoint of its run: the resumed run gets a new folder")
             return
         # TensorBoard hides what a killed run had logged after its checkpoint, as it is logged again.

@@ -127,22 +127,27 @@ def to_separate(batch: PairBatch) -> PairBatch:
     """
     if not batch.shared:
         return batch
-    pairs, width = batch.input_ids.shape
-    columns = int(batch.position_ids.max()) + 1
-    shape = (2 * pairs, columns)
-    input_ids, position_ids = batch.input_ids.new_zeros(shape), batch.input_ids.new_zeros(shape)
-    segment_ids = batch.segment_ids.new_full(shape, PADDING)
-    for side, segment in enumerate((CHOSEN, REJECTED)):
-        pair, column = ((batch.segment_ids == PROMPT) | (batch.segment_ids == segment)).nonzero(as_tuple=True)
-        position = batch.position_ids[pair, column]
-        input_ids[2 * pair + side, position] = batch.input_ids[pair, column]
-        position_ids[2 * pair + side, position] = position
-        segment_ids[2 * pair + side, position] = batch.segment_ids[pair, column]
+    width, device = batch.input_ids.shape[1], batch.input_ids.device
+    prompt, *completions = np.array(batch.lengths).T
+    columns = int((prompt + np.maximum(*completions)).max())
+    first = np.arange(batch.num_pairs) * width
+    tokens, rows = [], []  # indices into the flattened batch of each pair's two sequences, and the row of each token
+    for side, length in enumerate(completions):
+        before = completions[0] if side else 0
+        tokens += [consecutive(first, prompt), consecutive(first + prompt + before, length)]
+        rows += [np.repeat(2 * np.arange(batch.num_pairs) + side, count) for count in (prompt, length)]
+    token, row = (torch.from_numpy(np.concatenate(part)).to(device, non_blocking=True) for part in (tokens, rows))
+    to = row * columns + batch.position_ids.flatten()[token]
+
+    def laid_out(ids: Tensor, padding: int) -> Tensor:
+        separate = ids.new_full((2 * batch.num_pairs * columns,), padding)
+        return separate.scatter_(0, to, ids.flatten()[token]).view(-1, columns)
+
     position = batch.position_ids.flatten()[batch.predict_index]
     return batch._replace(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
+        input_ids=laid_out(batch.input_ids, 0),
+        position_ids=laid_out(batch.position_ids, 0),
+        segment_ids=laid_out(batch.segment_ids, PADDING),
         predict_index=batch.sequence * columns + position,
     )
 

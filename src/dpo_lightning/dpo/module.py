@@ -3,6 +3,7 @@
 Training, validation and testing share one step: log-probs under policy and reference, then loss and metrics.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -118,6 +119,7 @@ class DPOModule(PolicyModule):
         self.router_loss: Tensor | None = None
         self.skipped, self.throughput = SkippedSteps(), Throughput()
         self._logged_step = 0
+        self.check_before_saving: Callable[[], None] | None = None  # weights alone are saved without callbacks' hooks
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks of `OWN_CALLBACKS`. As the first hook of a run, it also refuses what cannot work.
@@ -165,7 +167,7 @@ class DPOModule(PolicyModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
-        self._shared_step(batch, "val")
+        self._shared_step(self.with_reference_kept(batch, batch_idx), "val")
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Adds a batch to the test metrics."""
@@ -236,7 +238,7 @@ class DPOModule(PolicyModule):
         Raises:
             UserError: the loss cannot use these weights or margins.
         """
-        data = self.data
+        data, self._validated = self.data, {}
         for pairs in data.datasets.values() if data else ():
             if "weight" in pairs.column_names:
                 self.loss.check_columns(torch.tensor(pairs["weight"][:]), torch.tensor(pairs["margin"][:]))
@@ -308,6 +310,8 @@ class DPOModule(PolicyModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the prompt format, the skipped steps, and a reference that moves; `Resume` adds the rest."""
+        if self.check_before_saving is not None:
+            self.check_before_saving()
         if self.hparams.sync_ref_model:
             checkpoint["reference"] = weights_to_save(self.moving_reference)
         checkpoint["skipped_steps"] = self.skipped.total

@@ -16,11 +16,12 @@ from torch import Tensor
 from dpo_lightning.data.batching import PairBatch
 from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.loaders import LengthGroupedBatchSampler
 from dpo_lightning.dpo.cached_reference import sees_pairs_again
 from dpo_lightning.dpo.half_precision import AUTOCAST, keep_float32
 from dpo_lightning.dpo.logps import PairLogps, Scoring, compute_pair_logps
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
-from dpo_lightning.dpo.reference import FrozenCopy, MovingReference, Reference, Start, find_reference, moving
+from dpo_lightning.dpo.reference import FIXED, FrozenCopy, MovingReference, Reference, Start, find_reference, moving
 from dpo_lightning.dpo.shared_prompt import choose_scoring
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
@@ -54,6 +55,7 @@ class PolicyModule(LightningModule):
         self.start_digest: str | None = None  # of the weights that a fit starts from
         self.strict_loading = False  # a LoRA checkpoint holds the adapter alone; load_state_dict checks instead
         self._untrained = True  # the policy's weights are still those it was loaded with
+        self._validated: dict[int, tuple[Any, Tensor]] = {}  # of this fit, by batch index: data and reference log-probs
 
     @property
     def data(self) -> PreferenceDataModule | None:
@@ -204,6 +206,26 @@ class PolicyModule(LightningModule):
             return PairLogps(batch.reference_logps, batch.sequence, batch.num_pairs)
         assert self.reference is not None
         return self.reference.logps(batch, self.ensure_scoring(batch))
+
+    def with_reference_kept(self, batch: PairBatch, batch_idx: int) -> PairBatch:
+        """A validation batch with its reference log-probs, which a fit's first validation computes and keeps.
+
+        Unchanged if they would differ in the next validation, or be of other pairs: for a reference that follows the
+        policy or is of a kind that is not ours, and for batches in another order each time.
+        """
+        pairs = self.data and self.data.datasets.get("val")
+        sampler = getattr(self.trainer.val_dataloaders, "sampler", None)
+        same_pairs = pairs is not None and isinstance(sampler, LengthGroupedBatchSampler) and not sampler.shuffle
+        fixed = type(self.reference) in FIXED and not self.hparams.sync_ref_model
+        repeats = self.trainer.state.fn == TrainerFn.FITTING and same_pairs and fixed
+        if not repeats or batch.reference_logps is not None:
+            return batch
+        assert self.reference is not None
+        kept = self._validated.get(batch_idx)
+        if kept is None or kept[0] is not pairs:
+            logps = self.reference.logps(batch, self.ensure_scoring(batch)).token_logps
+            kept = self._validated[batch_idx] = (pairs, logps)
+        return batch._replace(reference_logps=kept[1])
 
     def ensure_scoring(self, batch: PairBatch) -> Scoring:
         """The way to compute this model's log-probs, chosen on the first batch (`choose_scoring`) by all ranks."""

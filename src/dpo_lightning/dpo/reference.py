@@ -236,6 +236,7 @@ class MovingCopy(FrozenCopy):
 
 
 MovingReference = AdapterCopy | MovingCopy
+FIXED = (FrozenCopy, AdapterOff, AdapterCopy)  # which never change, unless `sync_ref_model` moves them
 
 
 def trained_weights(policy: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,6 +5,7 @@ step, whenever it was written (by a validation amid an accumulation, or by SLURM
 counters of batches and epochs are set to what that number says (`set_fit_counters`).
 """
 
+import copy
 import math
 import random
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ class Resume(Callback):
         self._metrics_at_step: dict[str, torch.Tensor] = {}  # the training metrics when the current step began
         self._batches: float | None = None  # per epoch of the run that is resumed
         self._optimization: dict[str, Any] | None = None  # of this run, before anything is restored
-        self._loaded: dict[str, Any] | None = None  # the checkpoint that is resumed
+        self._loaded: dict[str, Any] | None = None  # parts of the checkpoint that is resumed
 
     def on_fit_start(self, trainer: Trainer, pl_module: "DPOModule") -> None:
         """Records optimizer and schedule before their states are restored."""
@@ -107,8 +108,10 @@ class Resume(Callback):
         for name, progress in loop.items():
             if name.endswith("progress"):
                 check_counts(progress, name)
-        self._batches, self._loaded = saved["batches"], checkpoint
+        self._batches, self._loaded = saved["batches"], {name: checkpoint[name] for name in (KEY, "lr_schedulers")}
         self._check_optimization(trainer)
+        if "optimizer_states" in checkpoint:  # the optimizer would keep the file open from which they are mapped
+            checkpoint["optimizer_states"] = copy.deepcopy(checkpoint["optimizer_states"])
         if math.isfinite(saved["batches"]):
             step, batches = checkpoint["global_step"], int(saved["batches"])
             epoch, done = position(step, batches, trainer.accumulate_grad_batches)

@@ -60,6 +60,15 @@ def last_save(callback: "ModelCheckpoint") -> tuple[int, str]:
     return callback._last_global_step_saved, callback._last_checkpoint_saved
 
 
+def skip_sigterm_broadcast(trainer: "Trainer") -> None:
+    """Keeps Lightning from telling all ranks at each batch whether the first has received SIGTERM, which they wait for.
+
+    Replaces `_broadcast_sigterm_tensor` of the batch loop: there is no setting. For a run with signal handlers of its
+    own, under which Lightning receives none.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
 # ---------------------------------------------------------------------- the fit loop's counters
 
 

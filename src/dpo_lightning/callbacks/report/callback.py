@@ -20,6 +20,7 @@ from dpo_lightning.callbacks.report.history import Curve, History
 from dpo_lightning.callbacks.report.outcome import closing_line
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.callbacks.storyboard import settings
+from dpo_lightning.callbacks.times import RunTimes, duration
 from dpo_lightning.data.columns import numeric_column
 from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import Stopped
@@ -110,9 +111,11 @@ class ReportCallback(Callback):
     # ------------------------------------------------------------------ write
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the report of a finished run, and prints its result and the paths of its files in one line."""
+        """Writes the report of a finished run, and prints where its time went, its result and its files."""
         steps, replies = trainer.global_step, find_callback(trainer, RepliesCallback)
         paths = _model_path(trainer) | self._end(trainer, pl_module, "Finished")
+        if paths and isinstance(trainer.profiler, RunTimes):
+            rank_zero_info(f"time: {trainer.profiler}")
         if paths:
             rank_zero_info(closing_line(replies.showings if replies else [], steps, paths))
 
@@ -184,16 +187,18 @@ class ReportCallback(Callback):
             margins={f"step {step}": values for step, values in self._margins.items()},
             pairs=replies.pairs[:REMEMBERED] if replies else [],
             showings=replies.showings if replies else [],
-            costs=self._costs(replies),
+            costs=self._costs(trainer, replies),
             warnings=self._warnings,
             val_pairs=self._val_pairs,
         )
 
-    def _costs(self, replies: RepliesCallback | None) -> dict[str, str]:
+    def _costs(self, trainer: Trainer, replies: RepliesCallback | None) -> dict[str, str]:
         seconds = self._seconds()
         speed = [value for _, value in self._curves.get("train/pairs_per_second", [])]
         costs = {"time": duration(seconds)}
-        if replies:
+        if isinstance(trainer.profiler, RunTimes):
+            costs["with its start"] = str(trainer.profiler)
+        elif replies:
             costs["of it for replies"] = f"{duration(replies.seconds)} ({replies.seconds / seconds:.1%})"
         if speed:
             costs["speed"] = f"{sum(speed) / len(speed):.3g} pairs per second, without validation and replies"
@@ -214,11 +219,3 @@ def _model_path(trainer: Trainer) -> dict[str, Path]:
         return {"model": export.written}
     path = newest_checkpoint(trainer)
     return {"checkpoint": path} if path else {}
-
-
-def duration(seconds: float) -> str:
-    """12.34 -> "12.3 s", 754 -> "12 min 34 s", 7500 -> "2 h 5 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
