@@ -1,5 +1,6 @@
 """Replies: those of transformers' own `generate`, whatever the batch, its samples and the rows that leave it."""
 
+import copy
 import functools
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from dpo_lightning.data.batching import collate_prompts
 from dpo_lightning.models.generate import generate
 from dpo_lightning.models.sampling import Draws
+from dpo_lightning.models.sharding import shard
+from ranks import run_ranks
 
 VOCABULARY, LENGTH = 60, 24
 PROMPTS = collate_prompts([[i + 2, *range(5, 5 + n)] for i, n in enumerate((20, 3, 11, 1, 7, 2, 16, 5))], range(8))[:2]
@@ -139,3 +142,20 @@ def test_a_criterion_of_the_callers_ends_a_batch_at_once():
 
     replies = generate(model, *PROMPTS, ended_by(eos), LENGTH, stopping_criteria=[stop])
     assert [tokens for tokens, _ in found(replies)] == [tokens[:2] for tokens, _ in plain(model, *PROMPTS, eos)]
+
+
+def test_ranks_with_a_sharded_model_wait_for_each_others_replies():
+    model, (eos, _) = family("GPT-2"), scattered_eos("GPT-2")
+    replies = plain(model, *PROMPTS, eos)
+    short = min(range(8), key=lambda row: len(replies[row][0]))
+    long = max(range(8), key=lambda row: len(replies[row][0]))
+
+    def rank(number):
+        torch.distributed.init_process_group("gloo")
+        sharded = copy.deepcopy(model)
+        shard(sharded, torch.distributed.init_device_mesh("cpu", (2,)), lambda self: None)
+        ids, mask = (tensor[[(short, long)[number]]] for tensor in PROMPTS)
+        twice = generate(sharded, ids, mask, ended_by(eos), LENGTH, samples=2)
+        return found(twice)
+
+    assert run_ranks(2, rank) == [[replies[short]] * 2, [replies[long]] * 2]
