@@ -121,7 +121,8 @@ def _new_tokens(
     criteria = [*options.pop("stopping_criteria", ()), *([enough_finished] if cache else [])]
     options["stopping_criteria"] = StoppingCriteriaList(criteria)
     options["logits_processor"] = LogitsProcessorList([draws] if draws else [])
-    rows, replies = torch.arange(len(ids), device=ids.device), {}
+    rows = torch.arange(len(ids), device=ids.device)
+    replies: dict[int, list[int]] = {}
     while len(rows):
         ids = extend(ids, mask, width + limit - ids.shape[1], **options)
         finished = (ids[:, width:] == eos).any(1)
@@ -144,13 +145,13 @@ def _selectable_cache(model: "PreTrainedModel") -> "dict[str, Cache]":
     These are models with a recurrent state, and sharded ones, whose ranks have to make the same steps.
     """
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     arguments = inspect.signature(without_adapter(model).forward).parameters
     name = "cache" if "cache" in arguments else "past_key_values"  # transformers 5.24 renamed it
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    # What can be cut off again has keys and values alone.
-    usable = name in arguments and cache.is_croppable and not is_sharded(model)
-    return {name: cache} if usable else {}
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return {name: cache} if plain and name in arguments and not is_sharded(model) else {}
 
 
 @contextmanager
