@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,7 +12,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data import generated
 from dpo_lightning.data.batching import collate_prompts
-from dpo_lightning.data.generated import Draws, Generation, draw, stored_weights
+from dpo_lightning.data.generated import stored_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.generate import generate
 from dpo_lightning.models.policy import load_policy
@@ -186,7 +185,7 @@ def test_an_adapter_answers_as_itself(tmp_path, model_folder, data):
 def test_the_chosen_completion_is_asked_for_again_and_then_said(data, write_rows, monkeypatch, recwarn):
     calls = []
 
-    def parrot(model, input_ids, attention_mask, tokenizer, max_new_tokens, processors):
+    def parrot(model, input_ids, attention_mask, tokenizer, max_new_tokens, draws):
         from dpo_lightning.models.generate import Reply
 
         calls.append(len(input_ids))
@@ -223,49 +222,6 @@ def test_rows_with_a_rejected_completion_are_refused(data, write_rows):
     rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(9)]
     with pytest.raises(UserError, match="has rejected completions of its own: leave data.rejected out"):
         data(write_rows(rows))
-
-
-# ------------------------------------------------------------------ sampling
-
-
-def test_draws_have_the_models_probabilities():
-    logits = torch.tensor([[2.0, -torch.inf, 0.5, 1.0]])
-    numbers = torch.arange(1, 10_001) / 10_000  # all there are, evenly: no chance in the test
-    for temperature in (1.0, 0.5):
-        tokens = draw(logits.expand(10_000, 4), numbers, temperature, 1.0)
-        torch.testing.assert_close(
-            torch.bincount(tokens[:, 0], minlength=4) / 10_000,
-            torch.softmax(logits[0] / temperature, 0),
-            atol=2e-4,
-            rtol=0,
-        )
-
-
-def test_top_p_keeps_the_smallest_nucleus():
-    logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.35]]))
-    numbers = torch.arange(1, 10_001) / 10_000
-    shares = [
-        (torch.bincount(draw(logits.expand(10_000, 4), numbers, 1.0, top_p)[:, 0], minlength=4) / 10_000).tolist()
-        for top_p in (0.4, 0.6, 0.9)
-    ]
-    np.testing.assert_allclose(
-        shares, [[0, 1, 0, 0], [0, 0.5 / 0.85, 0, 0.35 / 0.85], [0.1 / 0.95, 0.5 / 0.95, 0, 0.35 / 0.95]], atol=2e-4
-    )
-
-
-def test_the_ends_of_the_numbers_draw_possible_tokens():
-    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, 4)
-    for top_p in (1.0, 0.99):
-        tokens = draw(logits, torch.tensor([2.0**-24, 1.0]), 1.0, top_p)
-        assert set(tokens[:, 0].tolist()) == {1, 2}
-
-
-def test_a_rows_draws_are_its_own():
-    generation = Generation("model", max_new_tokens=3)
-    logits = torch.zeros(2, 500)
-    together, swapped = Draws([7, 8], generation), Draws([8, 7], generation)
-    for _ in range(3):
-        assert torch.equal(together(None, logits), swapped(None, logits).flip(0))
 
 
 # ------------------------------------------------------------------ the command line

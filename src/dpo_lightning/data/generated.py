@@ -10,7 +10,7 @@ by a digest of everything that they depend on.
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -22,7 +22,6 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 
 from dpo_lightning.data.batching import PromptBatch, collate_prompts
 from dpo_lightning.data.columns import text_keys
@@ -31,6 +30,7 @@ from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.internals.transformers import hub_commit
 from dpo_lightning.models.hub import from_hub_or_folder, local_path
 from dpo_lightning.models.policy import ADAPTER_CONFIG, base_model_name, load_policy, without_adapter
+from dpo_lightning.models.sampling import Draws
 from dpo_lightning.parsing import Range, check_setting, check_settings
 from dpo_lightning.storage.arrow_cache import find_dataset
 from dpo_lightning.storage.digests import file_digest, key_digest
@@ -196,9 +196,10 @@ class RejectedGenerator:
             batch = PromptBatch(
                 *(tensor.to(model.device) for tensor in collate_prompts([prompts[i] for i in todo], todo))
             )
-            draws = Draws([_seed(self.seed, attempt, *texts[i]) for i in todo], self.generation)
+            seeds = [_seed(self.seed, attempt, *texts[i]) for i in todo]
+            draws = Draws(seeds, *self.generation[1:4])
             limit = self.generation.max_new_tokens
-            results = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, [draws])
+            results = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, draws)
             replies |= dict(zip(todo, results, strict=True))
             todo = [i for i in todo if replies[i].text.strip() == rows["chosen"][i].strip()]
             if not todo:
@@ -223,50 +224,6 @@ def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
             f"{name}: {note['same']} of {pairs} pairs teach nothing but are kept: {ATTEMPTS} times the model gave the "
             "chosen completion itself"
         )
-
-
-class Draws:
-    """A logits processor that samples each row with random numbers of its own.
-
-    transformers samples a batch from one stream of random numbers, so that a reply would depend on its batch.
-
-    Args:
-        seeds: one per row.
-    """
-
-    def __init__(self, seeds: Sequence[int], generation: Generation) -> None:
-        self.temperature, self.top_p, self.step = generation.temperature, generation.top_p, 0
-        draws = [np.random.default_rng(seed).random(generation.max_new_tokens, np.float32) for seed in seeds]
-        self.uniform = torch.from_numpy(1 - np.stack(draws))  # [rows, max_new_tokens], in (0, 1]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [rows, V] -> 0 at the sampled token and -inf elsewhere. Called once per new token."""
-        uniform = self.uniform[:, self.step].to(scores.device)
-        self.step += 1
-        tokens = draw(scores, uniform, self.temperature, self.top_p)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Samples a token per row by inverting the distribution function, within the nucleus of Holtzman et al. (2020).
-
-    Args:
-        logits: [rows, V] float.
-        uniform: [rows], random in (0, 1]: without 0, no token of probability 0 is drawn.
-
-    Returns:
-        Tokens [rows, 1], int64.
-    """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    order = None
-    if top_p < 1:
-        probabilities, order = probabilities.sort(dim=-1, descending=True)
-    mass = probabilities.cumsum(dim=-1)
-    total = mass[:, -1:].contiguous()
-    if order is not None:
-        total = mass.gather(1, torch.searchsorted(mass, top_p * total))  # of the nucleus, with its last token
-    ranks = torch.searchsorted(mass, uniform[:, None] * total)
-    return ranks if order is None else order.gather(1, ranks)
 
 
 def _seed(*parts: Any) -> int:
