@@ -35,7 +35,7 @@ def test_a_short_last_batch_and_several_ranks_do_not_bias():
         reference = logps(*[([-1.0], [-1.0])] * policy.num_pairs)
         metrics.update(torch.zeros(policy.num_pairs), rewards(policy, reference), policy, reference)
     # What torchmetrics does across ranks: states with dist_reduce_fx="sum" are added.
-    first.sums, first.pairs = first.sums + second.sums, first.pairs + second.pairs
+    first.sums, first.counts = first.sums + second.sums, first.counts + second.counts
     for name, value in whole.compute().items():
         torch.testing.assert_close(first.compute()[name], value)
     assert float(first.compute()["rewards/accuracies"]) == 0.875
@@ -59,3 +59,26 @@ def test_without_a_reference_nothing_is_compared_with_it():
     metrics.reset()
     metrics.update(torch.zeros(2), PreferenceLoss("cpo", beta=2.0).rewards(POLICY, None), POLICY, None)
     assert float(metrics.compute()["rewards/chosen"]) == -3.0  # of the sums -2 and -1
+
+
+def test_rows_with_one_completion_count_on_their_side_alone():
+    metrics = PairMetrics(keep_margins=True)
+    policy = logps(([-1.0, -1.0], []), ([-4.0], []), ([], [-3.0]))
+    reference = logps(([-2.0, -3.0], []), ([-3.0], []), ([], [-1.0]))
+    metrics.update(torch.tensor([0.5, 1.5, 4.0]), rewards(policy, reference), policy, reference)
+    found = {name: round(float(value), 5) for name, value in metrics.compute().items()}
+    kl = ((0.5 + 2) / 2 + 0.5 + 2) / 3  # log-ratios 1 and 2; -1; -2
+    assert found == {
+        "loss": 2.0,
+        "rewards/chosen": 0.1,  # (0.3 - 0.1) / 2
+        "rewards/rejected": -0.2,
+        "rewards/margins": 0.3,
+        "rewards/displaced": 0.5,
+        "logps/chosen": -3.0,
+        "logps/rejected": -3.0,
+        "kl": round(kl, 5),
+    }
+    assert len(metrics.all_margins()) == 0
+    metrics.reset()
+    metrics.update(torch.zeros(1), torch.tensor([[0.3, 0.0]]), logps(([-1.0], [])), logps(([-4.0], [])))
+    assert not {"rewards/rejected", "logps/rejected", "rewards/margins"} & set(metrics.compute())

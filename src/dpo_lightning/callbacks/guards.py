@@ -122,10 +122,11 @@ class GuardsCallback(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step > warmup_steps(trainer, module):
             share = trainer.callback_metrics.get("train/rewards/displaced")
             if share is not None and share > DISPLACED:
+                losses = "[kto, sft]" if module.loss.needs_kl else "dpop or [sigmoid, sft]"
                 found["displaced"] = (
                     f"step {trainer.global_step}: the chosen completion of {share:.0%} of the pairs has become less "
                     "likely than it was under the reference (likelihood displacement): lower model.learning_rate, "
-                    "raise model.beta, or set model.loss_type: dpop or [sigmoid, sft]"
+                    f"raise model.beta, or set model.loss_type: {losses}"
                 )
         if replies := find_callback(trainer, RepliesCallback):
             found |= reply_warnings([(showing.step, showing.shares) for showing in replies.showings])
@@ -179,7 +180,7 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
     """
     warnings = []
     pairs, eos = to_pairs(batch), trainer.datamodule.tokenizer.eos_token_id
-    if unended := sum(pair.chosen_ids[-1] != eos or pair.rejected_ids[-1] != eos for pair in pairs):
+    if unended := sum(any(ids and ids[-1] != eos for ids in pair[1:3]) for pair in pairs):
         warnings.append(
             f"{unended} of the {batch.num_pairs} pairs of the first batch have a completion that does not end in EOS, "
             "so replies are not taught to stop: encode them with PreferenceDataModule, which adds it"

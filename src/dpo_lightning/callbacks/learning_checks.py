@@ -12,11 +12,14 @@ from lightning.pytorch import Trainer
 
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.data.columns import thumbs
 from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
 
 CHECKED_PAIRS = 1000  # of the training data
 RARE = 0.05  # a smaller share of the rows is an accident and no warning
 FEW_STEPS, ENOUGH_STEPS = 30, 60  # optimizer steps; 62 taught SQL at the founding recipe's learning rate of 1e-5
+LEAST_BALANCE, MOST_BALANCE = 0.95, 1.4  # good to bad completions of kto, weighted: 1 to 4/3, and a little beyond
 NO_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
 AFTER_A_WORD = ",.:;!?)"  # punctuation that a blank follows
 
@@ -31,6 +34,7 @@ def before_training(trainer: Trainer) -> Iterator[str]:
         plain_for_a_chat_model(pairs, bool(data.tokenizer.chat_template), special_tokens),
         joined(pairs),
         ends_in_blank(pairs),
+        unbalanced(*thumbs(data.datasets["train"]), trainer.lightning_module.loss),
         too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs) if by_epochs else None,
     ]
     yield from filter(None, warnings)
@@ -97,6 +101,31 @@ def ends_in_blank(pairs: Sequence[PreferencePair]) -> str | None:
         f"the prompts of {share} of the rows end in a blank, but in a model's tokens a blank belongs to the word "
         "after it: leave it out of the prompt and begin the completion with it (of context, question, answer rows: "
         "data.prompt_template and data.completion_template)"
+    )
+
+
+def unbalanced(good: int, bad: int, loss: PreferenceLoss) -> str | None:
+    """Checks that the weights of `kto` make up for different numbers of rows with a good and with a bad completion.
+
+    Ethayarajh et al. 2024, eq. 8: the ratio of the weighted numbers should be between 1 and 4/3.
+    """
+    options = next((own for term, own in zip(loss.losses, loss.parameters, strict=True) if term.unpaired), None)
+    if options is None or not good + bad:
+        return None
+    if not good or not bad:
+        return f"all {good + bad} labels are {'true' if good else 'false'}, but kto learns from the contrast of both"
+    of_good, of_bad = options["desirable_weight"], options["undesirable_weight"]
+    desirable, undesirable = good * of_good, bad * of_bad
+    if undesirable and LEAST_BALANCE <= desirable / undesirable <= MOST_BALANCE:
+        return None
+    remedy = (
+        f"desirable_weight: {(of_bad or 1) * bad / good:.3g}"
+        if good < bad
+        else f"undesirable_weight: {(of_good or 1) * good / bad:.3g}"
+    )
+    return (
+        f"{good} labels are true and {bad} false, weighted {desirable:g} to {undesirable:g}, a ratio that for "
+        f"kto should be between 1 and 4/3: set model.loss_options: {{{remedy}}}"
     )
 
 

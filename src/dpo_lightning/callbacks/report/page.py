@@ -78,6 +78,7 @@ def _charts(curves: Mapping[str, Curve]) -> list[str]:
         "Margin, chosen − rejected reward": both("rewards/margins"),
         "Rewards in training": {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"},
         "KL from the reference": both("kl"),
+        "Reference point of kto": {"train/reference_point": "training"},
         "Displaced: chosen less likely than before": both("rewards/displaced"),
         "Learning rate": {"train/learning_rate": "learning rate"},
         "Gradient norm": {"train/grad_norm": "before clipping"},

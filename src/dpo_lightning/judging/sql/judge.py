@@ -23,7 +23,7 @@ def sql(reply: Reply, pair: PreferencePair) -> dict[str, bool | None]:
     """Judges a reply to a pair whose context is CREATE TABLE statements. Without a context there are no verdicts.
 
     - `valid` and `execution`: see `validity_and_execution`.
-    - `exact`: the reply's text is the chosen completion's, after both are normalised.
+    - `exact`: the reply's text is the chosen completion's, after both are normalised; None if there is none.
     - `unjudged`: `execution` is None.
     """
     if not pair.context:
@@ -32,7 +32,8 @@ def sql(reply: Reply, pair: PreferencePair) -> dict[str, bool | None]:
 
     wanted = pair.chosen.strip()
     valid, same = validity_and_execution(reply.text, wanted, pair.context)
-    return {"valid": valid, "exact": equivalent_text(reply.text, wanted), "execution": same, "unjudged": same is None}
+    exact = equivalent_text(reply.text, wanted) if wanted else None
+    return {"valid": valid, "exact": exact, "execution": same, "unjudged": same is None}
 
 
 def validity_and_execution(reply: str, wanted: str, context: str) -> tuple[bool | None, bool | None]:
