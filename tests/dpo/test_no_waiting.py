@@ -19,8 +19,8 @@ from dpo_lightning.dpo.metrics import PairMetrics
 @torch.no_grad()  # autograd needs a real GPU
 def test_a_step_on_a_gpu_waits_for_nothing(model_folder, dtype, loss_type):
     module = DPOModule(str(model_folder), loss_type=loss_type)
-    rows = [EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [])]
-    pairs = collate(rows if loss_type == "kto" else [rows[0]] * 2, [0, 1], mismatch_length=9)
+    rows = [EncodedPair([5, 6], [7, 8, 2], [9, 2]), EncodedPair([5], [7, 2], [2])]
+    pairs = collate(rows, [0, 1], mismatch_length=9)
     config = AutoConfig.from_pretrained(model_folder)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fields = (fake.from_tensor(value) if torch.is_tensor(value) else value for value in pairs)
@@ -32,10 +32,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(model_folder, dtype, loss_type):
             module.policy = AutoModelForCausalLM.from_config(config)
             module.train_metrics = PairMetrics()
         module.reference = SimpleNamespace(logps=functools.partial(pair_logps, module.policy))
-        module.scoring, module.trainer = (
-            Scoring(),
-            SimpleNamespace(world_size=1, strategy=SimpleNamespace(reduce=lambda value, reduce_op: value)),
-        )
+        strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
+        module.scoring, module.trainer = Scoring(), SimpleNamespace(world_size=1, strategy=strategy)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             loss = module.training_step(batch, 0)
         assert loss.device.type == "cuda"

@@ -167,14 +167,14 @@ def make_loader(
     seed: int,
     num_workers: int,
     trainer: Trainer | None,
-    max_length: int,
+    max_length: int | None = None,
 ) -> ResumableLoader:
     """A loader of one rank's share of the batches (see `LengthGroupedBatchSampler`).
 
     Args:
         trainer: knows the rank and the device, and whether the model's loss needs `mismatched` pairs; without one, all
             batches.
-        max_length: tokens of a prompt and completion together.
+        max_length: tokens of a `mismatched` prompt and completion together.
     """
     needs_kl = getattr(getattr(trainer and trainer.lightning_module, "loss", None), "needs_kl", False)
     data = rows.datasets[rows.name]

@@ -135,10 +135,10 @@ def generated(rows: Checked, replies_to: "Callable[[Dataset, str], Dataset | Non
 
 
 def _refuse_own(rows: Checked) -> None:
-    if any(any(columns["rejected"]) for columns in batches_of(rows.pairs, ["rejected"])):
-        raise UserError(f"{rows.source.name} has rejected completions of its own: leave data.rejected out")
     if rows.pairs.data.column("label").null_count < rows.pairs.data.num_rows:
         raise UserError(f"{rows.source.name} has one completion with a label in each row: leave data.rejected out")
+    if any(any(columns["rejected"]) for columns in batches_of(rows.pairs, ["rejected"])):
+        raise UserError(f"{rows.source.name} has rejected completions of its own: leave data.rejected out")
 
 
 def encoded(completed: Completions, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Encoded:
