@@ -176,7 +176,7 @@ def make_loader(
             batches.
         max_length: tokens of a `mismatched` prompt and completion together.
     """
-    needs_kl = getattr(getattr(trainer and trainer.lightning_module, "loss", None), "needs_kl", False)
+    needs_kl = getattr(getattr(getattr(trainer, "lightning_module", None), "loss", None), "needs_kl", False)
     data = rows.datasets[rows.name]
     lengths = numeric_column(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
     rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
