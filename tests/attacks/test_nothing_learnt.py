@@ -1,6 +1,7 @@
 """Runs whose numbers look fine and which teach nothing: they say so, once, with what to do, and good runs do not."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -9,6 +10,7 @@ from conftest import REPO, ROWS
 from dpo_lightning.callbacks import learning_checks as checks
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
 
 GPT2, DEMO = (str(REPO / "configs" / name) for name in ("gpt2.yaml", "demo.yaml"))
 
@@ -86,6 +88,28 @@ def test_plain_prompts_for_a_chat_model():
 def test_too_few_steps_say_how_many_epochs_it_takes(steps, epochs, wanted):
     warning = checks.too_few_steps(steps, epochs)
     assert warning is None if wanted is None else f"trainer.max_epochs: {wanted}," in warning
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "options", "wanted"),
+    [
+        (0, 0, {}, None),  # pairs
+        (100, 100, {}, None),
+        (97, 100, {}, None),  # a split is seldom exact
+        (130, 100, {}, None),
+        (200, 100, {}, "200 labels are true and 100 false, weighted 200 to 100, .*{undesirable_weight: 2}"),
+        (100, 200, {}, "weighted 100 to 200, .*{desirable_weight: 2}"),
+        (100, 200, {"desirable_weight": 2.5}, None),
+        (100, 200, {"undesirable_weight": 2}, "weighted 100 to 400, .*{desirable_weight: 4}"),
+        (100, 0, {}, "all 100 labels are true, but kto learns from the contrast"),
+        (0, 100, {}, "all 100 labels are false"),
+        (100, 100, {"undesirable_weight": 0}, "weighted 100 to 0"),
+    ],
+)
+def test_unbalanced_labels_say_which_weight_to_set(good, bad, options, wanted):
+    found = checks.unbalanced(good, bad, PreferenceLoss(["sft", "kto"], options=options))
+    assert found is None if wanted is None else re.search(wanted, found)
+    assert checks.unbalanced(good, bad, PreferenceLoss()) is None
 
 
 def test_replies_that_are_empty_or_unchanged():

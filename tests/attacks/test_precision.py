@@ -246,13 +246,13 @@ def test_metrics_count_in_float32_in_whatever_the_module_is(convert, seen_before
             convert(module)
         for each in (metrics, exact):
             each.update(losses, rewards, policy, reference)
-    assert metrics.pairs == 600 * 16
+    assert metrics.counts.tolist() == [600 * 16] * len(metrics.counts)
     for name, value in metrics.compute().items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact.compute()[name], rtol=1e-6, atol=1e-6)
     metrics.reset()
     metrics.update(losses, rewards, policy, reference)
-    assert metrics.sums.dtype == metrics.pairs.dtype == torch.float32
+    assert metrics.sums.dtype == metrics.counts.dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", SIXTEEN_BITS)

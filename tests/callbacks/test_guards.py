@@ -156,7 +156,7 @@ def test_a_displaced_first_token_is_said_once_though_the_margins_grow(fit, data)
 )
 def test_a_first_token_counts_if_many_pairs_lose_it_while_margins_grow(share, margin, kinds):
     metrics = {"train/rewards/first_displaced": torch.tensor(share), "train/rewards/margins": torch.tensor(margin)}
-    assert set(displacement_warnings(4, metrics)) == kinds
+    assert set(displacement_warnings(4, metrics, "dpop")) == kinds
 
 
 # ---------------------------------------------------------------------- nothing left to learn

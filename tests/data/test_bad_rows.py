@@ -207,3 +207,65 @@ def test_a_damaged_cache_is_made_anew(tokenizer, rows_file, tmp_path, monkeypatc
         path.write_bytes(path.read_bytes()[:500])
     assert load(tokenizer, rows_file).datasets["train"]["chosen_ids"][:] == before
     assert not list(tmp_path.rglob("*.partial"))
+
+
+THUMBS = [{"prompt": f"Question {i}?", "completion": f" yes {i}", "label": i % 2 == 0} for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "found"),
+    [
+        ({"label": "maybe"}, "not true or false", ", column 'label': found str 'maybe' where true or false belongs"),
+        ({"label": 2}, "not true or false", ", column 'label': found int 2 where true or false belongs"),
+        ({"label": None}, "null", ", column 'label': found null where true or false belongs"),
+        ({"completion": ""}, "empty chosen", ": the chosen completion is empty"),
+    ],
+)
+def test_a_bad_label_is_one_line_or_skipped_and_counted(tokenizer, write_rows, change, reason, found):
+    path = write_rows([*THUMBS[:2], THUMBS[2] | change, *THUMBS[3:]])
+    with pytest.raises(UserError, match=re.escape(f"{path}, line 3{found}; fix or remove the row")):
+        load(tokenizer, path)
+    with pytest.warns(UserWarning, match=f"1 of 20 rows are skipped: 1 {reason}"):
+        assert kept(load(tokenizer, path, on_bad_row="skip")) == 19
+
+
+def test_labels_may_be_numbers_or_texts_and_a_bad_completion_may_be_empty(tokenizer, tmp_path):
+    path = tmp_path / "thumbs.csv"
+    path.write_text("prompt,completion,label\na b,good,True\nc d,good,1\ne f,bad,false\ng h,,0\n")
+    data = load(tokenizer, path, val_size=0, test_size=0)
+    assert [pair.label for pair in data.pairs("train", range(4))] == [True, True, False, False]
+    ids = data.datasets["train"][:]
+    assert [len(row) for row in ids["chosen_ids"]][2:] == [0, 0] and ids["rejected_ids"][:2] == [[], []]
+    assert ids["rejected_ids"][3] == [tokenizer.eos_token_id]
+
+
+def test_a_completion_that_is_labelled_both_ways_is_reported_or_skipped(tokenizer, write_rows):
+    path = write_rows([*THUMBS, THUMBS[3] | {"label": True}])
+    with pytest.warns(
+        UserWarning, match="1 of 21 rows teach nothing but are kept: 1 completion labelled both good and bad"
+    ):
+        assert kept(load(tokenizer, path)) == 21
+    with pytest.warns(UserWarning, match="1 of 21 rows are skipped: 1 completion labelled both good and bad"):
+        assert kept(load(tokenizer, path, on_bad_row="skip")) == 20
+
+
+@pytest.mark.parametrize("rejected", ["shuffled", "generated"])
+def test_rows_with_one_completion_get_no_other(tokenizer, write_rows, model_folder, rejected):
+    rows = [row for row in THUMBS if row["label"]]
+    with pytest.raises(UserError, match="has one completion with a label in each row: leave data.rejected out"):
+        load(tokenizer, write_rows(rows), rejected=rejected, generation={"name_or_path": str(model_folder)})
+
+
+def test_functions_may_give_labels(tokenizer, write_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "votes.py").write_text(
+        "from dpo_lightning import PreferencePair\n"
+        "def as_dict(row): return {'prompt': row['q'], 'completion': row['a'], 'label': row['up']}\n"
+        "def as_pair(row): return PreferencePair(row['q'], '', row['a'], label=row['up'])\n"
+    )
+    path = write_rows([{"q": "Sky?", "a": " Green.", "up": 0}])
+    for name in ("as_dict", "as_pair"):
+        (pair,) = load(tokenizer, path, format=f"votes:{name}", val_size=0, test_size=0).pairs("train", [0])
+        assert (pair.chosen, pair.rejected, pair.label) == ("", " Green.", False)
+    with pytest.raises(UserError, match="found a label beside two completions"):
+        load(tokenizer, write_rows([{"q": "Sky?", "a": " Green.", "up": 1}]), format="votes:as_pair")

@@ -24,6 +24,41 @@ def test_collate_gives_the_tensors_of_its_docstring():
     assert batch.num_pairs == 2 and batch.shared
 
 
+def test_of_a_row_with_one_completion_nothing_else_is_predicted():
+    batch = collate(
+        [EncodedPair([5, 6], [7, 8, 2], []), EncodedPair([5], [], [9, 4, 2]), EncodedPair([3], [2], [])], [0, 1, 2]
+    )
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 9, 4, 0], [3, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 0, 0, 0]]
+    assert batch.segment_ids.tolist() == [[0, 0, 1, 1], [0, 2, 2, -1], [0, -1, -1, -1]]
+    assert batch.predict_index.tolist() == [1, 2, 3, 4, 5, 6, 8]
+    assert batch.targets.tolist() == [7, 8, 2, 9, 4, 2, 2]
+    assert batch.sequence.tolist() == [0, 0, 0, 3, 3, 3, 4]
+    assert batch.lengths == ((2, 2, 0), (1, 0, 2), (1, 0, 0))
+    assert to_packed(batch).input_ids.tolist() == [[5, 6, 7, 8, 5, 3, 9, 4]]
+    assert to_pairs(batch)[1] == EncodedPair([5], [], [9, 4, 2])
+    separate = to_separate(batch)
+    assert separate.input_ids.flatten()[separate.predict_index].tolist() == [6, 7, 8, 5, 9, 4, 3]
+
+
+def test_prompts_meet_the_completions_of_the_pair_before():
+    pairs = [EncodedPair([5, 6], [7, 8, 2], []), EncodedPair([5], [4, 2], [9, 2]), EncodedPair([3], [], [2])]
+    batch = collate(pairs, [0, 1, 2], mismatch_length=3).mismatched
+    assert to_pairs(batch) == [
+        EncodedPair([5, 6], [], [2]),
+        EncodedPair([5], [7, 8], []),
+        EncodedPair([3], [4, 2], [9, 2]),
+    ]
+    assert collate(pairs, [0, 1, 2]).mismatched is None
+    assert to_pairs(collate(pairs[:1], [0], mismatch_length=9).mismatched) == pairs[:1]
+
+
+def test_prompts_do_not_meet_completions_of_their_equals():
+    pairs = [EncodedPair([prompt], [completion], []) for prompt, completion in ((5, 1), (5, 2), (6, 3), (6, 4))]
+    met = [pair.chosen_ids for pair in to_pairs(collate(pairs, range(4), mismatch_length=9).mismatched)]
+    assert met == [[3], [4], [1], [2]]
+
+
 def test_separate_rows_are_ordinary_sequences():
     batch = to_separate(collate(PAIRS, [0, 1]))
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0], [5, 7, 0, 0], [5, 0, 0, 0]]

@@ -70,6 +70,10 @@ HAND_DERIVED = [
     ("apo_zero", {}, [0.875723, 1.037477]),
     # 0.574443 + 1 - 0.622459; 0.487503 + 1 - 0.462570
     ("apo_down", {}, [0.951983, 1.024932]),
+    # z = 0: (1 - 0.574443 + 0.450166) / 2; (1 - 0.487503 + 0.524979) / 2
+    ("kto", {}, [0.437862, 0.518738]),
+    # (2 * 0.425557 + 0.5 * 0.450166) / 2; (2 * 0.512497 + 0.5 * 0.524979) / 2
+    ("kto", {"desirable_weight": 2.0, "undesirable_weight": 0.5}, [0.538099, 0.643742]),
     # policy's differences 2 and 1, sorted 1, 2; reference's -3 and 2.5: 4 and -0.5; log(1 + e^-0.4), log(1 + e^0.05)
     ("aot", {}, [0.513015, 0.718460]),
     # 0.9 * 0.513015 + 0.1 * 0.913015; 0.9 * 0.718460 + 0.1 * 0.668460
@@ -110,6 +114,17 @@ def preference_loss(loss_type, settings):
 def test_hand_derived_values(loss_type, settings, expected):
     found = preference_loss(loss_type, settings)(POLICY, REFERENCE)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=2e-6, atol=2e-6)
+
+
+def test_kto_measures_from_the_batchs_kl_and_takes_rows_with_one_completion():
+    # A good completion with r_w = 3, a bad one with r_l = 1; z = 1.
+    policy, reference = logps(([-1.0, -1.0], []), ([], [-1.0, -1.0])), logps(([-2.0, -3.0], []), ([], [-2.0, -1.0]))
+    found = PreferenceLoss("kto", options={"undesirable_weight": 3})(policy, reference, kl=torch.tensor(1.0))
+    torch.testing.assert_close(found, torch.tensor([0.450166, 3 * 0.5]), rtol=2e-6, atol=2e-6)  # s(-0.2), s(0)
+    with_sft = PreferenceLoss(["kto", "sft"])(policy, reference)
+    torch.testing.assert_close(with_sft, torch.tensor([0.425557 + 2, 0.524979]), rtol=2e-6, atol=2e-6)
+    no_good = PreferenceLoss(["kto", "sft"])(logps(([], [-2.0])), logps(([], [-2.0])))
+    torch.testing.assert_close(no_good, torch.tensor([0.5]))
 
 
 def test_every_loss_has_a_hand_derived_value():
@@ -168,7 +183,7 @@ AT_ZERO = {  # loss where policy and reference are equal, with beta = 0.1 and la
     "sigmoid": math.log(2), "hinge": 1.0, "ipo": 25.0, "robust": math.log(2), "discopop": 0.5 * math.log(2) + 0.5,
     "exo_pair": 0.5 * math.log(0.25 / 0.09), "sigmoid_norm": math.log(2), "dpop": math.log(2),
     "nca_pair": 2 * math.log(2), "bco_pair": 2 * math.log(2), "sppo_hard": 50.0, "apo_zero": 1.0, "apo_down": 1.0,
-    "aot": math.log(2), "aot_unpaired": math.log(2),
+    "kto": 0.5, "aot": math.log(2), "aot_unpaired": math.log(2),
 }  # fmt: skip
 
 
@@ -244,6 +259,9 @@ def test_values_and_gradients_stay_finite_far_from_the_reference(name, far):
         ("simpo", {"ld_alpha": 0.5}, "ld_alpha has no meaning for the loss simpo"),
         ("sft", {"ld_alpha": 0.5}, "ld_alpha has no meaning for the loss sft"),
         ("aot", {"use_weighting": True}, "use_weighting has no meaning for the loss aot"),
+        ("kto", {"use_weighting": True}, "use_weighting has no meaning for the loss kto"),
+        ("kto", {"ld_alpha": 0.5}, "ld_alpha has no meaning for the loss kto"),
+        ("kto", {"desirable_weight": -1}, "model.loss_options.desirable_weight is -1: it must be 0 or more"),
         ("sigmoid", {"use_weighting": "yes"}, "use_weighting is 'yes': it must be true or false"),
     ],
 )  # fmt: skip
@@ -269,6 +287,13 @@ def test_columns_that_a_loss_cannot_use_are_refused():
             with pytest.raises(UserError, match=f"a weight other than 1 .*no meaning for the loss {name}; it has for"):
                 term.check_columns(weight=some, margin=none)
     PreferenceLoss(["sigmoid", "sft"]).check_columns(weight=some, margin=some)
+
+
+@pytest.mark.parametrize("names", ["sigmoid", "sft", ["kto", "sigmoid"]])
+def test_rows_with_one_completion_need_kto(names):
+    PreferenceLoss(["kto", "sft"]).check_unpaired("train")
+    with pytest.raises(UserError, match="the val data have rows with one completion .* set model.loss_type: kto"):
+        PreferenceLoss(names).check_unpaired("val")
 
 
 def test_a_reference_is_needed_where_any_loss_compares_with_one():

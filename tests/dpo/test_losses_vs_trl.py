@@ -155,7 +155,7 @@ def test_every_loss_of_trls_dpo_trainer_is_compared():
 
     described = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     assert {name for name in LOSSES if f"`'{name}'`" in described} == set(OF_TRLS_DPO)
-    assert set(LOSSES) - set(OF_TRLS_DPO) == {"dpop", "simpo", "orpo", "cpo"}
+    assert set(LOSSES) - set(OF_TRLS_DPO) == {"dpop", "simpo", "orpo", "cpo", "kto"}
     assert set(DIVERGING) == {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"}
 
 
@@ -240,3 +240,59 @@ def test_orpo_is_trls_where_both_take_the_likelihood_of_the_same_tokens():
     expected = value_and_gradient(policy, loss)
     # TRL computes the odds in float32 whatever the model's dtype is.
     assert_equal(ours(policy, None, {"loss_type": "orpo", "beta": 0.4}, pairs), expected, 1e-6)
+
+
+def trl_kto(policy, reference, rows, **settings):
+    """TRL's KTOTrainer._compute_loss on a batch of (prompt, completion, label)."""
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
+
+    trainer = trainer_of(
+        KTOTrainer,
+        model=policy,
+        ref_model=reference,
+        precompute_ref_logps=False,
+        loss_type="kto",
+        calculate_KL=True,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+    completions = [completion for _, completion, _ in rows]
+    examples = [  # KL_completion_ids as its _prepare_dataset gives them
+        {"prompt_ids": prompt, "completion_ids": completion, "label": label, "KL_completion_ids": other}
+        for (prompt, completion, label), other in zip(rows, completions[-1:] + completions[:-1], strict=True)
+    ]
+    inputs = DataCollatorForUnpairedPreference(pad_token_id=0).torch_call(examples)
+    loss = trainer._compute_loss(policy, inputs, return_outputs=False)
+    return loss, trainer._metrics["train"]["kl"][0]
+
+
+THUMBS = [
+    pair._replace(rejected_ids=[]) if number % 2 else pair._replace(chosen_ids=[]) for number, pair in enumerate(PAIRS)
+]
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (1, 0)], ids=["kl above 0", "kl below 0"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.3, 0.4)])
+@pytest.mark.parametrize("pairs", [THUMBS, PAIRS, THUMBS[:1], THUMBS[::2]], ids=["thumbs", "pairs", "one", "bad"])
+def test_kto_is_trls(pairs, weights, seeds):
+    policy, reference = (Bigram(seed) for seed in seeds)
+    settings = {"beta": 0.3, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    rows = [(pair.prompt_ids, pair.chosen_ids, True) for pair in pairs if pair.chosen_ids]
+    rows += [(pair.prompt_ids, pair.rejected_ids, False) for pair in pairs if pair.rejected_ids]
+    if pairs is THUMBS:  # TRL's pairs are all chosen, then all rejected completions
+        rows = [(pair.prompt_ids, pair.chosen_ids or pair.rejected_ids, bool(pair.chosen_ids)) for pair in pairs]
+    loss, kl = trl_kto(policy, reference, rows, **settings)
+    assert len(pairs) == 1 or (kl > 0) == (seeds == (0, 1))
+    expected = value_and_gradient(policy, loss)
+
+    batch = collate(pairs, range(len(pairs)), mismatch_length=100)
+    with torch.no_grad():
+        mismatched = [model.logps(batch.mismatched) for model in (policy, reference)]
+        found_kl = (mismatched[0].sums - mismatched[1].sums).sum() / (mismatched[0].lengths > 0).sum()
+        other = reference.logps(batch)
+    beta = settings.pop("beta")
+    losses = PreferenceLoss("kto", beta=beta, options=settings)(policy.logps(batch), other, kl=found_kl.clamp(min=0))
+    assert_equal(value_and_gradient(policy, losses.mean()), expected, 1e-9)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from test_losses import POLICY, REFERENCE, logps
 
-from dpo_lightning.dpo.metrics import ADDED_METRICS, OF_REFERENCE, PAIR_METRICS, PairMetrics
+from dpo_lightning.dpo.metrics import OF_REFERENCE, PAIR_METRICS, PairMetrics
 from dpo_lightning.dpo.preference_loss import PreferenceLoss, gradient_weights
 
 rewards = PreferenceLoss(beta=0.1).rewards
@@ -26,7 +26,7 @@ def test_values_are_means_over_pairs():
         "logps/first_token": -1.0,  # of -1 and -1
         "rewards/first_displaced": 0.0,
     }
-    assert tuple(found) == PAIR_METRICS + ADDED_METRICS[:2]
+    assert tuple(found) == PAIR_METRICS[:-1]
 
 
 def test_a_short_last_batch_and_several_ranks_do_not_bias():
@@ -57,7 +57,7 @@ def test_without_a_reference_nothing_is_compared_with_it():
     metrics = PairMetrics(reference_free=True)
     metrics.update(torch.zeros(2), PreferenceLoss("simpo", beta=2.0).rewards(POLICY, None), POLICY, None)
     found = metrics.compute()
-    assert set(PAIR_METRICS + ADDED_METRICS[:2]) - set(found) == OF_REFERENCE
+    assert set(PAIR_METRICS[:-1]) - set(found) == OF_REFERENCE
     # beta times the mean log-prob per token: chosen 2 * (-1, -1), rejected 2 * (-4, -1).
     assert (float(found["rewards/chosen"]), float(found["rewards/rejected"])) == (-2.0, -5.0)
     metrics.reset()
@@ -90,9 +90,26 @@ def test_gradient_weights_are_the_slopes_in_both_log_probs(loss_type):
     losses.sum().backward()  # the graph is still there
 
 
-def test_a_state_of_an_earlier_version_lacks_the_added_sums():
-    """They stay 0, and have their own count, so that their means are right from the next batch on."""
-    metrics = PairMetrics()
-    metrics.sums, metrics.pairs = torch.ones(len(PAIR_METRICS)), torch.tensor(4.0)
-    metrics.update(torch.tensor([0.5, 1.5]), rewards(POLICY, REFERENCE), POLICY, REFERENCE)
-    assert float(metrics.compute()["logps/first_token"]) == -1.0
+def test_rows_with_one_completion_count_on_their_side_alone():
+    metrics = PairMetrics(keep_margins=True)
+    policy = logps(([-1.0, -1.0], []), ([-4.0], []), ([], [-3.0]))
+    reference = logps(([-2.0, -3.0], []), ([-3.0], []), ([], [-1.0]))
+    metrics.update(torch.tensor([0.5, 1.5, 4.0]), rewards(policy, reference), policy, reference)
+    found = {name: round(float(value), 5) for name, value in metrics.compute().items()}
+    kl = ((0.5 + 2) / 2 + 0.5 + 2) / 3  # log-ratios 1 and 2; -1; -2
+    assert found == {
+        "loss": 2.0,
+        "rewards/chosen": 0.1,  # (0.3 - 0.1) / 2
+        "rewards/rejected": -0.2,
+        "rewards/margins": 0.3,
+        "rewards/displaced": 0.5,
+        "logps/chosen": -3.0,
+        "logps/rejected": -3.0,
+        "kl": round(kl, 5),
+        "logps/first_token": -2.5,  # (-1 - 4) / 2
+        "rewards/first_displaced": 0.0,
+    }
+    assert len(metrics.all_margins()) == 0
+    metrics.reset()
+    metrics.update(torch.zeros(1), torch.tensor([[0.3, 0.0]]), logps(([-1.0], [])), logps(([-4.0], [])))
+    assert not {"rewards/rejected", "logps/rejected", "rewards/margins"} & set(metrics.compute())

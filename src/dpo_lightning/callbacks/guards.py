@@ -164,7 +164,8 @@ class GuardsCallback(Callback):
         metrics, step = trainer.callback_metrics, trainer.global_step
         if step and step % trainer.log_every_n_steps == 0 and "train/loss" in metrics:
             if step > warmup_steps(trainer, module):
-                found |= displacement_warnings(step, metrics)
+                losses = "[kto, sft]" if module.loss.needs_kl else "dpop or [sigmoid, sft]"
+                found |= displacement_warnings(step, metrics, losses)
             if warning := self._nothing_left(trainer):
                 found["learned"] = warning
         if replies := find_callback(trainer, RepliesCallback):
@@ -236,7 +237,7 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
     """
     warnings = []
     pairs, eos = to_pairs(batch), trainer.datamodule.tokenizer.eos_token_id
-    if unended := sum(pair.chosen_ids[-1] != eos or pair.rejected_ids[-1] != eos for pair in pairs):
+    if unended := sum(any(ids and ids[-1] != eos for ids in pair[1:3]) for pair in pairs):
         warnings.append(
             f"{unended} of the {batch.num_pairs} pairs of the first batch have a completion that does not end in EOS, "
             "so replies are not taught to stop: encode them with PreferenceDataModule, which adds it"
@@ -270,15 +271,19 @@ def preflight(trainer: Trainer, module: LightningModule, batch: PairBatch) -> li
     return warnings
 
 
-def displacement_warnings(step: int, metrics: Mapping[str, Tensor]) -> dict[str, str]:
-    """Warnings by kind where chosen completions have become less likely than under the reference."""
+def displacement_warnings(step: int, metrics: Mapping[str, Tensor], losses: str) -> dict[str, str]:
+    """Warnings by kind where chosen completions have become less likely than under the reference.
+
+    Args:
+        losses: those to suggest.
+    """
     found: dict[str, str] = {}
     share = metrics.get("train/rewards/displaced")
     if share is not None and share > DISPLACED:
         found["displaced"] = (
             f"step {step}: the chosen completion of {share:.0%} of the pairs has become less likely than it was under "
-            "the reference (likelihood displacement): lower model.learning_rate, raise model.beta, or set "
-            "model.loss_type: dpop or [sigmoid, sft]"
+            f"the reference (likelihood displacement): lower model.learning_rate, raise model.beta, or set "
+            f"model.loss_type: {losses}"
         )
     share = metrics.get("train/rewards/first_displaced")
     if share is not None and share > FIRST_DISPLACED and metrics["train/rewards/margins"] > 0:

@@ -12,14 +12,17 @@ from lightning.pytorch import Trainer
 
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.data.columns import thumbs
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.dpo.metrics import FIRST_FALL
+from dpo_lightning.dpo.preference_loss import PreferenceLoss
 
 CHECKED_PAIRS = 1000  # of the training data
 RARE = 0.05  # a smaller share of the rows is an accident and no warning
 SHORT_REST = 0.05  # a smaller share of a run is not worth stopping for
 FEW_STEPS, ENOUGH_STEPS = 30, 60  # optimizer steps; 62 taught SQL at the founding recipe's learning rate of 1e-5
+LEAST_BALANCE, MOST_BALANCE = 0.95, 1.4  # good to bad completions of kto, weighted: 1 to 4/3, and a little beyond
 NO_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
 AFTER_A_WORD = ",.:;!?)"  # punctuation that a blank follows
 
@@ -28,8 +31,9 @@ def before_training(trainer: Trainer) -> Iterator[str]:
     """Warnings about the training data and the length of the run."""
     yield from about_data(trainer.datamodule)
     by_epochs = trainer.max_steps < 0 and trainer.overfit_batches == 0 and trainer.limit_train_batches == 1.0
-    if by_epochs:
-        yield from filter(None, [too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs)])
+    balance = unbalanced(*thumbs(trainer.datamodule.datasets["train"]), trainer.lightning_module.loss)
+    steps = too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs) if by_epochs else None
+    yield from filter(None, [balance, steps])
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             yield f"nothing is trained, because trainer.{name} is 0: the model stays as it is"
@@ -104,6 +108,31 @@ def ends_in_blank(pairs: Sequence[PreferencePair]) -> str | None:
         "completions begin as in no text that the model was pretrained on: leave it out of the prompt and begin the "
         "completion with it (of context, question, answer rows: at the end of data.prompt_template, and "
         'data.completion_template: " {answer}")'
+    )
+
+
+def unbalanced(good: int, bad: int, loss: PreferenceLoss) -> str | None:
+    """Checks that the weights of `kto` make up for different numbers of rows with a good and with a bad completion.
+
+    Ethayarajh et al. 2024, eq. 8: the ratio of the weighted numbers should be between 1 and 4/3.
+    """
+    options = next((own for term, own in zip(loss.losses, loss.parameters, strict=True) if term.unpaired), None)
+    if options is None or not good + bad:
+        return None
+    if not good or not bad:
+        return f"all {good + bad} labels are {'true' if good else 'false'}, but kto learns from the contrast of both"
+    of_good, of_bad = options["desirable_weight"], options["undesirable_weight"]
+    desirable, undesirable = good * of_good, bad * of_bad
+    if undesirable and LEAST_BALANCE <= desirable / undesirable <= MOST_BALANCE:
+        return None
+    remedy = (
+        f"desirable_weight: {(of_bad or 1) * bad / good:.3g}"
+        if good < bad
+        else f"undesirable_weight: {(of_good or 1) * good / bad:.3g}"
+    )
+    return (
+        f"{good} labels are true and {bad} false, weighted {desirable:g} to {undesirable:g}, a ratio that for "
+        f"kto should be between 1 and 4/3: set model.loss_options: {{{remedy}}}"
     )
 
 

@@ -17,7 +17,7 @@ from dpo_lightning.callbacks.learning_checks import about_data
 from dpo_lightning.callbacks.times import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
-from dpo_lightning.data.columns import context_keys, id_counts, numeric_column
+from dpo_lightning.data.columns import context_keys, id_counts, numeric_column, thumbs
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.data.reading import RowAccount
@@ -131,10 +131,14 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
     yield ""
     for name, pairs in data.datasets.items():
         yield f"{name}: {len(pairs):,} pairs, {len(np.unique(context_keys(pairs))):,} different contexts (or prompts)"
+        if any(alone := thumbs(pairs)):
+            yield f"  {alone[0]:,} of them are a good completion alone, {alone[1]:,} a bad one (column label)"
     train = data.datasets["train"]
     for side in ("prompt", "chosen", "rejected"):
-        yield ""
-        yield from histogram(f"train, tokens of {side}", id_counts(train, f"{side}_ids"))
+        counts = id_counts(train, f"{side}_ids")
+        if counts.any():
+            yield ""
+            yield from histogram(f"train, tokens of {side}", counts[counts > 0])
     yield ""
     for cut in ("prompt_cut", "completion_cut"):
         count = int(numeric_column(train, cut).sum())
@@ -187,9 +191,8 @@ def decoded_pair(data: PreferenceDataModule, position: int) -> Iterator[str]:
     (pair,) = to_pairs(collate_columns(columns, [position]))
     prompt = data.tokenizer.decode(pair.prompt_ids)
     yield data.locations("train", [position])[0]
-    for line in (
-        f"prompt    {'…' + prompt[-LONGEST_PROMPT:] if len(prompt) > LONGEST_PROMPT else prompt}",
-        f"chosen    ⟦{data.tokenizer.decode(pair.chosen_ids)}⟧",
-        f"rejected  ⟦{data.tokenizer.decode(pair.rejected_ids)}⟧",
-    ):
+    lines = [f"prompt    {'…' + prompt[-LONGEST_PROMPT:] if len(prompt) > LONGEST_PROMPT else prompt}"]
+    for name, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
+        lines += [f"{name:<9} ⟦{data.tokenizer.decode(ids)}⟧"] if ids else []
+    for line in lines:
         yield "  " + line.replace("\n", INDENT)

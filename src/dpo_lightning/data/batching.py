@@ -5,7 +5,8 @@ A row of a PairBatch holds a pair with its prompt once:
     prompt[0..P)  chosen[0..C-1)  rejected[0..R-1)
 
 The last token of a completion predicts nothing and is left out; the last prompt token predicts the first token of
-both completions. An empty rejected completion (EOS alone) adds no token at all.
+both completions. An empty rejected completion (EOS alone) adds no token at all. A row with one completion is a pair
+whose other completion predicts nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ class PairBatch(NamedTuple):
     margin: Tensor  # [B] float32, by how much the loss wants chosen above rejected, in units of beta times nats
     reference_logps: Tensor | None = None  # [N] float32 nats, the targets under the reference, if precomputed
     lengths: tuple[tuple[int, int, int], ...] = ()  # B times the columns of the prompt, chosen and rejected parts
+    mismatched: "PairBatch | None" = None  # the prompts with each other's completions, see `mismatch`
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on a device; `lengths` stay on the host, where kernels are given their sizes.
@@ -48,8 +50,9 @@ class PairBatch(NamedTuple):
         The host does not wait for copies from pinned memory to a GPU.
         """
         ahead = torch.device(device).type == "cuda"
-        moved = (field.to(device, non_blocking=ahead) if isinstance(field, Tensor) else field for field in self)
-        return PairBatch._make(moved)
+        moved = [field.to(device, non_blocking=ahead) if isinstance(field, Tensor) else field for field in self]
+        batch = PairBatch._make(moved)
+        return batch if batch.mismatched is None else batch._replace(mismatched=batch.mismatched.to(device))
 
     @property
     def num_pairs(self) -> int:
@@ -63,11 +66,15 @@ class PairBatch(NamedTuple):
 
 
 def collate(
-    pairs: Sequence[EncodedPair], pair_ids: Sequence[int], reference_logps: Sequence[Sequence[float]] | None = None
+    pairs: Sequence[EncodedPair],
+    pair_ids: Sequence[int],
+    reference_logps: Sequence[Sequence[float]] | None = None,
+    mismatch_length: int | None = None,
 ) -> PairBatch:
     """Builds a shared-prefix PairBatch, padded on the right to its longest row.
 
-    `reference_logps` has a list for each pair: the log-probs of its chosen and then its rejected tokens.
+    `reference_logps` has a list for each pair: the log-probs of its chosen and then its rejected tokens. With
+    `mismatch_length` the batch has `mismatched` pairs of at most that many tokens.
 
     Two pairs, prompt [5, 6] with chosen [7, 8, 2] and rejected [9, 2], and prompt [5] with [7, 2] and [2]:
 
@@ -89,14 +96,14 @@ def collate(
     targets: list[int] = []
     sequence: list[int] = []
     for b, (row, (prompt, chosen, rejected)) in enumerate(zip(rows, ids, strict=True)):
-        p, c = len(prompt), len(prompt) + len(chosen) - 1
+        p, c = len(prompt), len(prompt) + max(len(chosen) - 1, 0)
         input_ids[b, : len(row)] = row
         position_ids[b, :c] = np.arange(c)
         position_ids[b, c : len(row)] = np.arange(p, p + len(row) - c)
         segment_ids[b, :p], segment_ids[b, p:c], segment_ids[b, c : len(row)] = PROMPT, CHOSEN, REJECTED
         first = b * width
-        predict_index += range(first + p - 1, first + c)
-        predict_index += [first + p - 1, *range(first + c, first + len(row))]
+        predict_index += range(first + p - 1, first + p - 1 + len(chosen))
+        predict_index += [first + p - 1, *range(first + c, first + len(row))][: len(rejected)]
         targets += chosen + rejected
         sequence += [2 * b] * len(chosen) + [2 * b + 1] * len(rejected)
     return PairBatch(
@@ -110,14 +117,38 @@ def collate(
         weight=torch.tensor([pair.weight for pair in pairs]),
         margin=torch.tensor([pair.margin for pair in pairs]),
         reference_logps=None if reference_logps is None else torch.tensor(list(chain.from_iterable(reference_logps))),
-        lengths=tuple((len(prompt), len(chosen) - 1, len(rejected) - 1) for prompt, chosen, rejected in ids),
+        lengths=tuple(
+            (len(prompt), max(len(chosen) - 1, 0), max(len(rejected) - 1, 0)) for prompt, chosen, rejected in ids
+        ),
+        mismatched=None if mismatch_length is None else collate(mismatch(pairs, mismatch_length), pair_ids),
     )
 
 
-def collate_columns(columns: Mapping[str, Sequence], pair_ids: Sequence[int]) -> PairBatch:
+def mismatch(pairs: Sequence[EncodedPair], max_length: int) -> list[EncodedPair]:
+    """Each prompt with the completions of an earlier pair, those of the last pairs coming around to the first prompts.
+
+    As in TRL that is the pair before, unless pairs have equal prompts: then it is as much earlier as lets the fewest
+    prompts meet completions of their equals. A single pair keeps its own.
+
+    Args:
+        max_length: tokens of a prompt and completion together; longer completions are cut.
+    """
+    prompts = np.unique([hash(tuple(pair.prompt_ids)) for pair in pairs], return_inverse=True)[1]
+    shift = min(range(1, len(pairs)), key=lambda by: (prompts == np.roll(prompts, by)).sum(), default=0)
+    others = [pairs[i - shift] for i in range(len(pairs))]
+    rooms = [max_length - len(pair.prompt_ids) for pair in pairs]
+    return [
+        EncodedPair(pair.prompt_ids, other.chosen_ids[:room], other.rejected_ids[:room])
+        for pair, other, room in zip(pairs, others, rooms, strict=True)
+    ]
+
+
+def collate_columns(
+    columns: Mapping[str, Sequence], pair_ids: Sequence[int], mismatch_length: int | None = None
+) -> PairBatch:
     """`collate` for pairs as columns: one for each field of EncodedPair, and `reference_logps` if there is one."""
     pairs = zip(*(columns[field] for field in EncodedPair._fields), strict=True)
-    return collate([EncodedPair(*fields) for fields in pairs], pair_ids, columns.get(REFERENCE_LOGPS))
+    return collate([EncodedPair(*fields) for fields in pairs], pair_ids, columns.get(REFERENCE_LOGPS), mismatch_length)
 
 
 def to_separate(batch: PairBatch) -> PairBatch:

@@ -62,6 +62,20 @@ def number(row: Mapping[str, Any], column: str, default: float) -> float:
     return parsed
 
 
+def truth(row: Mapping[str, Any], column: str) -> bool:
+    """The truth value of a cell: true or false, 1 or 0, or (as in a CSV file) one of these as text.
+
+    Raises:
+        BadCell: it is missing, null, or something else.
+    """
+    value = row.get(column)
+    word = value.strip().lower() if isinstance(value, str) else value
+    for known, words in ((True, ("true", "1", 1)), (False, ("false", "0", 0))):
+        if word in words:
+            return known
+    raise _not_a(row, column, "true or false")
+
+
 def _not_a(row: Mapping[str, Any], column: str, wanted: str) -> BadCell:
     if column not in row:
         return BadCell("missing column", column, f"found nothing where {wanted} belongs")

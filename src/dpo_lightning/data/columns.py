@@ -26,6 +26,12 @@ def id_counts(data: "Dataset", name: str) -> np.ndarray:
     return selected(data, pc.list_value_length(data.data.column(name)).to_numpy())
 
 
+def thumbs(data: "Dataset") -> tuple[int, int]:
+    """How many encoded rows have a chosen completion alone, and how many a rejected one alone."""
+    chosen, rejected = (id_counts(data, f"{side}_ids") for side in ("chosen", "rejected"))
+    return int((rejected == 0).sum()), int((chosen == 0).sum())
+
+
 def with_column(data: "Dataset", name: str, values: pa.ChunkedArray) -> "Dataset":
     """The data set with one more column.
 

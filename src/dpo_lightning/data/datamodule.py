@@ -344,4 +344,5 @@ class PreferenceDataModule(LightningDataModule):
                 f"there are no {name} pairs: give data.{name}_dataset, or a data.{name}_size above 0 to split some off"
             )
         rows = IndexedRows(self.datasets, name, prompts=name == "predict")
-        return make_loader(rows, batch_size, shuffle, self.hparams.seed, self.hparams.num_workers, self.trainer)
+        h = self.hparams
+        return make_loader(rows, batch_size, shuffle, h.seed, h.num_workers, self.trainer, self.max_length)

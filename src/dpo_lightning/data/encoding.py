@@ -22,7 +22,10 @@ MAX_LENGTH, SHORTEST = 1024, 8  # tokens of a prompt and completion together: th
 
 
 class EncodedPair(NamedTuple):
-    """Token ids of one pair. Both completions end in EOS; the prompt has at least one token."""
+    """Token ids of one pair. Both completions end in EOS; the prompt has at least one token.
+
+    Of a row with one completion, the other one has no ids at all.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -148,6 +151,7 @@ def encode_completions(tokenizer: "PreTrainedTokenizerBase", completions: Sequen
 def encode_batch(columns: dict[str, list], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> dict[str, list]:
     """Encodes the columns `prompt`, `chosen`, `rejected` (text) and, if there are any, `chat`, `weight`, `margin`.
 
+    Where `label` is true there is only a chosen completion, where it is false only a rejected one.
     Completions that a model generated already have ids, without EOS, in `chosen_tokens` or `rejected_tokens`.
 
     If the prompt and the longer completion exceed `max_length` tokens, the prompt is cut from the left. A completion is
@@ -167,13 +171,16 @@ def encode_batch(columns: dict[str, list], tokenizer: "PreTrainedTokenizerBase",
     prompts = encode_prompts(tokenizer, columns["prompt"], chat=columns.get("chat"))
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "length", "prompt_cut", "completion_cut")
     rows = []
-    for prompt, chosen, rejected in zip(prompts, *completions, strict=True):
+    labels = columns.get("label", [None] * len(prompts))
+    for prompt, chosen, rejected, label in zip(prompts, *completions, labels, strict=True):
+        if label is not None:  # there is one completion
+            chosen, rejected = (chosen, []) if label else ([], rejected)
         longest = max(len(chosen), len(rejected))
         room = max_length - 1
         if longest > room:
             chosen, rejected = (ids if len(ids) <= room else ids[: room - 1] + [eos] for ids in (chosen, rejected))
         cut = cut_prompt(prompt, max_length - min(longest, room), tokenizer.bos_token_id)
-        length = len(cut) + len(chosen) + len(rejected) - 2
+        length = len(cut) + max(len(chosen) - 1, 0) + max(len(rejected) - 1, 0)
         rows.append((cut, chosen, rejected, length, len(cut) < len(prompt), longest > room))
     defaults = {"weight": [1.0] * len(rows), "margin": [0.0] * len(rows)}
     floats = {name: list(map(float, columns.get(name, default))) for name, default in defaults.items()}

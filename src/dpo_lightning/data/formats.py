@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_lightning.data.cells import messages, number, shortened, text
+from dpo_lightning.data.cells import messages, number, shortened, text, truth
 from dpo_lightning.data.pair import BadCell, BadRow, PreferencePair
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.storage.digests import file_digest
@@ -111,6 +111,16 @@ def prompt_completion(row: Mapping[str, Any], options: RowOptions, completions: 
     return options.chat().pair(_prompt_messages(row), messages(row, "completion") if completions else [], [])
 
 
+def unpaired(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
+    """A prompt and one completion, as text or as messages, with a `label` that says whether it is good."""
+    pair = prompt_completion(row, options, completions)
+    if not completions:
+        return pair
+    if truth(row, "label"):
+        return pair._replace(label=True)
+    return pair._replace(chosen="", rejected=pair.chosen, label=False)
+
+
 def conversation(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
     """A good conversation in `messages`: its last reply is chosen, the rejected completion is empty."""
     turns = messages(row, "messages")
@@ -125,6 +135,7 @@ FORMATS: dict[str, RowFormat] = {
     "sql_create_context": RowFormat(("question", "context"), ("answer",), sql_create_context),
     "preference": RowFormat(("prompt",), ("chosen", "rejected"), preference),
     "implicit_preference": RowFormat(("chosen", "rejected"), (), implicit_preference),
+    "unpaired": RowFormat(("prompt",), ("completion", "label"), unpaired),
     "prompt_completion": RowFormat(("prompt",), ("completion",), prompt_completion),
     "messages": RowFormat(("messages",), (), conversation),
 }
@@ -175,9 +186,15 @@ def user_format(name: str) -> RowFormat:
         if isinstance(result, PreferencePair):
             for field in ("prompt", "chosen", "rejected"):
                 text(result._asdict(), field)
+            if result.label is not None:
+                result = result._replace(label=truth(result._asdict(), "label"))
+                if result.rejected if result.label else result.chosen:
+                    raise BadCell("two completions", "label", "found a label beside two completions")
             return with_optional_columns(result, result._asdict())
         if isinstance(result, Mapping):
             read = preference if "prompt" in result else implicit_preference
+            if {"completion", "label"} <= set(result):
+                read = unpaired
             return with_optional_columns(read({"rejected": "", **result}, options, completions), result)
         words = shortened(f"{type(result).__name__} {result!r}")
         raise BadCell("format function", "", f"{name} returned {words} where a PreferencePair or a dict belongs")
@@ -295,7 +312,7 @@ def row_to_pair(
             pair = with_optional_columns(pair, row)
         if not pair.prompt.strip():
             raise BadCell("empty prompt", "", "the prompt is empty")
-        if completions and not pair.chosen.strip():
+        if completions and pair.label is not False and not pair.chosen.strip():
             raise BadCell("empty chosen", "", "the chosen completion is empty")
         return pair
     except BadCell as error:

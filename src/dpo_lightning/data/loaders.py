@@ -1,5 +1,6 @@
 """Encoded pairs -> the order of their batches, and loaders that a resumed run can start in mid-epoch."""
 
+import functools
 import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -143,11 +144,13 @@ class IndexedRows(MapDataset):
         return self._rows[positions], positions
 
 
-def collate_rows(item: tuple[dict[str, list], list[int]]) -> PairBatch | PromptBatch:
+def collate_rows(
+    item: tuple[dict[str, list], list[int]], mismatch_length: int | None = None
+) -> PairBatch | PromptBatch:
     """An item of IndexedRows as a batch."""
     columns, positions = item
     if "chosen_ids" in columns:
-        return collate_columns(columns, positions)
+        return collate_columns(columns, positions, mismatch_length)
     return collate_prompts(columns["prompt_ids"], positions)
 
 
@@ -158,13 +161,22 @@ def leave_signals_to_the_run(worker: int) -> None:
 
 
 def make_loader(
-    rows: IndexedRows, batch_size: int, shuffle: bool, seed: int, num_workers: int, trainer: Trainer | None
+    rows: IndexedRows,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    num_workers: int,
+    trainer: Trainer | None,
+    max_length: int | None = None,
 ) -> ResumableLoader:
     """A loader of one rank's share of the batches (see `LengthGroupedBatchSampler`).
 
     Args:
-        trainer: knows the rank and the device; without one, all batches.
+        trainer: knows the rank and the device, and whether the model's loss needs `mismatched` pairs; without one, all
+            batches.
+        max_length: tokens of a `mismatched` prompt and completion together.
     """
+    needs_kl = getattr(getattr(getattr(trainer, "lightning_module", None), "loss", None), "needs_kl", False)
     data = rows.datasets[rows.name]
     lengths = numeric_column(data, "length") if "length" in data.column_names else np.zeros(len(data), dtype=np.int64)
     rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
@@ -174,7 +186,8 @@ def make_loader(
         rows,
         sampler=sampler_class(lengths, batch_size, shuffle and not fixed, seed, rank, world),
         batch_size=None,
-        collate_fn=collate_rows,  # type: ignore[arg-type]  # without a batch_size it gets one item
+        # Without a batch_size it gets one item.
+        collate_fn=functools.partial(collate_rows, mismatch_length=max_length if needs_kl else None),
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_run,
         persistent_workers=num_workers > 0,

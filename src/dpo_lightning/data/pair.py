@@ -35,3 +35,4 @@ class PreferencePair(NamedTuple):
     weight: float = 1.0  # multiplies the pair's loss
     margin: float = 0.0  # by how much chosen should be better
     chat: bool = False  # whether a chat template rendered it
+    label: bool | None = None  # of a row with one completion: True if that is `chosen`, False if it is `rejected`

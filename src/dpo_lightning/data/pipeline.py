@@ -8,7 +8,7 @@ What a step writes to disk is found again by a digest of everything that it depe
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-ENCODING_VERSION = 2  # raise it when encoding or reading changes, so that old caches are not used
+ENCODING_VERSION = 3  # raise it when encoding or reading changes, so that old caches are not used
 IDS = pa.list_(pa.int32())
 PROMPT_COLUMNS = pa.schema([*PAIR_COLUMNS, pa.field("prompt_ids", IDS)])
 ENCODED_COLUMNS = pa.schema(
@@ -135,6 +135,8 @@ def generated(rows: Checked, replies_to: "Callable[[Dataset, str], Dataset | Non
 
 
 def _refuse_own(rows: Checked) -> None:
+    if rows.pairs.data.column("label").null_count < rows.pairs.data.num_rows:
+        raise UserError(f"{rows.source.name} has one completion with a label in each row: leave data.rejected out")
     if any(any(columns["rejected"]) for columns in batches_of(rows.pairs, ["rejected"])):
         raise UserError(f"{rows.source.name} has rejected completions of its own: leave data.rejected out")
 
@@ -186,7 +188,8 @@ def _with_largest_id(key: str, schema: pa.Schema, batches: Callable[[], Iterator
 
     def noted() -> Iterator[Columns]:
         for columns in batches():
-            largest.append(max(max(map(max, ids)) for name, ids in columns.items() if name.endswith("_ids")))
+            ids = chain.from_iterable(rows for name, rows in columns.items() if name.endswith("_ids"))
+            largest.append(max(map(max, filter(None, ids))))
             yield columns
 
     data, note = cached_dataset(key, schema, noted, lambda: {"largest_id": max(largest)})

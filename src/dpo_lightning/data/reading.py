@@ -20,9 +20,15 @@ READ_CHARACTERS = 10_000_000  # held in memory at a time
 LISTED = 3  # rows in messages, of each reason
 PAIR_COLUMNS = pa.schema(
     [(name, pa.string()) for name in ("prompt", "chosen", "rejected", "context")]
-    + [("weight", pa.float64()), ("margin", pa.float64()), ("chat", pa.bool_()), ("row", pa.int64())]
+    + [
+        ("weight", pa.float64()),
+        ("margin", pa.float64()),
+        ("chat", pa.bool_()),
+        ("label", pa.bool_()),
+        ("row", pa.int64()),
+    ]
 )
-REPEATED, IDENTICAL = "repeated row", "chosen same as rejected"
+REPEATED, IDENTICAL, CONTRADICTED = "repeated row", "chosen same as rejected", "completion labelled both good and bad"
 
 
 class RowAccount(NamedTuple):
@@ -122,8 +128,12 @@ class PairReader:
         return None if self.skip else pair
 
     def _doubt(self, pair: PreferencePair) -> str | None:
-        if pair.chosen == pair.rejected:
+        if pair.label is None and pair.chosen == pair.rejected:
             return IDENTICAL
+        if pair.label is not None:
+            opposite = pair._replace(chosen=pair.rejected, rejected=pair.chosen, label=not pair.label)
+            if hash(opposite) in self._seen:
+                return CONTRADICTED
         key = hash(pair)
         if key in self._seen:
             return REPEATED

@@ -40,9 +40,13 @@ class PairLogps(NamedTuple):
 
     @property
     def first_tokens(self) -> Tensor:
-        """Log-probabilities of each completion's first token, [B, 2]; that of an empty completion is its EOS."""
+        """Log-probabilities of each completion's first token, [B, 2]; that of an empty completion is its EOS.
+
+        Meaningless for a completion without tokens.
+        """
         sequences = torch.arange(2 * self.num_pairs, device=self.sequence.device)
-        return self.token_logps[torch.searchsorted(self.sequence, sequences)].view(-1, 2)
+        first = torch.searchsorted(self.sequence, sequences).clamp_max(len(self.token_logps) - 1)
+        return self.token_logps.index_select(0, first).view(-1, 2)
 
 
 class Scoring(NamedTuple):

@@ -32,9 +32,10 @@ class Pairs(NamedTuple):
     policy: Tensor  # [B, 2] log pi(y|x)
     reference: Tensor  # [B, 2] log pi_ref(y|x); zeros where there is no reference
     scores: Tensor  # [B, 2] the log-ratios, transformed by the f-divergence if there is one
-    lengths: Tensor  # [B, 2] completion tokens
+    lengths: Tensor  # [B, 2] completion tokens; 0 for the missing completion of a row that has one
     margin: Tensor  # [B] m
     nll: Tensor  # [B] -log pi(y_w|x) of the full completion, whatever ld_alpha is
+    kl: Tensor | float = 0.0  # a scalar, how far the policy is from the reference in the batch, for losses that need it
 
     @property
     def ratios(self) -> Tensor:
@@ -47,7 +48,7 @@ class Pairs(NamedTuple):
 
     def token_mean_nll(self) -> Tensor:
         """Each pair's part of the negative log-likelihood, [B]: their mean is the mean over the batch's tokens."""
-        return self.nll * len(self.nll) / self.lengths[:, 0].sum()
+        return self.nll * len(self.nll) / self.lengths[:, 0].sum().clamp(min=1)  # a batch may have only bad completions
 
 
 class Loss(NamedTuple):
@@ -60,6 +61,7 @@ class Loss(NamedTuple):
     sorts: bool  # sorts within the batch, so that a value belongs to no pair and cannot be weighted
     per_token: bool  # compares log-probs averaged over tokens, not sums: only where no reference is used
     preference: bool  # compares chosen with rejected; False for a plain likelihood, to which no option applies
+    unpaired: bool  # judges each completion alone, against the batch's KL, so that a row may have only one
 
     @property
     def name(self) -> str:
@@ -88,14 +90,15 @@ def loss(
     sorts: bool = False,
     per_token: bool = False,
     preference: bool = True,
+    unpaired: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Registers a loss, `Pairs` and its own parameters -> [B], under its function's name; see `Loss` for the flags."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name = function.__name__
+        name, flags = function.__name__, (reference_free, f_divergence, margin, sorts, per_token, preference, unpaired)
         if (known := LOSSES.get(name)) and known.function.__module__ != function.__module__:
             raise UserError(f"there is already a loss called {name}: rename the function in {function.__module__}")
-        LOSSES[name] = Loss(function, reference_free, f_divergence, margin, sorts, per_token, preference)
+        LOSSES[name] = Loss(function, *flags)
         return function
 
     return register
@@ -112,7 +115,7 @@ def import_loss(name: str) -> None:
     if wrong := [p.name for p in own if p.kind != p.KEYWORD_ONLY]:
         raise UserError(f"model.loss_type '{name}': {wrong[0]} must be keyword-only, as in (pairs, *, {wrong[0]})")
     decorated = next((known for known in LOSSES.values() if known.function is function), None)
-    LOSSES[name] = decorated or Loss(function, False, False, False, False, False, True)
+    LOSSES[name] = decorated or Loss(function, *[False] * 5, preference=True, unpaired=False)
 
 
 # ---------------------------------------------------------------------- losses of the chosen-rejected difference
@@ -259,6 +262,21 @@ def apo_down(pairs: Pairs, *, beta: Positive) -> Tensor:
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8, for chosen completions worse than the policy's own.
     """
     return torch.sigmoid(beta * pairs.ratios[:, 0]) + torch.sigmoid(-beta * (pairs.ratios[:, 0] - pairs.ratios[:, 1]))
+
+
+@loss(unpaired=True)
+def kto(
+    pairs: Pairs, *, beta: Positive, desirable_weight: NotNegative = 1.0, undesirable_weight: NotNegative = 1.0
+) -> Tensor:
+    """w_D (1 - sigmoid(beta (r_w - z))) for a good and w_U (1 - sigmoid(beta (z - r_l))) for a bad completion.
+
+    Kahneman-Tversky optimization, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7, w being the paper's lambda.
+    z is the KL divergence of the policy from the reference, estimated without gradient on the batch's prompts with each
+    other's completions. A pair is one good and one bad completion, and its loss the mean of theirs.
+    """
+    gains, there = beta * (pairs.ratios - pairs.kl), pairs.lengths > 0
+    good, bad = desirable_weight * torch.sigmoid(-gains[:, 0]), undesirable_weight * torch.sigmoid(gains[:, 1])
+    return (torch.stack([good, bad], dim=1) * there).sum(1) / there.sum(1)
 
 
 # ---------------------------------------------------------------------- losses of a batch's distribution

@@ -24,22 +24,25 @@ PAIR_METRICS = (
     "logps/chosen",  # summed over the completion, nats
     "logps/rejected",
     "kl",
-)
-ADDED_METRICS = (  # with sums and a count of their own, since earlier checkpoints of unfinished runs lack them
     "logps/first_token",  # of the chosen completion's first token, nats
     "rewards/first_displaced",  # share of pairs in which it is `FIRST_FALL` less likely than under the reference
     "gradient_weight",  # see `preference_loss.gradient_weights`; in training only
 )
 FIRST_FALL = 1.0  # nats
 OF_REFERENCE = {"rewards/displaced", "rewards/first_displaced", "kl"}  # left out without a reference
+OF_CHOSEN = {"rewards/chosen", "rewards/displaced", "logps/chosen", "logps/first_token", "rewards/first_displaced"}
+OF_REJECTED, OF_BOTH = {"rewards/rejected", "logps/rejected"}, {"rewards/margins", "rewards/accuracies"}
 
 
 class PairMetrics(Metric):
-    """Means over pairs of `PAIR_METRICS` and `ADDED_METRICS`, under TRL's names where TRL has them.
+    """Means over pairs of `PAIR_METRICS`, under TRL's names where TRL has them.
 
     `kl` estimates, per pair, how far the policy is from the reference on the data's completion tokens: the mean of
     half the squared log-ratio (the k2 estimator of Schulman 2020, "Approximating KL divergence"), in nats per token.
     The tokens are the data's, not samples of the policy, so read it as a distance that starts at 0.
+
+    Where rows have one completion, what is about chosen ones is a mean over good completions, what is about rejected
+    ones over bad completions, and the margin is the difference of their mean rewards.
 
     The state stays float32 if the module is converted to 16 bits.
 
@@ -51,18 +54,14 @@ class PairMetrics(Metric):
 
     full_state_update = False
     sums: Tensor
-    pairs: Tensor
-    added_sums: Tensor
-    added_pairs: Tensor
+    counts: Tensor
     margins: list[Tensor]
 
     def __init__(self, reference_free: bool = False, keep_margins: bool = False, in_training: bool = False) -> None:
         super().__init__()
         self.reference_free, self.keep_margins, self.in_training = reference_free, keep_margins, in_training
-        self.add_state("sums", torch.zeros(len(PAIR_METRICS), dtype=torch.float32), dist_reduce_fx="sum")
-        self.add_state("pairs", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
-        self.add_state("added_sums", torch.zeros(len(ADDED_METRICS), dtype=torch.float32), dist_reduce_fx="sum")
-        self.add_state("added_pairs", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+        for state in ("sums", "counts"):  # of each metric
+            self.add_state(state, torch.zeros(len(PAIR_METRICS), dtype=torch.float32), dist_reduce_fx="sum")
         if keep_margins:
             self.add_state("margins", [], dist_reduce_fx="cat")
 
@@ -84,6 +83,8 @@ class PairMetrics(Metric):
         chosen, rejected = rewards.unbind(1)
         other = policy.token_logps if reference is None else reference.token_logps
         distance = policy._replace(token_logps=0.5 * (policy.token_logps - other).square())
+        first = policy.first_tokens[:, 0]
+        fall = first.new_zeros(len(first)) if reference is None else reference.first_tokens[:, 0] - first
         values = (
             losses,
             chosen,
@@ -94,28 +95,34 @@ class PairMetrics(Metric):
             logps[:, 0],
             logps[:, 1],
             distance.sums.sum(1) / lengths.sum(1),
+            first,
+            (fall > FIRST_FALL).float(),
+            torch.zeros_like(losses) if gradients is None else gradients,
         )
-        self.sums += torch.stack(values).sum(1)
-        self.pairs += len(losses)
-        first = policy.first_tokens[:, 0]
-        fall = first.new_zeros(len(first)) if reference is None else reference.first_tokens[:, 0] - first
-        gradients = torch.zeros_like(losses) if gradients is None else gradients
-        self.added_sums += torch.stack([first, (fall > FIRST_FALL).float(), gradients]).sum(1)
-        self.added_pairs += len(losses)
+        good, bad = (lengths > 0).unbind(1)
+        both = good & bad
+        counted = [
+            good if name in OF_CHOSEN else bad if name in OF_REJECTED else both if name in OF_BOTH else good | bad
+            for name in PAIR_METRICS
+        ]
+        rows = torch.stack(counted)
+        self.sums += (torch.stack(values) * rows).sum(1)
+        self.counts += rows.sum(1)
         if self.keep_margins:
-            self.margins.append(chosen - rejected)
+            self.margins.append(torch.where(both, chosen - rejected, torch.nan))
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of each metric over all pairs, a float32 scalar; empty before the first pair."""
-        if self.pairs == 0:
-            return {}
-        means = dict(zip(PAIR_METRICS, self.sums / self.pairs, strict=True))
-        means |= dict(zip(ADDED_METRICS, self.added_sums / self.added_pairs, strict=True))
-        unknown = set() if self.in_training else {"gradient_weight"}
-        unknown |= OF_REFERENCE if self.reference_free else set()
-        return {name: mean for name, mean in means.items() if name not in unknown}
+        """The mean of each metric over all pairs, a float32 scalar; without those that have no value yet."""
+        counts = dict(zip(PAIR_METRICS, self.counts.tolist(), strict=True))
+        means = dict(zip(PAIR_METRICS, self.sums / self.counts, strict=True))
+        if not counts["rewards/margins"] and counts["rewards/chosen"] and counts["rewards/rejected"]:
+            means["rewards/margins"], counts["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"], 1
+        left_out = set() if self.in_training else {"gradient_weight"}
+        left_out |= OF_REFERENCE if self.reference_free else set()
+        return {name: means[name] for name in PAIR_METRICS if counts[name] and name not in left_out}
 
     def all_margins(self) -> Tensor:
         """The margins [n] of all ranks' pairs since the last reset; n may be 0. To be called on all ranks."""
         with self.sync_context():
-            return dim_zero_cat(self.margins) if len(self.margins) else self.sums.new_zeros(0)
+            margins = dim_zero_cat(self.margins) if len(self.margins) else self.sums.new_zeros(0)
+        return margins[~margins.isnan()]  # a row with one completion has none

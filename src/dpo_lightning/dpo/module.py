@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from dpo_lightning.data.batching import PairBatch, PromptBatch
+from dpo_lightning.data.columns import thumbs
 from dpo_lightning.data.loaders import LengthGroupedBatchSampler
 from dpo_lightning.data.prompt_format import KEY as PROMPT_FORMAT
 from dpo_lightning.data.prompt_format import prompt_format_of
@@ -117,6 +118,7 @@ class DPOModule(PolicyModule):
         self.val_metrics = PairMetrics(reference_free, keep_margins=True)
         self.grad_norm: Tensor | None = None
         self.router_loss: Tensor | None = None
+        self.reference_point: Tensor | None = None  # the batch's KL divergence, where the loss needs it
         self.skipped, self.throughput = SkippedSteps(), Throughput()
         self._logged_step = 0
         self.check_before_saving: Callable[[], None] | None = None  # weights alone are saved without callbacks' hooks
@@ -135,13 +137,32 @@ class DPOModule(PolicyModule):
             check_trained_dtype([CONVERTED.get(self.trainer.precision, torch.float32), getattr(torch, h.dtype)])
         return [own() for own in OWN_CALLBACKS if not any(isinstance(other, own) for other in self.trainer.callbacks)]
 
+    def setup(self, stage: str) -> None:
+        """Checks that the loss can use rows with one completion, if there are any.
+
+        Raises:
+            UserError: it cannot, or it needs other rows in each batch and there are none.
+        """
+        data = self.data
+        if data is None or stage == "predict":
+            return
+        for name, pairs in data.datasets.items():
+            if name != "predict" and any(thumbs(pairs)):
+                self.loss.check_unpaired(name)
+        if self.loss.needs_kl and 1 in (data.hparams.batch_size, data.eval_batch_size):
+            raise UserError(
+                "model.loss_type kto compares a row with the other rows of its batch: set data.batch_size (and "
+                "data.eval_batch_size) to 2 or more"
+            )
+
     # ------------------------------------------------------------------ the step
 
     def _shared_step(self, batch: PairBatch, stage: str) -> Tensor:
         scoring = self.ensure_scoring(batch)
-        reference = self.reference_logps(batch)
+        reference, kl = self.reference_logps(batch), self.batch_kl(batch)
         policy = pair_logps(self.causal_lm, batch, scoring, sum_squares=self.loss.use_weighting)
-        losses = self.loss(policy, reference, batch.weight, batch.margin)
+        losses = self.loss(policy, reference, batch.weight, batch.margin, kl)
+        self.reference_point = kl
         rewards = self.loss.rewards(policy, reference)
         gradients = gradient_weights(losses, policy) if losses.requires_grad else None
         getattr(self, f"{stage}_metrics").update(losses.detach(), rewards, policy, reference, gradients)
@@ -210,6 +231,8 @@ class DPOModule(PolicyModule):
                 self.log("train/grad_norm", gathered(self.grad_norm))
             if self.router_loss is not None:
                 self.log("train/router_loss", self.router_loss)
+            if self.reference_point is not None:
+                self.log("train/reference_point", self.reference_point)
             self.log("train/pairs_per_second", torch.tensor(self.throughput.read()), prog_bar=True)
             self._log_metrics("train")
 

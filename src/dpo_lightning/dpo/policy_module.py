@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,7 +20,7 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.loaders import LengthGroupedBatchSampler
 from dpo_lightning.dpo.cached_reference import sees_pairs_again
 from dpo_lightning.dpo.half_precision import AUTOCAST, keep_float32
-from dpo_lightning.dpo.logps import PairLogps, Scoring, compute_pair_logps
+from dpo_lightning.dpo.logps import PairLogps, Scoring, compute_pair_logps, pair_logps
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.dpo.reference import FIXED, FrozenCopy, MovingReference, Reference, Start, find_reference, moving
 from dpo_lightning.dpo.shared_prompt import choose_scoring
@@ -95,8 +96,9 @@ class PolicyModule(LightningModule):
             assert_no_dropout(self.policy)
             self._check_data()
         self._record_start()  # before a checkpoint's weights replace these, and before they are sharded
-        # With cached log-probs a full fine-tune needs no second model; an adapter's reference takes no memory.
-        if self.loss.needs_reference and self.reference is None and (self.has_adapter or not self.reference_is_cached):
+        # With cached log-probs a full fine-tune needs no second model, except for `kl`; an adapter's takes no memory.
+        online = self.has_adapter or self.loss.needs_kl or not self.reference_is_cached
+        if self.loss.needs_reference and self.reference is None and online:
             self.reference = self.make_reference()
         if first_call and self.device_mesh is not None:
             self._shard()
@@ -226,6 +228,22 @@ class PolicyModule(LightningModule):
             logps = self.reference.logps(batch, self.ensure_scoring(batch)).token_logps
             kept = self._validated[batch_idx] = (pairs, logps)
         return batch._replace(reference_logps=kept[1])
+
+    @torch.no_grad()
+    def batch_kl(self, batch: PairBatch) -> Tensor | None:
+        """KL divergence of the policy from the reference in nats, a scalar of at least 0; None if the loss needs none.
+
+        Estimated by the mean log-ratio of all ranks' mismatched completions.
+        """
+        if not self.loss.needs_kl:
+            return None
+        assert batch.mismatched is not None, "batches need mismatched pairs: `collate(..., mismatch_length=...)`"
+        policy = pair_logps(self.causal_lm, batch.mismatched, self.ensure_scoring(batch))
+        reference = self.reference_logps(batch.mismatched)
+        assert reference is not None
+        sums = torch.stack([(policy.token_logps - reference.token_logps).sum(), (policy.lengths > 0).sum()])
+        total, completions = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return (total / completions).clamp(min=0)
 
     def ensure_scoring(self, batch: PairBatch) -> Scoring:
         """The way to compute this model's log-probs, chosen on the first batch (`choose_scoring`) by all ranks."""

@@ -86,6 +86,7 @@ class PreferenceLoss:
 
     Attributes:
         needs_reference: whether any of the losses compares with a reference.
+        needs_kl: whether any of them needs the batch's KL divergence, for which batches have `mismatched` pairs.
         use_weighting: whether the policy's PairLogps must have `log_sum_squares`.
 
     Raises:
@@ -119,6 +120,7 @@ class PreferenceLoss:
         self.parameters = [self._own_parameters(term, own) for term in self.losses]
         self._set_common(**common)
         self.needs_reference = not all(term.reference_free for term in self.losses)
+        self.needs_kl = any(term.unpaired for term in self.losses)
 
     # ------------------------------------------------------------------ settings
 
@@ -182,10 +184,10 @@ class PreferenceLoss:
             )
         if ld_alpha is not None:
             check_setting(f"{options}.ld_alpha", ld_alpha, Share)
-            self._require(f"{options}.ld_alpha", lambda term: not term.reference_free)
+            self._require(f"{options}.ld_alpha", lambda term: not term.reference_free and not term.unpaired)
         check_setting(f"{options}.use_weighting", use_weighting, bool)
         if use_weighting:
-            self._require(f"{options}.use_weighting", lambda term: not term.sorts)
+            self._require(f"{options}.use_weighting", lambda term: not term.sorts and not term.unpaired)
         self.divergence, self.alpha = F_DIVERGENCES[f_divergence_type], f_alpha_divergence_coef
         self.ld_alpha, self.use_weighting = ld_alpha, use_weighting
 
@@ -212,6 +214,14 @@ class PreferenceLoss:
         if any(term.sorts for term in self.losses) and (weight != 1).any():
             self._require("a weight other than 1 (column `weight` of the data)", lambda term: not term.sorts)
 
+    def check_unpaired(self, name: str) -> None:
+        """Raises UserError if one of the losses cannot use rows with one completion, which the data set `name` has."""
+        if not self.needs_kl or any(term.preference and not term.unpaired for term in self.losses):
+            raise UserError(
+                f"the {name} data have rows with one completion and a label, but the loss {self._named()} compares two "
+                "completions: set model.loss_type: kto (or data.format: prompt_completion, which ignores the labels)"
+            )
+
     # ------------------------------------------------------------------ values
 
     def __call__(
@@ -220,6 +230,7 @@ class PreferenceLoss:
         reference: PairLogps | None = None,
         weight: Tensor | None = None,
         margin: Tensor | None = None,
+        kl: Tensor | None = None,
     ) -> Tensor:
         """Loss of each pair, [B]; training minimizes its mean.
 
@@ -229,8 +240,10 @@ class PreferenceLoss:
             weight: [B], multiplies each pair's loss. The mean is still over pairs, not over weights, so that
                 accumulated and distributed batches add up to the same gradient; weights should average about 1.
             margin: [B], in the unit of beta h; see `check_columns`.
+            kl: the KL divergence in the batch, if `needs_kl`: a scalar in nats; None is 0, as before the first step.
         """
         pairs = self._pairs(policy, reference, margin)
+        pairs = pairs if kl is None else pairs._replace(kl=kl)
         terms = zip(self.weights, self.losses, self.parameters, strict=True)
         losses = torch.stack([factor * self._values(term, pairs, own) for factor, term, own in terms]).sum(0)
         if self.use_weighting:
@@ -262,6 +275,8 @@ class PreferenceLoss:
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Implicit rewards [B, 2]: beta times the log-ratio, or without a reference beta times log pi(y|x).
+
+        That of a missing completion is 0.
 
         `simpo` and `orpo` compare means over tokens, so their rewards are means too, as in TRL's trainers.
         """

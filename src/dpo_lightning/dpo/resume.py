@@ -117,7 +117,8 @@ class Resume(Callback):
             epoch, done = position(step, batches, trainer.accumulate_grad_batches)
             set_fit_counters(loop, step, epoch, done, batches, by_steps=trainer.max_steps != -1)
         ours = _metrics(pl_module)
-        for name, value in saved["metrics"].items():
+        # Of an earlier version, which counted pairs and not each metric, the next log leaves out what it had not logged.
+        for name, value in () if "pairs" in saved["metrics"] else saved["metrics"].items():
             own = value[trainer.global_rank] if trainer.world_size > 1 else value
             if name not in ours or own.shape != ours[name].shape or not own.isfinite().all():
                 raise ValueError(f"the metric {name!r} is not one that is kept")

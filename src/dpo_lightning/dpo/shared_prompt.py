@@ -47,10 +47,10 @@ def choose_scoring(model: "PreTrainedModel", batch: PairBatch, max_pairs: int = 
     unnoticed with empty rejected completions. Autocast and TF32, which blur the comparison, are off meanwhile.
     """
     scoring = scoring_from_config(model.config)
-    pairs = sorted(to_pairs(batch), key=lambda pair: len(pair.prompt_ids) + len(pair.chosen_ids))[-max_pairs:]
-    swapped = [
-        EncodedPair(a.prompt_ids, a.chosen_ids, b.chosen_ids) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)
-    ]
+    sequences = [(pair.prompt_ids, pair.chosen_ids or pair.rejected_ids) for pair in to_pairs(batch)]
+    sequences = sorted(sequences, key=lambda sequence: sum(map(len, sequence)))[-max_pairs:]
+    others = sequences[1:] + sequences[:1]
+    swapped = [EncodedPair(*sequence, other) for sequence, (_, other) in zip(sequences, others, strict=True)]
     device = batch.input_ids.device
     probe = collate(swapped, range(len(swapped))).to(device)
     tolerance = NOISE if model.dtype == torch.float32 else NOISE_IN_16_BITS

@@ -91,6 +91,7 @@ def _charts(curves: Mapping[str, Curve]) -> list[str]:
         "Margin, chosen − rejected reward": both("rewards/margins"),
         "Rewards in training": {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"},
         "KL from the reference": both("kl"),
+        "Reference point of kto": {"train/reference_point": "training"},
         "Displaced: chosen less likely than before": both("rewards/displaced"),
         "Displaced first token of chosen": both("rewards/first_displaced"),
         "Gradient left in the loss": {"train/gradient_weight": "training"},

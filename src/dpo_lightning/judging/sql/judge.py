@@ -25,7 +25,7 @@ def sql(reply: Reply, pair: PreferencePair, ignore_case: bool = False) -> dict[s
     """Judges a reply to a pair whose context is CREATE TABLE statements. Without a context there are no verdicts.
 
     - `valid` and `execution`: see `validity_and_execution`.
-    - `exact`: the reply's text is the chosen completion's, after both are normalised.
+    - `exact`: the reply's text is the chosen completion's, after both are normalised; None if there is none.
     - `execution_ignoring_case`, with `ignore_case`: the same without regard to the case of letters in texts.
     - `unjudged`: `execution` is None.
     """
@@ -35,7 +35,8 @@ def sql(reply: Reply, pair: PreferencePair, ignore_case: bool = False) -> dict[s
 
     wanted = pair.chosen.strip()
     valid, same = validity_and_execution(reply.text, wanted, pair.context)
-    found = {"valid": valid, "exact": equivalent_text(reply.text, wanted), "execution": same}
+    exact = equivalent_text(reply.text, wanted) if wanted else None
+    found = {"valid": valid, "exact": exact, "execution": same}
     if ignore_case:
         differ = valid and same is False
         _, same_in_lower = validity_and_execution(reply.text, wanted, pair.context, True) if differ else (valid, same)
