@@ -55,13 +55,13 @@ class Loss(NamedTuple):
     """A loss and what it can be combined with."""
 
     function: Callable[..., Tensor]
-    reference_free: bool  # needs the policy's log-probs alone
-    f_divergence: bool  # reads `scores`, so that another divergence than the reverse KL makes sense
-    margin: bool  # has a logit that a pair's margin is subtracted from
-    sorts: bool  # sorts within the batch, so that a value belongs to no pair and cannot be weighted
-    per_token: bool  # compares log-probs averaged over tokens, not sums: only where no reference is used
-    preference: bool  # compares chosen with rejected; False for a plain likelihood, to which no option applies
-    unpaired: bool  # judges each completion alone, against the batch's KL, so that a row may have only one
+    reference_free: bool = False  # needs the policy's log-probs alone
+    f_divergence: bool = False  # reads `scores`, so that another divergence than the reverse KL makes sense
+    margin: bool = False  # has a logit that a pair's margin is subtracted from
+    sorts: bool = False  # sorts within the batch, so that a value belongs to no pair and cannot be weighted
+    per_token: bool = False  # compares log-probs averaged over tokens, not sums: only where no reference is used
+    preference: bool = True  # compares chosen with rejected; False for a plain likelihood, to which no option applies
+    unpaired: bool = False  # judges each completion alone, against the batch's KL, so that a row may have only one
 
     @property
     def name(self) -> str:
@@ -115,7 +115,7 @@ def import_loss(name: str) -> None:
     if wrong := [p.name for p in own if p.kind != p.KEYWORD_ONLY]:
         raise UserError(f"model.loss_type '{name}': {wrong[0]} must be keyword-only, as in (pairs, *, {wrong[0]})")
     decorated = next((known for known in LOSSES.values() if known.function is function), None)
-    LOSSES[name] = decorated or Loss(function, *[False] * 5, preference=True, unpaired=False)
+    LOSSES[name] = decorated or Loss(function)
 
 
 # ---------------------------------------------------------------------- losses of the chosen-rejected difference

@@ -23,7 +23,7 @@ from dpo_lightning.dpo.gradient_scaler import SkippedSteps, gradient_scaler, uns
 from dpo_lightning.dpo.half_precision import CONVERTED, check_trained_dtype, keep_inputs
 from dpo_lightning.dpo.logps import pair_logps
 from dpo_lightning.dpo.metrics import PairMetrics
-from dpo_lightning.dpo.optimization import PlateauSchedule, make_optimizer, make_scheduler
+from dpo_lightning.dpo.optimization import PlateauSchedule, clip_to_norm, make_optimizer, make_scheduler
 from dpo_lightning.dpo.policy_module import PolicyModule
 from dpo_lightning.dpo.preference_loss import PreferenceLoss, gradient_weights
 from dpo_lightning.dpo.reference import check_reference, load_weights, move, weights_to_save
@@ -32,7 +32,7 @@ from dpo_lightning.dpo.throughput import Throughput
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
 from dpo_lightning.models.policy import base_model_name
-from dpo_lightning.models.sharding import check_strategy, gathered, is_sharded
+from dpo_lightning.models.sharding import check_strategy, gathered
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, check_settings
 from dpo_lightning.storage.states import check_amount
 
@@ -315,12 +315,7 @@ class DPOModule(PolicyModule):
         Gradients have been unscaled before (`unscale_before_clipping`).
         """
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-            # Saves a pass over all gradients where they stay as they are. A GPU would have to wait to find out.
-            if norm.device.type != "cpu" or is_sharded(self.policy) or not norm <= gradient_clip_val:
-                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-            self.grad_norm = norm
+            self.grad_norm = clip_to_norm(optimizer, gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

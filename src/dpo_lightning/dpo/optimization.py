@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -68,6 +69,16 @@ def missing_arguments(
     if not given.get("foreach") and not given.get("differentiable"):
         arguments["fused"] = True
     return {name: value for name, value in arguments.items() if name in accepted and name not in given}
+
+
+def clip_to_norm(optimizer: Optimizer, limit: float) -> Tensor:
+    """Clips all gradients to a common norm, and returns the norm that they had, a scalar."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    # Saves a pass over all gradients where they stay as they are. A GPU would have to wait to find out.
+    if norm.device.type != "cpu" or isinstance(norm, DTensor) or not norm <= limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def make_scheduler(

@@ -117,7 +117,7 @@ class Resume(Callback):
             epoch, done = position(step, batches, trainer.accumulate_grad_batches)
             set_fit_counters(loop, step, epoch, done, batches, by_steps=trainer.max_steps != -1)
         ours = _metrics(pl_module)
-        # Of an earlier version, which counted pairs and not each metric, the next log leaves out what it had not logged.
+        # Of an earlier version, which counted pairs instead, the next log leaves out what had not been logged.
         for name, value in () if "pairs" in saved["metrics"] else saved["metrics"].items():
             own = value[trainer.global_rank] if trainer.world_size > 1 else value
             if name not in ours or own.shape != ours[name].shape or not own.isfinite().all():
