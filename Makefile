@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test slow faults lint clean
+.PHONY: help demo rounds test slow faults lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -15,6 +15,9 @@ demo: $(VENV)/.installed  ## set-up and training on shipped data: SQL in about a
 	@echo "CREATE TABLE. Open the report in a browser. Where to look next:"
 	@echo "    $(BIN)/tensorboard --logdir lightning_logs             the curves"
 	@echo "    $(BIN)/python cli.py fit --config configs/gpt2.yaml    the real thing: GPT-2"
+
+rounds: $(VENV)/.installed  ## set-up, supervised training on shipped data, then a round on the model's own mistakes
+	$(BIN)/python cli.py rounds --config configs/demo_rounds.yaml
 
 test: $(VENV)/.installed-test  ## set-up and all tests
 	$(BIN)/ruff check .

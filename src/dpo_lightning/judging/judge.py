@@ -20,6 +20,7 @@ from dpo_lightning.parsing import imported_function
 
 Verdict = bool | float | None
 Judge = Callable[[Reply, PreferencePair], Mapping[str, Verdict]]
+Score = Callable[[Reply, PreferencePair], float | None]
 
 NGRAM = 4
 
@@ -81,6 +82,40 @@ def _checked(name: str, function: Callable[..., Any]) -> Judge:
         return verdicts
 
     return judge
+
+
+def find_score(setting: str) -> Score:
+    """A judge as one number for each reply: 1.0 right, 0.0 wrong, None where it cannot tell; or any score.
+
+    Args:
+        setting: `sql` (the wanted query, or the same result as it), or a function of the user's own that returns the
+            score, `my_module:my_score`.
+
+    Raises:
+        UserError: there is no such judge, or it does not tell right from wrong.
+    """
+    if setting == "sql":
+        return _sql_score
+    if ":" not in str(setting):
+        raise UserError(f"the judge '{setting}' gives no score: give sql, or my_module:my_score")
+    function = imported_function(setting, "the judge")
+
+    def score(reply: Reply, pair: PreferencePair) -> float | None:
+        try:
+            value = function(reply, pair)
+        except Exception as error:  # a user's function may raise anything
+            raise UserError(f"the judge '{setting}' raised {type(error).__name__}: {error}") from error
+        if not isinstance(value, Real | None):
+            raise UserError(f"the judge '{setting}' returned {value!r}: a score is a number, or None")
+        return float(value) if value is not None and math.isfinite(value) else None
+
+    return score
+
+
+def _sql_score(reply: Reply, pair: PreferencePair) -> float | None:
+    found = sql(reply, pair)
+    same = True if found.get("exact") else found.get("execution")
+    return None if same is None else float(same)
 
 
 def verdicts(judges: Mapping[str, Judge], reply: Reply, pair: PreferencePair) -> dict[str, Verdict]:
