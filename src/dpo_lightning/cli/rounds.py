@@ -37,6 +37,7 @@ from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.verified import Judged, Pair, is_right, make_pair
 from dpo_lightning.models.policy import base_model_name
+from dpo_lightning.parsing import with_location
 from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.digests import file_digest
 from dpo_lightning.storage.jsonl import read_lines
@@ -72,7 +73,10 @@ class RoundsCLI(DPOCLI):
 def run_rounds(args: Sequence[str]) -> None:
     """Runs `rounds` with its arguments, the command's name first."""
     cli = configured(RoundsCLI, args[1:], run=False)
-    rounds = Rounds(**cli.config.rounds.as_dict())
+    try:
+        rounds = Rounds(**cli.config.rounds.as_dict())
+    except UserError as error:
+        raise with_location(error, args) from error
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
     config.pop("config", None)
     Loop(rounds, config).run()

@@ -173,7 +173,9 @@ class Answering:
 
 def texts_of(pairs: "Dataset") -> "Dataset":
     """The texts alone, in a table that has just these rows."""
-    return pairs.select_columns(list(PreferencePair._fields)).flatten_indices()
+    from datasets import Dataset
+
+    return Dataset.from_dict(pairs.select_columns(list(PreferencePair._fields))[:])
 
 
 def held_out(pair: PreferencePair, result: dict[str, Any]) -> HeldOut:
