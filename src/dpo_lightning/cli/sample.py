@@ -5,6 +5,7 @@ end. Everything it makes is in files; what is there already is not made again.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ class SampleCLI(DPOCLI):
 def run_sample(args: Sequence[str]) -> None:
     """Runs `sample` with its arguments, the command's name first."""
     cli = configured(SampleCLI, args[1:], run=False)
+    sys.argv[1:] = args  # with the command, as Lightning starts the processes of further devices with these
     launcher = cli.trainer.strategy.launcher
     if launcher is None:
         sample(cli)
