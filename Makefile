@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test slow faults lint clean
+.PHONY: help demo rounds test slow faults lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: $(VENV)/.installed  ## set-up and training on shipped data: SQL in about a minute, no hub, no GPU
 	$(BIN)/python cli.py demo
+
+rounds: $(VENV)/.installed  ## set-up, supervised training on shipped data, then a round on the model's own mistakes
+	$(BIN)/python cli.py rounds --config configs/demo_rounds.yaml
 
 test: $(VENV)/.installed-test  ## set-up and all tests
 	$(BIN)/ruff check .

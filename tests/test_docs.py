@@ -15,6 +15,7 @@ import dpo_lightning
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.inspect import InspectCLI
+from dpo_lightning.cli.rounds import RoundsCLI
 from dpo_lightning.cli.trainer import DPOCLI, DownloadCLI, configured
 from dpo_lightning.dpo import losses
 from dpo_lightning.dpo.logps import FAST, pair_logps
@@ -56,8 +57,8 @@ def check_cli(command, args):
         parse_only(DownloadCLI, args, run=False)
     elif command == "export":
         assert set(args[::2]) == {"--ckpt_path", "--output_dir"}
-    elif command == "inspect":
-        parse_only(InspectCLI, args, run=False)
+    elif command in ("inspect", "rounds"):
+        parse_only({"inspect": InspectCLI, "rounds": RoundsCLI}[command], args, run=False)
     elif command == "find":
         parse_only(DPOCLI, args, run=False)
     elif command == "chat":
@@ -180,7 +181,10 @@ def test_the_version_and_the_constraints_are_those_of_pyproject():
 def test_every_config_parses_alone_or_over_gpt2(config, monkeypatch):
     monkeypatch.chdir(REPO)
     base = [] if "Overlay" not in config.read_text() else ["--config", "configs/gpt2.yaml"]
-    parse_only(DPOCLI, ["fit", *base, "--config", str(config)], run=True)
+    if re.search("^rounds:", config.read_text(), re.M):
+        parse_only(RoundsCLI, ["--config", str(config)], run=False)
+    else:
+        parse_only(DPOCLI, ["fit", *base, "--config", str(config)], run=True)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)

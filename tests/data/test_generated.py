@@ -90,7 +90,7 @@ def test_a_reply_does_not_hang_on_batches_or_the_order_of_rows(data, write_rows)
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(data, cache, monkeypatch):
     answered = []
-    lines = generated.RejectedGenerator._lines
+    lines = generated.RejectedGenerator.lines
 
     def stopping(self, model, pairs, positions):
         if sum(answered) == 12:
@@ -98,14 +98,14 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(data, cache, monkeypatch):
         answered.append(len(positions))
         return lines(self, model, pairs, positions)
 
-    monkeypatch.setattr(generated.RejectedGenerator, "_lines", stopping)
+    monkeypatch.setattr(generated.RejectedGenerator, "lines", stopping)
     with pytest.raises(KeyboardInterrupt):
         data()
     (half,) = cache.glob("*.partial/*.jsonl")
     half.write_bytes(half.read_bytes()[:-5])  # as a kill leaves the last line
     monkeypatch.setattr(
         generated.RejectedGenerator,
-        "_lines",
+        "lines",
         lambda self, model, pairs, positions: answered.append(len(positions)) or lines(self, model, pairs, positions),
     )
     resumed = data()
@@ -121,10 +121,10 @@ def test_two_ranks_share_the_work_and_find_the_same(data, quiet_trainer, cache, 
     for path in cache.glob("*/*"):
         path.unlink()
     shares = []
-    lines = generated.RejectedGenerator._lines
+    lines = generated.RejectedGenerator.lines
 
     def rank(number):
-        generated.RejectedGenerator._lines = lambda self, model, pairs, positions: (
+        generated.RejectedGenerator.lines = lambda self, model, pairs, positions: (
             shares.append(len(positions)) or lines(self, model, pairs, positions)
         )
         module = PreferenceDataModule(

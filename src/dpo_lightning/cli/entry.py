@@ -11,7 +11,9 @@ import importlib
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,6 +26,9 @@ USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130  # as shells report SIGINT
 TERMINATED_EXIT = 143  # as shells report SIGTERM
 BROKEN_PIPE_EXIT = 141  # as shells report SIGPIPE
+LIFELINE = (
+    "DPO_LIGHTNING_LIFELINE"  # in the environment of a process that `rounds` starts: its stdin ends with `rounds`
+)
 USERS_ERRORS = {  # of the system, that the user can correct
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no space
     *(errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EPERM),  # wrong path
@@ -51,6 +56,8 @@ COMMANDS = {
     "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
     "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
+    "rounds": Command("train on the model's own verified mistakes", "dpo_lightning.cli.rounds", "run_rounds"),
+    "sample": Command("a stage of rounds: sample and judge replies", "dpo_lightning.cli.sample", "run_sample"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
 }
 
@@ -102,6 +109,8 @@ def main(args: Sequence[str] | None = None) -> int:
             print(usage())
         else:
             keep_quiet()
+            if LIFELINE in os.environ:
+                threading.Thread(target=end_with_the_parent, daemon=True).start()
             run(args)
         sys.stdout.flush()
     except UserError as error:
@@ -140,7 +149,10 @@ def stopped(args: Sequence[str], stop: Stopped) -> str:
     kept = [arg for arg, before in zip(args, ["", *args], strict=False) if "--ckpt_path" not in (before, arg)]
     kept = [arg for arg in kept if not arg.startswith("--ckpt_path=")]
     done = "stopped at once" if stop.step is None else f"stopped after step {stop.step}, which is saved"
-    return f"{done}; to resume:\n    {program()} {shlex.join(kept)} --ckpt_path last"
+    if LIFELINE in os.environ:
+        return done  # the command `rounds` says how to resume
+    again = f"{program()} {shlex.join(kept)}"
+    return f"to resume:\n    {again}" if args[0] == "rounds" else f"{done}; to resume:\n    {again} --ckpt_path last"
 
 
 def program() -> str:
@@ -148,6 +160,12 @@ def program() -> str:
     if os.path.basename(sys.argv[0]) == "__main__.py":
         return "python -m dpo_lightning"
     return "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
+
+
+def end_with_the_parent() -> None:
+    """Stops this process as SIGTERM does when the process that started it is gone, also by SIGKILL."""
+    os.read(0, 1)  # not by sys.stdin, whose lock this thread would hold at the end
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def keep_quiet() -> None:

@@ -131,6 +131,12 @@ def conversation(row: Mapping[str, Any], options: RowOptions, completions: bool)
     return options.chat().pair(turns, [], [])
 
 
+def rendered(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
+    """The format `preference` for texts as `rounds` writes them: a template has made the prompts, and in rows with a
+    true `chat` a chat template."""
+    return preference(row, options, completions)._replace(chat=row.get("chat") is True)
+
+
 FORMATS: dict[str, RowFormat] = {
     "sql_create_context": RowFormat(("question", "context"), ("answer",), sql_create_context),
     "preference": RowFormat(("prompt",), ("chosen", "rejected"), preference),
@@ -138,6 +144,7 @@ FORMATS: dict[str, RowFormat] = {
     "unpaired": RowFormat(("prompt",), ("completion", "label"), unpaired),
     "prompt_completion": RowFormat(("prompt",), ("completion",), prompt_completion),
     "messages": RowFormat(("messages",), (), conversation),
+    "rendered": RowFormat(("prompt", "chat"), ("chosen", "rejected"), rendered),
 }
 
 

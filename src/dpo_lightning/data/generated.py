@@ -88,8 +88,8 @@ def generation_from(options: dict[str, Any] | None, max_length: int) -> Generati
     return generation._replace(temperature=float(generation.temperature), top_p=float(generation.top_p))
 
 
-class RejectedGenerator:
-    """Makes and finds the replies to the prompts of data sets.
+class ReplyGenerator:
+    """Makes replies to the prompts of data sets.
 
     Replies depend on the weights, the pairs' texts, the tokenizer, the settings and the seed: all are in the key. Each
     pair has random numbers of its own, so that batches, ranks, interruptions and the order of the rows do not change
@@ -120,6 +120,44 @@ class RejectedGenerator:
             **{name: getattr(self.generation, name) for name in Generation._fields[1:6]},
         }
 
+    def lines(self, model: "PreTrainedModel", pairs: "Dataset", positions: list[int]) -> list[dict[str, Any]]:
+        """The results for the pairs at some positions, as plain JSON with each position as "pair"."""
+        raise NotImplementedError
+
+    def prompt_ids(self, columns: dict[str, list]) -> list[list[int]]:
+        """Token ids of prompts (columns prompt, chat), cut so that a reply and EOS have room."""
+        room = self.max_length - self.generation.max_new_tokens - 1
+        return encode_prompts(self.tokenizer, columns["prompt"], room, columns["chat"])
+
+    def answers(
+        self, pairs: "Dataset", batches: Iterator[list[int]], trainer: "Trainer | None", device: torch.device
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Loads the model and answers the pairs, a batch of positions at a time."""
+        with isolate_rng():
+            model = self._load()
+            if trainer:
+                model = trainer.precision_plugin.convert_module(model)
+            if not self.generation.quantization:  # which is loaded onto it
+                model = model.to(device)
+            for positions in batches:
+                with trainer.precision_plugin.forward_context() if trainer else nullcontext():
+                    lines = self.lines(model, pairs, positions)
+                yield lines
+        del model
+        gc.collect()  # models have reference cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self) -> "PreTrainedModel":
+        settings = {name: getattr(self.generation, name) for name in MODEL_SETTINGS}
+        # Quantized weights are loaded only with an adapter; a new one does not change the output.
+        new_adapter = settings["quantization"] and base_model_name(settings["name_or_path"]) == settings["name_or_path"]
+        return without_adapter(load_policy(**settings, lora={} if new_adapter else None))
+
+
+class RejectedGenerator(ReplyGenerator):
+    """Makes and finds one reply to each prompt, to be its rejected completion."""
+
     def find(self, pairs: "Dataset") -> tuple["Dataset", dict[str, Any]] | None:
         """The replies to a data set (`COLUMNS`, a row per pair) and a note on them, if they are on disk."""
         return find_dataset(key_digest(self.key(pairs)))
@@ -149,7 +187,7 @@ class RejectedGenerator:
             fingerprint=key_digest(key),
             sizes=pc.utf8_length(pairs.data.column("prompt")).to_numpy(),
             schema=COLUMNS,
-            compute=lambda batches: self._answers(pairs, batches, trainer, strategy.root_device),
+            compute=lambda batches: self.answers(pairs, batches, trainer, strategy.root_device),
             columns=lambda results: {name: [result[name] for result in results] for name in COLUMNS.names},
             note=note,
             what=f"the rejected completions of {name}",
@@ -158,45 +196,20 @@ class RejectedGenerator:
         )
         return run_shared_pass(task, batch_size, f"Rejected, {name}", strategy)
 
-    def _answers(
-        self, pairs: "Dataset", batches: Iterator[list[int]], trainer: "Trainer | None", device: torch.device
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Loads the model and answers the pairs, a batch of positions at a time."""
-        with isolate_rng():
-            model = self._load()
-            if trainer:
-                model = trainer.precision_plugin.convert_module(model)
-            if not self.generation.quantization:  # which is loaded onto it
-                model = model.to(device)
-            for positions in batches:
-                with trainer.precision_plugin.forward_context() if trainer else nullcontext():
-                    lines = self._lines(model, pairs, positions)
-                yield lines
-        del model
-        gc.collect()  # models have reference cycles
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _load(self) -> "PreTrainedModel":
-        settings = {name: getattr(self.generation, name) for name in MODEL_SETTINGS}
-        # Quantized weights are loaded only with an adapter; a new one does not change the output.
-        new_adapter = settings["quantization"] and base_model_name(settings["name_or_path"]) == settings["name_or_path"]
-        return without_adapter(load_policy(**settings, lora={} if new_adapter else None))
-
-    def _lines(self, model: "PreTrainedModel", pairs: "Dataset", positions: list[int]) -> list[dict[str, Any]]:
+    def lines(self, model: "PreTrainedModel", pairs: "Dataset", positions: list[int]) -> list[dict[str, Any]]:
+        """A reply to each pair, another one than its chosen completion if `ATTEMPTS` find one."""
         from dpo_lightning.models.generate import Reply, generate
 
         rows = pairs.select_columns(["prompt", "chosen", "chat"])[positions]
         texts = list(zip(rows["prompt"], rows["chosen"], strict=True))
-        room = self.max_length - self.generation.max_new_tokens - 1  # for EOS
-        prompts = encode_prompts(self.tokenizer, rows["prompt"], room, rows["chat"])
+        prompts = self.prompt_ids(rows)
         replies: dict[int, Reply] = {}
         todo = list(range(len(positions)))
         for attempt in range(ATTEMPTS):
             batch = PromptBatch(
                 *(tensor.to(model.device) for tensor in collate_prompts([prompts[i] for i in todo], todo))
             )
-            seeds = [_seed(self.seed, attempt, *texts[i]) for i in todo]
+            seeds = [draw_seed(self.seed, attempt, *texts[i]) for i in todo]
             draws = Draws(seeds, *self.generation[1:4])
             limit = self.generation.max_new_tokens
             results = generate(model, batch.input_ids, batch.attention_mask, self.tokenizer, limit, draws)
@@ -226,7 +239,8 @@ def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
         )
 
 
-def _seed(*parts: Any) -> int:
+def draw_seed(*parts: Any) -> int:
+    """The seed of a reply's random numbers, from plain JSON that identifies it."""
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "little")
 
 

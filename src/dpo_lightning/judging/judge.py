@@ -209,6 +209,8 @@ class Score:
             )
         self.name = own[0] if len(own) == 1 else self.name
         verdict = found.get(self.name)
+        if verdict is None and found.get(f"{prefix}exact"):
+            verdict = True  # the wanted query is right also where results say nothing
         return None if verdict is None else float(verdict)
 
 

@@ -39,6 +39,7 @@ def render(run: Run) -> str:
     """The page."""
     page = filled(
         "page.html.jinja",
+        title=run.title,
         run=run,
         tiles=_tiles(run),
         charts=_charts(run.curves),
