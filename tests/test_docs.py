@@ -92,9 +92,13 @@ def test_every_command_of_a_readme_works(readme, monkeypatch):
 def test_every_command_of_a_page_parses(page, monkeypatch):
     monkeypatch.chdir(REPO)
     for line in commands(page):
-        _, script, command, *args = shlex.split(line)
-        assert script == "cli.py"
-        check_cli(command, args)
+        program, *args = shlex.split(line)
+        if args[:2] == ["-m", "pip"] or "my_losses:" in line:  # a module that the page's reader writes
+            continue
+        assert program == "dpo-lightning" or args[0] == "cli.py", line
+        command, *args = args if program == "dpo-lightning" else args[1:]
+        own = [i for i, arg in enumerate(args) if arg in ("json.yaml", "overlap.yaml", "found.yaml")]  # the reader's
+        check_cli(command, [arg for i, arg in enumerate(args) if i not in own and i + 1 not in own])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

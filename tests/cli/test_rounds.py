@@ -38,13 +38,13 @@ def args(tmp_path, monkeypatch, model_folder, write_rows):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "my_judges.py").write_text(JUDGES)
+    (tmp_path / "round_judges.py").write_text(JUDGES)
     settings = {
         "model.name_or_path": model_folder, "model.max_new_tokens": 5, "model.learning_rate": 1e-3,
         "data.train_dataset": write_rows(ROWS[::2]), "data.val_size": 4, "data.test_size": 4,
         "data.batch_size": 4, "data.max_length": 100, "trainer.accelerator": "cpu", "trainer.precision": "32-true",
         "trainer.enable_progress_bar": "false", "replies.num_prompts": 1, "last.every_n_steps": 1,
-        "rounds.judge": "my_judges:parity", "rounds.samples": 3, "rounds.count": 2, "rounds.sft_epochs": 2,
+        "rounds.judge": "round_judges:parity", "rounds.samples": 3, "rounds.count": 2, "rounds.sft_epochs": 2,
     }  # fmt: skip
     named = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return ["rounds", "--config", str(REPO / "configs" / "gpt2.yaml"), *named]
@@ -172,7 +172,7 @@ def test_another_round_goes_on_from_the_last(args, in_process):
 
 
 def test_without_a_wrong_reply_there_is_nothing_to_learn(args, in_process, caplog, model_folder):
-    assert main([*args, "--rounds.judge", "my_judges:pleased", "--rounds.sft_epochs", "0"]) == 0
+    assert main([*args, "--rounds.judge", "round_judges:pleased", "--rounds.sft_epochs", "0"]) == 0
     assert "round 1: no prompt has a wrong reply to learn from" in caplog.text
     assert f"the model is {model_folder}" in caplog.text
     assert in_process == [("sample", "rounds/round-1")]
