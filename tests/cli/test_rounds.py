@@ -235,7 +235,9 @@ def test_a_signal_reaches_the_stage_and_the_line_says_how_to_go_on(args, tmp_pat
     process.send_signal(number)
     assert process.wait() == 128 + number
     printed = process.stderr.read()
-    assert re.search(r"to resume:\n    (python cli.py|dpo-lightning) rounds --config", printed), printed
+    assert re.search(
+        r"to resume:\n    (python cli.py|python -m dpo_lightning|dpo-lightning) rounds --config", printed
+    ), printed
     assert "--ckpt_path" not in printed.rpartition("to resume")[2]
 
 

@@ -101,10 +101,9 @@ class DPOCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose help begins with one line of usage instead of all settings."""
         usage = "%(prog)s --config NAME_OR_FILE [--config OVERLAY ...] [--KEY VALUE ...]"
-        own = {"prog": f"{program()} {self.command}".strip(), "usage": usage}
-        if self.command:
-            own["description"] = f"{COMMANDS[self.command].help}."
-        parser = super().init_parser(**own | kwargs)
+        description = {"description": f"{COMMANDS[self.command].help}."} if self.command else {}
+        prog = f"{program()} {self.command}".strip()
+        parser = super().init_parser(**{"prog": prog, "usage": usage} | description | kwargs)
         parser.sections = HELP
         return parser
 

@@ -82,23 +82,14 @@ class Loss(NamedTuple):
 LOSSES: dict[str, Loss] = {}
 
 
-def loss(
-    *,
-    reference_free: bool = False,
-    f_divergence: bool = False,
-    margin: bool = False,
-    sorts: bool = False,
-    per_token: bool = False,
-    preference: bool = True,
-    unpaired: bool = False,
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Registers a loss, `Pairs` and its own parameters -> [B], under its function's name; see `Loss` for the flags."""
+def loss(**flags: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Registers a loss, `Pairs` and its own parameters -> [B], under its function's name, with flags of `Loss`."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name, flags = function.__name__, (reference_free, f_divergence, margin, sorts, per_token, preference, unpaired)
+        name = function.__name__
         if (known := LOSSES.get(name)) and known.function.__module__ != function.__module__:
             raise UserError(f"there is already a loss called {name}: rename the function in {function.__module__}")
-        LOSSES[name] = Loss(function, *flags)
+        LOSSES[name] = Loss(function, **flags)
         return function
 
     return register

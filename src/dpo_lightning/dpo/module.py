@@ -113,8 +113,10 @@ class DPOModule(PolicyModule):
         self.loss = PreferenceLoss(loss_type, loss_weights, beta, label_smoothing, loss_options)
         check_reference(reference, sync_ref_model, self.loss.needs_reference)
         reference_free = not self.loss.needs_reference
-        self.train_metrics = PairMetrics(reference_free, in_training=True)
-        self.test_metrics = PairMetrics(reference_free)
+        self.train_metrics, self.test_metrics = (
+            PairMetrics(reference_free, in_training=True),
+            PairMetrics(reference_free),
+        )
         self.val_metrics = PairMetrics(reference_free, keep_margins=True)
         self.grad_norm: Tensor | None = None
         self.router_loss: Tensor | None = None
@@ -159,10 +161,9 @@ class DPOModule(PolicyModule):
 
     def _shared_step(self, batch: PairBatch, stage: str) -> Tensor:
         scoring = self.ensure_scoring(batch)
-        reference, kl = self.reference_logps(batch), self.batch_kl(batch)
+        reference, self.reference_point = self.reference_logps(batch), self.batch_kl(batch)
         policy = pair_logps(self.causal_lm, batch, scoring, sum_squares=self.loss.use_weighting)
-        losses = self.loss(policy, reference, batch.weight, batch.margin, kl)
-        self.reference_point = kl
+        losses = self.loss(policy, reference, batch.weight, batch.margin, self.reference_point)
         rewards = self.loss.rewards(policy, reference)
         gradients = gradient_weights(losses, policy) if losses.requires_grad else None
         getattr(self, f"{stage}_metrics").update(losses.detach(), rewards, policy, reference, gradients)
