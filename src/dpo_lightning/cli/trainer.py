@@ -102,8 +102,8 @@ class DPOCLI(LightningCLI):
         """Makes a parser whose help begins with one line of usage instead of all settings."""
         usage = "%(prog)s --config NAME_OR_FILE [--config OVERLAY ...] [--KEY VALUE ...]"
         description = {"description": f"{COMMANDS[self.command].help}."} if self.command else {}
-        prog = f"{program()} {self.command}".strip()
-        parser = super().init_parser(**{"prog": prog, "usage": usage} | description | kwargs)
+        own = {"prog": f"{program()} {self.command}".strip(), "usage": usage} | description
+        parser = super().init_parser(**own | kwargs)
         parser.sections = HELP
         return parser
 
@@ -120,12 +120,10 @@ class DPOCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,  # a resumed run replaces its files
             }
         )
-        parser.add_lightning_class_args(LastCheckpoint, "last")
-        parser.add_lightning_class_args(RepliesCallback, "replies")
-        parser.add_lightning_class_args(ForgettingCallback, "forgetting")
-        parser.add_lightning_class_args(GuardsCallback, "guards")  # after the replies, which it looks at
-        parser.add_lightning_class_args(ExportCallback, "export")
-        parser.add_lightning_class_args(ReplyWriter, "predictions")
+        sections = {"last": LastCheckpoint, "replies": RepliesCallback, "forgetting": ForgettingCallback}
+        sections |= {"guards": GuardsCallback, "export": ExportCallback, "predictions": ReplyWriter}  # after replies
+        for section, callback in sections.items():
+            parser.add_lightning_class_args(callback, section)
         parser.add_class_arguments(Find, "find")
         parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")

@@ -151,11 +151,7 @@ class DPOModule(PolicyModule):
         for name, pairs in data.datasets.items():
             if name != "predict" and any(thumbs(pairs)):
                 self.loss.check_unpaired(name)
-        if self.loss.needs_kl and 1 in (data.hparams.batch_size, data.eval_batch_size):
-            raise UserError(
-                "model.loss_type kto compares a row with the other rows of its batch: set data.batch_size (and "
-                "data.eval_batch_size) to 2 or more"
-            )
+        self.loss.check_batches(data.hparams.batch_size, data.eval_batch_size)
 
     # ------------------------------------------------------------------ the step
 

@@ -222,6 +222,14 @@ class PreferenceLoss:
                 "completions: set model.loss_type: kto (or data.format: prompt_completion, which ignores the labels)"
             )
 
+    def check_batches(self, *sizes: int) -> None:
+        """Raises UserError if a loss compares rows of a batch, but a batch size is 1."""
+        if self.needs_kl and 1 in sizes:
+            raise UserError(
+                "model.loss_type kto compares a row with the other rows of its batch: set data.batch_size (and "
+                "data.eval_batch_size) to 2 or more"
+            )
+
     # ------------------------------------------------------------------ values
 
     def __call__(
