@@ -87,7 +87,9 @@ def test_a_bad_row_ends_it_as_it_would_end_training(inspect, tmp_path):
 
 
 def test_time_is_measured_on_real_steps(inspect):
-    printed = inspect("--data.on_bad_row", "skip", "--time", "true", "--rows", "0", "--trainer.max_steps", "7")
+    printed = inspect(
+        *"--data.on_bad_row skip --time true --rows 0 --trainer.max_steps 7 --trainer.precision 32-true".split()
+    )
     assert "the run has 7 steps; about " in printed and "s a step (measured over 4 steps" in printed
     assert "this model takes batches with padding" in printed
     assert "⟦" not in printed

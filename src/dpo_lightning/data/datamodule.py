@@ -346,5 +346,5 @@ class PreferenceDataModule(LightningDataModule):
                 f"there are no {name} pairs: give data.{name}_dataset, or a data.{name}_size above 0 to split some off"
             )
         rows = IndexedRows(self.datasets, name, prompts=name == "predict")
-        h, batch_tokens = self.hparams, self.hparams.batch_tokens if name == "train" else None
-        return make_loader(rows, batch_size, shuffle, h.seed, h.num_workers, self.trainer, batch_tokens)
+        h, tokens = self.hparams, self.hparams.batch_tokens if name == "train" else None
+        return make_loader(rows, batch_size, shuffle, h.seed, h.num_workers, self.trainer, batch_tokens=tokens)
