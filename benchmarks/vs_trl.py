@@ -3,6 +3,7 @@
     pip install -e ".[bench]"
     python benchmarks/vs_trl.py --rows rows.jsonl                      # the hub's gpt2 tokenizer, random GPT-2 small
     python benchmarks/vs_trl.py --rows rows.jsonl --model FOLDER --workloads founding --references online
+    python benchmarks/vs_trl.py --rows rows.jsonl --json speed.jsonl   # and then: benchmarks/chart.py speed.jsonl
 
 Each contender is a process with its own trainer; they take turns (A B A B ...), a turn is a few optimizer steps on
 the same pairs, and medians over the turns are compared. Same weights, batches, optimizer, schedule and precision;
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def contender(name: str, spec: dict[str, Any], folder: Path) -> Iterator[Contend
 
 
 def compare(spec: dict[str, Any], folder: Path, repeats: int, steps: int, warmup: int) -> dict[str, Any]:
-    """Runs both and gives the figures of one line of the table."""
+    """Runs both and gives the figures of one comparison."""
     with ExitStack() as stack:
         ours, trl = (stack.enter_context(contender(name, spec, folder / name)) for name in ("ours", "trl"))
         for each in (ours, trl):
@@ -91,7 +93,7 @@ def compare(spec: dict[str, Any], folder: Path, repeats: int, steps: int, warmup
         "ours_pairs_per_s": speed["ours"],
         "trl_pairs_per_s": speed["trl"],
         "ratio": statistics.median(ratios),
-        "ratio_range": (min(ratios), max(ratios)),
+        "ratios": ratios,
         "ours_gib": ours.peak_bytes / GIB,
         "trl_gib": trl.peak_bytes / GIB,
         "loss_difference": max(abs(a - b) for a, b in zip(ours.losses, trl.losses, strict=True)),
@@ -142,7 +144,7 @@ def run_here(code: str, *args: str) -> str:
 
 
 def main() -> None:
-    """Parses the command line, runs every workload with every kind of reference, prints a table and JSON lines."""
+    """Parses the command line, runs every workload with every kind of reference, prints each comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", required=True, help="JSONL with question, context, answer")
     parser.add_argument("--model", help="model folder; left out, GPT-2 small with random weights")
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a turn")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps at the start")
     parser.add_argument("--trl_attn", default="sdpa", choices=("sdpa", "eager"), help="TRL's attention kernels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append each comparison as a JSON line")
     parser.add_argument("--largest_batch", type=float, metavar="GIB", help="find the largest batch within GIB instead")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -165,7 +168,14 @@ def main() -> None:
             "print(workloads.model_folder(m or None, t, pathlib.Path(f)))",
             *run_options,
         )
-        print(machine(), f"batch {options.batch_size}, {options.precision}", sep="; ", flush=True)
+        here = machine()
+        print(
+            here["machine"],
+            as_words(here["versions"]),
+            f"batch {options.batch_size}, {options.precision}",
+            sep="; ",
+            flush=True,
+        )
         for workload in options.workloads:
             spec = {
                 "workload": workload,
@@ -190,11 +200,16 @@ def main() -> None:
                     spec | {"reference": reference}, inner, options.repeats, options.steps, options.warmup
                 )
                 print(as_line(workload, reference, figures), flush=True)
+                if options.json:
+                    keys = ("workload", "batch_size", "precision")
+                    line = here | {key: spec[key] for key in keys} | {"reference": reference} | figures
+                    with options.json.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
 
 
 def as_line(workload: str, reference: str, figures: dict[str, Any]) -> str:
     """One comparison in words."""
-    low, high = figures["ratio_range"]
+    low, high = min(figures["ratios"]), max(figures["ratios"])
     return (
         f"{workload:9} {reference:7}"
         f" ours {figures['ours_pairs_per_s']:8.2f} pairs/s  TRL {figures['trl_pairs_per_s']:8.2f}"
@@ -205,18 +220,27 @@ def as_line(workload: str, reference: str, figures: dict[str, Any]) -> str:
     )
 
 
-def machine() -> str:
-    """What this runs on."""
-    return (
-        run_here(
-            "import torch, trl, transformers, dpo_lightning.models.hardware as p; "
-            "print(torch.cuda.get_device_name() if torch.cuda.is_available() else "
-            "f'CPU with {torch.get_num_threads()} threads, bfloat16 in hardware: ' + "
-            "(', '.join(sorted(p.cpu_flags() & p.BF16_FLAGS)) or 'no'), "
-            "f'torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}', sep='; ')"
-        )
-        + f"; Python {platform.python_version()}"
+def as_words(versions: dict[str, str]) -> str:
+    """{"torch": "2.14.1", "TRL": "1.16.0"} -> "torch 2.14.1, TRL 1.16.0"."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def machine() -> dict[str, Any]:
+    """What this runs on, and when."""
+    code = (
+        "import json, torch, trl, transformers, dpo_lightning.models.hardware as p; "
+        "print(json.dumps([torch.cuda.get_device_name() if torch.cuda.is_available() else "
+        "f'CPU with {torch.get_num_threads()} threads, bfloat16 in hardware: ' + "
+        "(', '.join(sorted(p.cpu_flags() & p.BF16_FLAGS)) or 'no'), "
+        "torch.__version__, transformers.__version__, trl.__version__]))"
     )
+    name, *versions = json.loads(run_here(code))
+    names = ("torch", "transformers", "TRL", "Python")
+    return {
+        "date": date.today().isoformat(),
+        "machine": name,
+        "versions": dict(zip(names, [*versions, platform.python_version()], strict=True)),
+    }
 
 
 if __name__ == "__main__":

@@ -47,6 +47,24 @@ def test_it_says_what_will_be_trained_on(inspect, tokenizer, tmp_path):
     assert not list(tmp_path.glob("lightning_logs"))
 
 
+def test_steps_with_a_number_of_tokens_per_batch_are_those_of_the_sampler(inspect, tokenizer, write_rows):
+    printed = inspect(
+        "--data.on_bad_row", "skip", "--data.batch_tokens", "150", "--trainer.max_epochs", "3", "--rows", "0"
+    )
+    data = PreferenceDataModule(tokenizer, write_rows(ROWS), val_size=4, test_size=4, max_length=64, batch_tokens=150)
+    data.setup("fit")
+    sizes = [batch.num_pairs for batch in data.train_dataloader()]
+    assert sum(sizes) == 40 and len(set(sizes)) > 1
+    words = f"an epoch has {len(sizes)} batches of up to 150 tokens on each of 1 devices; at 1 per step the run has"
+    assert f"{words} {3 * len(sizes)} steps" in printed
+
+
+def test_a_pair_that_is_longer_than_a_batch_is_named(inspect, tmp_path):
+    line = inspect("--data.on_bad_row", "skip", "--data.batch_tokens", "20", code=2)
+    assert f"error: data.batch_tokens is 20, but the pair of {tmp_path}/rows.jsonl, line " in line
+    assert "set it to " in line and line.count("\n") == 1
+
+
 def test_several_data_sets_can_be_named_in_yaml_and_on_the_command_line(inspect, tmp_path, write_rows):
     write_rows([{"prompt": f"p {i}", "chosen": "c", "rejected": "r"} for i in range(20)], "other.jsonl")
     (tmp_path / "mix.yaml").write_text("data:\n  train_dataset: {rows.jsonl: 0.5, other.jsonl: 2}\n")
@@ -69,7 +87,9 @@ def test_a_bad_row_ends_it_as_it_would_end_training(inspect, tmp_path):
 
 
 def test_time_is_measured_on_real_steps(inspect):
-    printed = inspect("--data.on_bad_row", "skip", "--time", "true", "--rows", "0", "--trainer.max_steps", "7")
+    printed = inspect(
+        *"--data.on_bad_row skip --time true --rows 0 --trainer.max_steps 7 --trainer.precision 32-true".split()
+    )
     assert "the run has 7 steps; about " in printed and "s a step (measured over 4 steps" in printed
     assert "this model takes batches with padding" in printed
     assert "⟦" not in printed

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dpo_lightning.data.batching import EncodedPair, collate, collate_prompts, to_packed, to_pairs, to_separate
-from dpo_lightning.data.loaders import LengthGroupedBatchSampler
+from dpo_lightning.data.loaders import LengthGroupedBatchSampler, token_batches
 from dpo_lightning.dpo.logps import shared_prefix_mask
 from dpo_lightning.errors import UserError
 
@@ -120,9 +120,42 @@ def test_every_pair_is_handed_out_once_and_ranks_have_equally_many_batches(n, wo
     assert ranks[0].sizes == [sum(map(len, parts)) for parts in zip(*batches, strict=True)]
 
 
-def test_order_is_a_function_of_seed_and_epoch():
+@pytest.mark.parametrize("n", [6, 16, 17, 400])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("tokens", [240, 1000, 10**6])
+def test_batches_are_filled_up_to_a_number_of_tokens(n, world, shuffle, tokens):
+    every = lengths(n)
+    ranks = [LengthGroupedBatchSampler(every, 4, shuffle, 7, rank, world, batch_tokens=tokens) for rank in range(world)]
+    for epoch in (0, 1):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        batches = [list(sampler) for sampler in ranks]
+        assert sorted(i for rank in batches for batch in rank for i in batch) == list(range(n))
+        assert {len(rank) for rank in batches} == {len(ranks[0])}, "known before the epoch, and the same on all ranks"
+        assert all(batch and len(batch) * every[batch].max() <= tokens for rank in batches for batch in rank)
+        assert ranks[0].sizes == [sum(map(len, parts)) for parts in zip(*batches, strict=True)]
+
+
+def test_a_short_last_batch_gets_pairs_from_those_before():
+    # Sorted and cut at 20 tokens a rank: 4 pairs, 2, 2, and one that is left over.
+    assert token_batches(np.array([5, 6, 9, 10, 11, 12, 13, 14, 15]), 20, 2) == [3, 2, 2, 2]
+    with pytest.raises(UserError, match="data.batch_tokens is 20, which leaves only 1 of 3 pairs for the last batch"):
+        token_batches(np.array([11, 12, 13]), 20, 2)
+
+
+def test_token_batches_are_full_and_of_similar_length():
+    n = lengths(5000)
+    batches = list(LengthGroupedBatchSampler(n, 16, True, batch_tokens=4096))
+    tokens = np.array([n[batch].sum() for batch in batches])
+    assert tokens.mean() > 0.95 * 4096
+    assert n.sum() / sum(len(batch) * n[batch].max() for batch in batches) > 0.98
+
+
+@pytest.mark.parametrize("tokens", [None, 1000])
+def test_order_is_a_function_of_seed_and_epoch(tokens):
     def order(seed, epoch):
-        sampler = LengthGroupedBatchSampler(lengths(100), 8, True, seed)
+        sampler = LengthGroupedBatchSampler(lengths(100), 8, True, seed, batch_tokens=tokens)
         sampler.set_epoch(epoch)
         return list(sampler)
 

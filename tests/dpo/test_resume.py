@@ -93,15 +93,35 @@ def test_every_checkpoint_of_a_run_leads_to_the_same_end(whole, fit, tmp_path):
         assert [step for step, _ in curves[0]["train/loss"]] == [1, 3, 5, 7, 9, 11]
 
 
+def test_a_run_with_a_number_of_tokens_per_batch_is_resumed_in_mid_epoch(fit, tmp_path):
+    def run(name, *args):
+        (tmp_path / name).mkdir()
+        settings = (
+            "--data.batch_tokens 200 --data.batch_size 1 --data.eval_batch_size 4 --model.lr_scheduler_type constant"
+        )
+        assert fit(tmp_path / name, *settings.split(), *args) == 0
+        return tmp_path / name / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+
+    whole = load(run("whole"))
+    steps = -(-whole["dpo_lightning"]["batches"] // 2)  # of an epoch
+    assert whole["global_step"] == 2 * steps
+    stopped = run("stopped", "--trainer.max_steps", str(steps + 2))
+    resumed = load(run("resumed", "--ckpt_path", str(stopped)))
+    assert resumed["global_step"] == 2 * steps > load(stopped)["global_step"]
+    for weight, again in zip(whole["state_dict"].values(), resumed["state_dict"].values(), strict=True):
+        assert torch.equal(weight, again)
+
+
 @pytest.mark.parametrize(
     ("args", "rows", "words"),
     [
+        (["--data.batch_tokens", "400"], ROWS, "data.batch_tokens was None, now it is 400"),
         (["--data.batch_size", "2"], ROWS, "data.batch_size was 4, now it is 2"),
         (["--data.seed", "1"], ROWS, "data.seed was 42, now it is 1; the digest of the encoded training pairs was"),
         (["--trainer.accumulate_grad_batches", "1"], ROWS, "trainer.accumulate_grad_batches was 2, now it is 1"),
         ([], ROWS[:-1] + [ROWS[-1] | {"answer": "SELECT 1"}], "the digest of the encoded training pairs was"),
     ],
-    ids=["batch size", "seed", "accumulation", "data"],
+    ids=["batch tokens", "batch size", "seed", "accumulation", "data"],
 )
 def test_another_run_is_refused(whole, fit, tmp_path, capsys, args, rows, words):
     path = next(path for path in whole[1] if path.name.startswith("step3"))

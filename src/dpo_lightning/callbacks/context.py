@@ -43,6 +43,12 @@ def batches_per_epoch(trainer: Trainer, data: PreferenceDataModule) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
+def batch_limit(data: PreferenceDataModule) -> str:
+    """What a training batch holds on each device: "16 pairs", or "up to 4,096 tokens"."""
+    tokens = data.hparams.batch_tokens
+    return f"{data.hparams.batch_size} pairs" if tokens is None else f"up to {tokens:,} tokens"
+
+
 def optimized_by(trainer: Trainer, module: LightningModule) -> str:
     """The optimizer with its learning rate, and the schedule of that."""
     h = module.hparams

@@ -70,7 +70,8 @@ def too_few_steps(steps: float, epochs: int | None) -> str | None:
     enough = math.ceil(ENOUGH_STEPS * epochs / steps)
     return (
         f"the run has only {steps:.0f} optimizer steps, too few to change the replies (about {ENOUGH_STEPS} taught a "
-        f"model of GPT-2's size SQL): set trainer.max_epochs: {enough}, or make data.batch_size smaller"
+        f"model of GPT-2's size SQL): set trainer.max_epochs: {enough}, or make batches smaller (data.batch_size or "
+        "data.batch_tokens)"
     )
 
 

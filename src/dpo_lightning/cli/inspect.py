@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dpo_lightning.callbacks.context import batches_per_epoch
+from dpo_lightning.callbacks.context import batch_limit, batches_per_epoch
 from dpo_lightning.callbacks.learning_checks import about_data
 from dpo_lightning.callbacks.times import duration
 from dpo_lightning.cli.trainer import DPOCLI, configured
@@ -95,7 +95,7 @@ def run_line(data: PreferenceDataModule, trainer: Trainer) -> str:
     """The length of the run in steps."""
     batches, steps = length_of_run(data, trainer)
     return (
-        f"an epoch has {batches:,} batches of {data.hparams.batch_size} pairs on each of {trainer.world_size} devices; "
+        f"an epoch has {batches:,} batches of {batch_limit(data)} on each of {trainer.world_size} devices; "
         f"at {trainer.accumulate_grad_batches} per step the run has {steps:,} steps"
     )
 
@@ -113,8 +113,8 @@ def time_line(data: PreferenceDataModule, trainer: Trainer, seconds_per_token: f
     if seconds_per_token is None:
         return "--time true loads the model and measures the time that the run takes here"
     _, steps = length_of_run(data, trainer)
-    pairs = data.hparams.batch_size * trainer.accumulate_grad_batches
-    seconds = numeric_column(data.datasets["train"], "length").mean() * pairs * seconds_per_token
+    tokens = numeric_column(data.datasets["train"], "length").sum() / trainer.world_size / len(data.train_dataloader())
+    seconds = tokens * trainer.accumulate_grad_batches * seconds_per_token
     return (
         f"about {duration(steps * seconds)} of training here, {seconds:.2f} s a step (measured over {TIMED_STEPS} "
         "steps; validation and replies come on top)"

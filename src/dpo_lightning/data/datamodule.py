@@ -21,7 +21,7 @@ from dpo_lightning.data.encoding import MAX_LENGTH, SHORTEST, EncodedPair, check
 from dpo_lightning.data.formats import RowOptions, check_templates, no_chat_template
 from dpo_lightning.data.generated import RejectedGenerator, generation_from, log_generated
 from dpo_lightning.data.loaders import IndexedRows, make_loader
-from dpo_lightning.data.origins import Origin, check_ids, cuts, row_numbers
+from dpo_lightning.data.origins import Origin, check_fits, check_ids, cuts, row_numbers
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.data.prompt_format import PromptFormat, trained_prompt_format
 from dpo_lightning.data.reading import OnBadRow, RowAccount
@@ -66,8 +66,7 @@ class PreferenceDataModule(LightningDataModule):
             because the two are tokenized separately.
         rejected: for data without rejected completions: `empty` (EOS alone), `shuffled` (another row's chosen) or
             `generated` (a reply of the model, sampled before it is trained).
-        generation: for `generated`, the model and its sampling (see `dpo_lightning.data.generated.Generation`); the CLI
-            fills in the model that is trained.
+        generation: for `generated`, the model (the CLI fills in the trained one) and its sampling (see `Generation`).
         val_size: split off for validation if `val_dataset` is left out: a share below 1, or a number of pairs (at most
             a tenth of them).
         test_size: the same for testing.
@@ -79,6 +78,7 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: loader processes; 0 is enough for short rows.
         seed: of splits, shuffled and generated completions, and order.
         trust_remote_code: run a hub tokenizer's own Python code.
+        batch_tokens: fill training batches up to so many tokens per device, padding counted, instead of `batch_size`.
 
     Attributes:
         datasets: the encoded pairs that are set up, by "train", "val", "test" and "predict".
@@ -110,6 +110,7 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Annotated[int, WORKERS] = 0,
         seed: Seed = 42,
         trust_remote_code: bool = False,
+        batch_tokens: BatchSize | None = None,
     ) -> None:
         check_settings(PreferenceDataModule.__init__, locals(), "data.")
         super().__init__()
@@ -189,6 +190,7 @@ class PreferenceDataModule(LightningDataModule):
             for line in account.lines():
                 rank_zero_warn(line)
         if stage == "fit":
+            check_fits(self.datasets["train"], self._origins["train"], self.hparams.batch_tokens)
             for name, data in self.datasets.items():
                 if "prompt_cut" in data.column_names and (cut := cuts(data, self._origins[name], self.max_length)):
                     rank_zero_warn(f"{name}: {cut}")
@@ -287,7 +289,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def identity(self) -> dict[str, Any]:
         """By name, what determines the training batches: a resumed run must have the same."""
-        settings = {f"data.{name}": self.hparams[name] for name in ("batch_size", "shuffle", "seed")}
+        settings = {f"data.{name}": self.hparams[name] for name in ("batch_size", "batch_tokens", "shuffle", "seed")}
         return settings | {"the digest of the encoded training pairs": self._train_digest}
 
     @functools.cached_property
@@ -344,5 +346,5 @@ class PreferenceDataModule(LightningDataModule):
                 f"there are no {name} pairs: give data.{name}_dataset, or a data.{name}_size above 0 to split some off"
             )
         rows = IndexedRows(self.datasets, name, prompts=name == "predict")
-        h = self.hparams
-        return make_loader(rows, batch_size, shuffle, h.seed, h.num_workers, self.trainer, self.max_length)
+        h, tokens = self.hparams, self.hparams.batch_tokens if name == "train" else None
+        return make_loader(rows, batch_size, shuffle, h.seed, h.num_workers, self.trainer, self.max_length, tokens)

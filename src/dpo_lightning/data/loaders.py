@@ -1,6 +1,7 @@
 """Encoded pairs -> the order of their batches, and loaders that a resumed run can start in mid-epoch."""
 
 import functools
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ class LengthGroupedBatchSampler(DistributedSampler):
     rows of a batch need little padding, and the batches are put in random order. Every pair comes exactly once an
     epoch: if the last global batch would leave a rank without pairs, its pairs join the batch before it.
 
+    With `batch_tokens` all pairs are sorted and cut by `token_batches`: every epoch has batches of the same sizes, and
+    pairs of equal length change places.
+
     It is a DataLoader's `sampler` with `batch_size=None` (an item is a batch), and a DistributedSampler so that
     Lightning does not wrap it.
 
@@ -34,9 +38,10 @@ class LengthGroupedBatchSampler(DistributedSampler):
         lengths: tokens of each pair's row, [n].
         batch_size: pairs per batch and rank.
         shuffle: otherwise the data keep their order.
+        batch_tokens: tokens per batch and rank, instead of `batch_size`.
 
     Raises:
-        UserError: fewer pairs than ranks.
+        UserError: fewer pairs than ranks; or see `token_batches`.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class LengthGroupedBatchSampler(DistributedSampler):
         rank: int = 0,
         num_replicas: int = 1,
         window: int = 50,
+        batch_tokens: int | None = None,
     ) -> None:
         if len(lengths) < num_replicas:
             raise UserError(f"{len(lengths)} pairs cannot be split among {num_replicas} processes")
@@ -56,8 +62,14 @@ class LengthGroupedBatchSampler(DistributedSampler):
         self.rank, self.num_replicas, self.epoch = rank, num_replicas, 0
         self.start = 0  # batches at the start of the epoch that a resumed run has already trained on
         self.sizes: list[int] = []  # pairs of each batch of the epoch, over all ranks
+        self._ends: list[int] | None = None  # of the batches among the pairs in order of length
+        if batch_tokens is not None:
+            in_order = np.sort(self.lengths) if shuffle else self.lengths
+            self._ends = np.cumsum(token_batches(in_order, batch_tokens, num_replicas)).tolist()
 
     def __len__(self) -> int:
+        if self._ends is not None:
+            return len(self._ends)
         full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
         return full + (rest > 0 if full == 0 else rest >= self.num_replicas)
 
@@ -73,16 +85,50 @@ class LengthGroupedBatchSampler(DistributedSampler):
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths)) if self.shuffle else np.arange(len(self.lengths))
         batches = []
-        step = size * self.window
+        step = size * self.window if self._ends is None else len(order)
         for start in range(0, len(order), step):
             part = order[start : start + step]
             if self.shuffle:
                 part = part[np.argsort(self.lengths[part], kind="stable")]
-            batches += [part[i : i + size] for i in range(0, len(part), size)]
+            ends = self._ends or range(size, len(part) + size, size)
+            batches += np.split(part, ends[:-1])
         if len(batches) > 1 and len(batches[-1]) < self.num_replicas:
             short = batches.pop()
             batches[-1] = np.concatenate([batches[-1], short])
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+
+def token_batches(lengths: np.ndarray, most: int, ranks: int) -> list[int]:
+    """The number of pairs of each global batch, for pairs that keep their order and are dealt to the ranks in turn.
+
+    On each rank a batch has at most `most` tokens if each of its pairs is padded to the longest of the global batch, so
+    the limit holds with padding and without, and the batches do not depend on what the model can take.
+
+    Args:
+        lengths: tokens of each pair's row, [n], none above `most`.
+
+    Raises:
+        UserError: pairs are left over that are fewer than the ranks, and no batch can do without one of its pairs.
+    """
+    sizes, count, longest = [], 0, 0
+    for length in lengths.tolist():
+        longest = max(longest, length)
+        if math.ceil((count + 1) / ranks) * longest > most:
+            sizes.append(count)
+            count, longest = 0, length
+        count += 1
+    sizes.append(count)
+    missing = max(0, ranks - count)
+    # Pairs move back from one batch to the next. Those in between have one pair per rank, which always fits.
+    for i in reversed(range(len(sizes) - 1)):
+        moved = min(missing, sizes[i] - ranks)
+        sizes[i], sizes[-1], missing = sizes[i] - moved, sizes[-1] + moved, missing - moved
+    if missing:
+        raise UserError(
+            f"data.batch_tokens is {most}, which leaves only {ranks - missing} of {len(lengths)} pairs for the last "
+            f"batch of {ranks} processes: raise it"
+        )
+    return sizes
 
 
 class FixedBatchSampler(LengthGroupedBatchSampler, SequentialSampler):  # type: ignore[misc]
@@ -168,6 +214,7 @@ def make_loader(
     num_workers: int,
     trainer: Trainer | None,
     max_length: int | None = None,
+    batch_tokens: int | None = None,
 ) -> ResumableLoader:
     """A loader of one rank's share of the batches (see `LengthGroupedBatchSampler`).
 
@@ -184,7 +231,7 @@ def make_loader(
     sampler_class = FixedBatchSampler if fixed else LengthGroupedBatchSampler
     loader = ResumableLoader(
         rows,
-        sampler=sampler_class(lengths, batch_size, shuffle and not fixed, seed, rank, world),
+        sampler=sampler_class(lengths, batch_size, shuffle and not fixed, seed, rank, world, batch_tokens=batch_tokens),
         batch_size=None,
         # Without a batch_size it gets one item.
         collate_fn=functools.partial(collate_rows, mismatch_length=max_length if needs_kl else None),

@@ -47,6 +47,17 @@ def cuts(data: "Dataset", origin: Origin, max_length: int) -> str | None:
     )
 
 
+def check_fits(data: "Dataset", origin: Origin, batch_tokens: int | None) -> None:
+    """Raises UserError if the longest pair alone has more tokens than a batch may have."""
+    lengths = numeric_column(data, "length")
+    if batch_tokens and lengths.max() > batch_tokens:
+        longest = int(lengths.argmax())
+        raise UserError(
+            f"data.batch_tokens is {batch_tokens}, but the pair of {origin.locations(data, [longest])[0]} has "
+            f"{lengths[longest]} tokens: set it to {lengths[longest]} or more, or shorten pairs by data.max_length"
+        )
+
+
 def check_ids(data: "Dataset", origin: Origin, size: int, model: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises UserError for the first token that has no row in a model's embedding of `size` rows."""
     for position, pair in enumerate(data):

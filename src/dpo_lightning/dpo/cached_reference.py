@@ -37,8 +37,7 @@ SCHEMA = pa.schema([(REFERENCE_LOGPS, pa.list_(pa.float32()))])
 
 def sees_pairs_again(trainer: "Trainer", data: PreferenceDataModule) -> bool:
     """Whether a fit is longer than one epoch, so that keeping the reference log-probs saves time."""
-    pairs_per_step = data.hparams.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-    one_epoch = 0 <= trainer.max_steps * pairs_per_step <= len(data.datasets["train"])
+    one_epoch = 0 <= trainer.max_steps * trainer.accumulate_grad_batches <= len(data.train_dataloader())
     return not one_epoch and trainer.max_epochs not in (None, 0, 1)
 
 

@@ -26,7 +26,8 @@ SETTINGS = (
 ).split()  # of the module, left out if they are unset
 OPTIMIZATION = "learning_rate lr_scheduler_type warmup_steps weight_decay".split()  # what the user may have replaced
 DATA = (
-    "train_dataset val_dataset format rejected prompt_template completion_template max_length batch_size seed".split()
+    "train_dataset val_dataset format rejected prompt_template completion_template max_length batch_size batch_tokens "
+    "seed".split()
 )
 
 USAGE = """from transformers import pipeline

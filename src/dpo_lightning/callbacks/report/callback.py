@@ -1,5 +1,6 @@
 """Collects what happens during `fit` and writes `report.html` in the run's folder, however the run ends."""
 
+import math
 import platform
 import time
 import warnings
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoints import newest_checkpoint
-from dpo_lightning.callbacks.context import find_callback, optimized_by, preference_data, run_folder
+from dpo_lightning.callbacks.context import batch_limit, find_callback, optimized_by, preference_data, run_folder
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.callbacks.report.history import Curve, History
@@ -153,8 +154,8 @@ class ReportCallback(Callback):
         sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in data.datasets.items())
         train = data.datasets["train"]
         cut = [int(numeric_column(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
-        step, accumulated, batch_size = trainer.global_step, trainer.accumulate_grad_batches, data.hparams.batch_size
-        epochs = step * batch_size * accumulated * trainer.world_size / len(train)
+        step, accumulated = trainer.global_step, trainer.accumulate_grad_batches
+        epochs = step / math.ceil(len(data.train_dataloader()) / accumulated)
         weights, trained = (
             sum(p.numel() for p in module.parameters() if p.requires_grad or everything) / 1e6
             for everything in (True, False)
@@ -177,7 +178,7 @@ class ReportCallback(Callback):
                 "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",
                 "loss": f"{loss}, beta {h.beta}",
                 "optimizer": optimized_by(trainer, module),
-                "batches": f"{batch_size} pairs × {accumulated} accumulated × {trainer.world_size} devices",
+                "batches": f"{batch_limit(data)} × {accumulated} accumulated × {trainer.world_size} devices",
                 "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
                 "precision": str(trainer.precision)
                 + (f", steps skipped for overflow: {module.skipped.total}" if module.skipped.total else ""),
