@@ -8,15 +8,14 @@ import difflib
 import errno
 import gc
 import importlib
-import logging
 import os
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dpo_lightning.cli.console import keep_imported_quiet, keep_quiet
 from dpo_lightning.errors import Stopped, UserError
 from dpo_lightning.visible import one_line, show_only_visible, visible
 
@@ -30,6 +29,7 @@ USERS_ERRORS = {  # of the system, that the user can correct
 }
 
 began = time.perf_counter()  # that clock's reading when the command began, before its imports
+verbose = False  # whether libraries may say all they have to say
 
 
 class Command(NamedTuple):
@@ -49,7 +49,9 @@ COMMANDS = {
     "predict": Command("write replies to prompts to a file"),
     "find": Command("try learning rates and betas in short runs", "dpo_lightning.cli.find", "run_find"),
     "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
-    "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
+    "download": Command(
+        "fetch what a configuration names, for use without a network", "dpo_lightning.cli.download", "run_download"
+    ),
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
 }
@@ -64,7 +66,8 @@ Direct Preference Optimization of causal language models.
 
 {commands}
 
-`help COMMAND` lists a command's settings; `--debug` shows where an error comes from."""
+`help COMMAND` lists a command's settings; `--verbose` shows all that the libraries say, `--debug` where an error
+comes from."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -84,24 +87,29 @@ def run(args: Sequence[str]) -> None:
         module = importlib.import_module(command.module)
     finally:
         gc.enable()
+    if not verbose:
+        keep_imported_quiet()
     show_only_visible()
     getattr(module, command.function)(args)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    global began
+    global began, verbose
     began = time.perf_counter()
     args = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    debug, verbose = "--debug" in args, "--verbose" in args
+    args = [arg for arg in args if arg not in ("--debug", "--verbose")]
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]  # `help fit` is `fit --help`
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())
         else:
-            keep_quiet()
+            show_only_visible()
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or tokenizers warn in every loader worker
+            if not verbose:
+                keep_quiet()
             run(args)
         sys.stdout.flush()
     except UserError as error:
@@ -148,24 +156,6 @@ def program() -> str:
     if os.path.basename(sys.argv[0]) == "__main__.py":
         return "python -m dpo_lightning"
     return "python cli.py" if sys.argv[0].endswith(".py") else "dpo-lightning"
-
-
-def keep_quiet() -> None:
-    """Hides messages of libraries that do not concern the user, and escapes the rest (`show_only_visible`)."""
-    show_only_visible()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or tokenizers warn in every loader worker
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message="The dirpath has changed")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: (
-            not record.getMessage().startswith(
-                ("💡", "TPU available", "Loading `train_dataloader`", "`weights_only` was not set")
-            )
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_lightning.errors import UserError
-from dpo_lightning.parsing import NotNegative, Positive, Range, imported_function
+from dpo_lightning.parsing import NotNegative, Positive, Range
+from dpo_lightning.worker import imported_function
 
 FlippedShare = Annotated[float, Range("in [0, 0.5)", lambda value: 0 <= value < 0.5)]
 SomeFlippedShare = Annotated[float, Range("in (0, 0.5) for exo_pair, usually 1e-3", lambda value: 0 < value < 0.5)]
