@@ -69,8 +69,9 @@ def test_only_warnings_that_are_listed_are_hidden(message, stays):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         console.keep_quiet()
-        warnings.warn(message, stacklevel=1)
-    assert len(caught) == stays
+        warnings.warn_explicit(message, UserWarning, "fit_loop.py", 7, module="lightning.pytorch.loops.fit_loop")
+        warnings.warn_explicit(message, UserWarning, "my_loss.py", 7, module="my_loss")
+    assert [warning.filename for warning in caught] == ["fit_loop.py"] * stays + ["my_loss.py"]
 
 
 def test_a_warning_names_the_line_of_the_users_own_code_alone():

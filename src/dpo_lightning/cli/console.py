@@ -26,17 +26,18 @@ MESSAGES = (  # of Lightning's log, by how they begin
     *("Loading `train_dataloader`", "`weights_only` was not set"),  # what Lightning does internally
     "💡",  # advertisements
 )
-WARNINGS = (  # of libraries, as regular expressions
-    ".*LeafSpec.*",  # torch's, of a call in Lightning
+WARNINGS = (  # of libraries about themselves, as regular expressions
+    ".*LeafSpec.*",  # of a call in Lightning
     ".*does not have many workers.*",  # batches are token ids already: a loader has next to nothing to do
     *("Checkpoint directory .* exists and is not empty", "The dirpath has changed"),  # as in every resumed run
     "Precision .* is not supported by the model summary",  # so its size in MB is wrong, which nobody asks for
-    "`is_gradient_checkpointing` is deprecated",  # peft's use of transformers
+    *("`is_gradient_checkpointing` is deprecated", "torch.distributed.nn.functional.* is deprecated"),  # in their code
     "Couldn't infer the batch indices",  # predictions have their own
     # A run shorter than a validation. In a longer one a misspelt name is an error.
     r"`ModelCheckpoint\(monitor='val/.*could not find the monitored key",
 )
 OF_NO_USE = re.compile(rf"(\[rank: \d+\] )?({'|'.join(MESSAGES)})")
+BY = r"(lightning|peft|torch|torchmetrics|transformers)\."  # the same warning about the user's own code is not hidden
 LIBRARIES = (str(PACKAGE), *map(sysconfig.get_path, ("purelib", "platlib", "stdlib")))
 SECONDS_BEFORE_BARS = 2.0  # of transformers, for loading and writing weights
 
@@ -49,7 +50,7 @@ def keep_quiet() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for message in WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message=message, module=BY)
 
 
 def keep_imported_quiet() -> None:
