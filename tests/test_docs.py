@@ -14,9 +14,10 @@ from packaging.requirements import Requirement
 import dpo_lightning
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.cli.download import DownloadCLI
 from dpo_lightning.cli.inspect import InspectCLI
 from dpo_lightning.cli.rounds import RoundsCLI
-from dpo_lightning.cli.trainer import DPOCLI, DownloadCLI, configured
+from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.dpo import losses
 from dpo_lightning.dpo.logps import FAST, pair_logps
 from dpo_lightning.dpo.module import NOT_SAVED

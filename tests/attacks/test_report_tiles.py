@@ -8,7 +8,7 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
 from dpo_lightning.callbacks.report.callback import ReportCallback
-from dpo_lightning.callbacks.report.outcome import closing_line, percent
+from dpo_lightning.callbacks.report.outcome import closing_lines, percent
 
 
 @pytest.fixture
@@ -50,17 +50,17 @@ def test_one_validation_is_no_change(parts, quiet_trainer, tmp_path):
     assert len(tiles(tmp_path)) == 2
 
 
-def test_the_closing_line_of_a_run_without_replies_or_export(parts, quiet_trainer, tmp_path, caplog):
+def test_the_closing_lines_of_a_run_without_replies_or_export(parts, quiet_trainer, tmp_path, caplog):
     quiet_trainer(callbacks=[ReportCallback(), ExportCallback(enabled=False)], max_steps=2).fit(*parts())
-    assert closing(caplog) == f"trained for 2 steps; report: {tmp_path / 'report.html'}"
+    assert closing(caplog) == f"trained for 2 steps\nreport: {tmp_path / 'report.html'}"
 
 
-def test_the_closing_line_says_where_model_and_report_are(parts, quiet_trainer, tmp_path, caplog):
+def test_the_closing_lines_says_where_model_and_report_are(parts, quiet_trainer, tmp_path, caplog):
     callbacks = [RepliesCallback(every_n_steps=0, num_prompts=3, num_shown=0), ExportCallback(), ReportCallback()]
     quiet_trainer(callbacks=callbacks, max_steps=2).fit(*parts())
-    line = closing(caplog)
-    assert line.endswith(f"; model: {tmp_path / 'huggingface'}; report: {tmp_path / 'report.html'}")
-    assert "on 3 questions" in line
+    result, *files = closing(caplog).split("\n")
+    assert files == [f"model: {tmp_path / 'huggingface'}", f"report: {tmp_path / 'report.html'}"]
+    assert "on 3 questions" in result
 
 
 def test_replies_that_did_not_change_are_said_to_be_the_same(parts, quiet_trainer, tmp_path, caplog):
@@ -109,7 +109,7 @@ def showing(step, share, changed, judged=96):
     ],
 )  # fmt: skip
 def test_closing_lines(showings, line):
-    assert closing_line(showings, 198, {"report": "r.html"}) == f"{line}; report: r.html"
+    assert closing_lines(showings, 198, {"report": "r.html"}) == f"{line}\nreport: r.html"
 
 
 def test_none_and_all_are_only_what_is_none_and_all():

@@ -156,10 +156,10 @@ def test_charts_of_any_numbers_are_drawn_or_left_out():
 
 @pytest.mark.parametrize("counts", [None, {}, {"sql/valid": 3}])
 @pytest.mark.parametrize("shares", [{}, {"reply/eos_rate": float("nan")}, {"sql/valid": 0.5}])
-def test_the_closing_line_is_said_whatever_a_checkpoint_kept_of_replies(counts, shares):
+def test_the_closing_lines_are_said_whatever_a_checkpoint_kept_of_replies(counts, shares):
     from dpo_lightning.callbacks.replies import Showing
-    from dpo_lightning.callbacks.report.outcome import closing_line
+    from dpo_lightning.callbacks.report.outcome import closing_lines
 
     showings = [Showing(step, [], [], shares, counts, 0) for step in (0, 3)]
-    line = closing_line(showings, 3, {"report": "r.html"})
-    assert "nan" not in line and line.endswith("report: r.html")
+    lines = closing_lines(showings, 3, {"report": "r.html"})
+    assert "nan" not in lines and lines.endswith("\nreport: r.html")

@@ -157,7 +157,7 @@ def test_a_fit_on_hostile_rows_prints_no_code_of_theirs(run, tmp_path, write_row
     )  # fmt: skip
     assert code == 0
     check(out + err, progress=True)
-    assert "1 missing column" in err and "; report: " in err and "\\x1b]52" in err
+    assert "warning: " in err and "1 missing column" in err and "report: " in err and "\\x1b]52" in err
 
 
 @pytest.mark.slow
@@ -165,7 +165,8 @@ def test_warnings_logs_and_tracebacks_of_a_process_are_visible():
     code = f"""
 import sys
 from dpo_lightning.cli import entry as cli
-cli.keep_quiet()
+from dpo_lightning.visible import show_only_visible
+show_only_visible()
 try:
     cli.run(["inspect", "--nonsense"])
 except cli.UserError:

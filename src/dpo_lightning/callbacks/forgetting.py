@@ -59,9 +59,9 @@ class ForgettingCallback(Callback):
         if self._before is not None:
             found.setdefault("reference_perplexity", self._before)
         self._log(trainer, found)
-        before = f"{self._before:.4g} before and " if self._before is not None else ""
-        kl = f"KL from the reference {found['kl']:.2g} nats a token" if "kl" in found else no_kl(pl_module)
-        rank_zero_info(f"forgetting: perplexity on other text {before}{found['perplexity']:.4g} after training; {kl}")
+        before = f"{self._before:.4g} → " if self._before is not None else ""
+        kl = f"KL {found['kl']:.2g} nats a token" if "kl" in found else no_kl(pl_module)
+        rank_zero_info(f"forgetting: perplexity on other text {before}{found['perplexity']:.4g}; {kl}")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the tested policy, and the reference if the loss has one."""

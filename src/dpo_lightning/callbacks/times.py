@@ -15,7 +15,7 @@ PARTS = {
     "steps": ("training_batch", "train_batch", "train_dataloader_next"),
 }
 START, REST = "start", "rest"
-LEAST = 0.01  # of the whole; smaller parts are told as one with the rest
+LEAST = 0.1  # of the whole; smaller parts are told as one with the rest
 
 
 class RunTimes(Profiler):

@@ -10,8 +10,8 @@ from dpo_lightning.cli.trainer import run_trainer
 from dpo_lightning.shipped import shipped_configs
 
 NEXT = """
-The questions are about tables that were not trained on; SQL is valid if it compiles against the question's own
-CREATE TABLE. Where to look next:
+The questions are about tables that were not trained on; SQL is valid if it
+compiles against the question's own CREATE TABLE. Where to look next:
     {report}    in a browser: replies, curves, costs
     tensorboard --logdir {logs}    the curves
     dpo-lightning chat --model {folder}    ask it yourself

@@ -1,29 +1,30 @@
-"""Saves what a configuration names to folders that the same run can use without a network (configs/local.yaml).
+"""The command `download`: saves what a configuration names to folders, to run without a network (configs/local.yaml).
 
 A download replaces an existing folder only if an earlier one wrote all its content (`atomic_folder`).
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 from safetensors import SafetensorError
 
+from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.encoding import load_tokenizer
 from dpo_lightning.data.sources import load_dataset_named
 from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hub import from_hub_or_folder, reason_of
 from dpo_lightning.storage.atomic import atomic_folder, foreign
-
-if TYPE_CHECKING:
-    from jsonargparse import Namespace
+from dpo_lightning.visible import one_line
 
 MANIFEST = ".dpo-lightning-download.json"
 
 
-def download(model: str, data: "Namespace", output_dir: str) -> Iterator[tuple[str, Path]]:
+def download(model: str, data: Namespace, output_dir: str) -> Iterator[tuple[str, Path]]:
     """Saves `tokenizer/NAME`, `model/NAME` and `dataset/NAME` under a folder.
 
     Args:
@@ -76,3 +77,21 @@ def path_below(name: str) -> Path:
     path = Path(name)
     outside = path.is_absolute() or not path.parts or ".." in path.parts or name.count("/") > 1
     return Path(os.path.basename(os.path.abspath(name)) or "root") if outside else path
+
+
+class DownloadCLI(DPOCLI):
+    """The configuration of a run, with the option of `download`."""
+
+    command = "download"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `output_dir`."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output_dir", type=str, default=".", help="folder to write into")
+
+
+def run_download(args: Sequence[str]) -> None:
+    """Runs `download`: saves the tokenizer, model and data sets that a configuration names."""
+    config = configured(DownloadCLI, args[1:], run=False).config
+    for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
+        print(one_line(f"{kind} written to {name}"))

@@ -8,17 +8,16 @@ import difflib
 import errno
 import gc
 import importlib
-import logging
 import os
 import shlex
 import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dpo_lightning.cli.console import keep_imported_quiet, keep_quiet
 from dpo_lightning.errors import Stopped, UserError
 from dpo_lightning.visible import one_line, show_only_visible, visible
 
@@ -35,6 +34,7 @@ USERS_ERRORS = {  # of the system, that the user can correct
 }
 
 began = time.perf_counter()  # that clock's reading when the command began, before its imports
+verbose = False  # whether libraries may say all they have to say
 
 
 class Command(NamedTuple):
@@ -54,7 +54,9 @@ COMMANDS = {
     "predict": Command("write replies to prompts to a file"),
     "find": Command("try learning rates and betas in short runs", "dpo_lightning.cli.find", "run_find"),
     "inspect": Command("what will be trained on, and for how long", "dpo_lightning.cli.inspect", "run_inspect"),
-    "download": Command("fetch what a configuration names, for use without a network", function="run_download"),
+    "download": Command(
+        "fetch what a configuration names, for use without a network", "dpo_lightning.cli.download", "run_download"
+    ),
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "rounds": Command("train on the model's own verified mistakes", "dpo_lightning.cli.rounds", "run_rounds"),
     "sample": Command("a stage of rounds: sample and judge replies", "dpo_lightning.cli.sample", "run_sample"),
@@ -71,7 +73,8 @@ Direct Preference Optimization of causal language models.
 
 {commands}
 
-`help COMMAND` lists a command's settings; `--debug` shows where an error comes from."""
+`help COMMAND` lists a command's settings; `--verbose` shows all that the libraries say, `--debug` where an error
+comes from."""
 
 
 def run(args: Sequence[str]) -> None:
@@ -91,24 +94,29 @@ def run(args: Sequence[str]) -> None:
         module = importlib.import_module(command.module)
     finally:
         gc.enable()
+    if not verbose:
+        keep_imported_quiet()
     show_only_visible()
     getattr(module, command.function)(args)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    global began
+    global began, verbose
     began = time.perf_counter()
     args = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    debug, verbose = "--debug" in args, "--verbose" in args
+    args = [arg for arg in args if arg not in ("--debug", "--verbose")]
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]  # `help fit` is `fit --help`
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())
         else:
-            keep_quiet()
+            show_only_visible()
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or tokenizers warn in every loader worker
+            if not verbose:
+                keep_quiet()
             if LIFELINE in os.environ:
                 threading.Thread(target=end_with_the_parent, daemon=True).start()
             run(args)
@@ -166,24 +174,6 @@ def end_with_the_parent() -> None:
     """Stops this process as SIGTERM does when the process that started it is gone, also by SIGKILL."""
     os.read(0, 1)  # not by sys.stdin, whose lock this thread would hold at the end
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def keep_quiet() -> None:
-    """Hides messages of libraries that do not concern the user, and escapes the rest (`show_only_visible`)."""
-    show_only_visible()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or tokenizers warn in every loader worker
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message="The dirpath has changed")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: (
-            not record.getMessage().startswith(
-                ("💡", "TPU available", "Loading `train_dataloader`", "`weights_only` was not set")
-            )
-        )
-    )
 
 
 if __name__ == "__main__":

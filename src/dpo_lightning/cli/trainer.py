@@ -1,4 +1,4 @@
-"""The commands `fit`, `validate`, `test` and `predict`, which LightningCLI runs, and `download`."""
+"""The commands `fit`, `validate`, `test` and `predict`, which LightningCLI runs."""
 
 import re
 import sys
@@ -47,7 +47,6 @@ from dpo_lightning.callbacks.times import RunTimes
 from dpo_lightning.cli import entry
 from dpo_lightning.cli.arms import Find
 from dpo_lightning.cli.configs import with_shipped
-from dpo_lightning.cli.download import download
 from dpo_lightning.cli.entry import COMMANDS, program
 from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
 from dpo_lightning.cli.run_settings import check_run_settings, warn_of_other_splits
@@ -64,13 +63,12 @@ from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import configured_section, leave_callbacks_out
-from dpo_lightning.models.hardware import fastest_precision
+from dpo_lightning.models.hardware import device_name, fastest_precision
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import load_config, tokenizer_name
 from dpo_lightning.models.sharding import check_strategy
 from dpo_lightning.parsing import OneLineErrorParser, check_config_files, with_location
 from dpo_lightning.storage.trust import TRUST, plain_settings
-from dpo_lightning.visible import one_line
 
 # The sections of `--help`, what most users set first.
 HELP = {
@@ -97,6 +95,7 @@ class DPOCLI(LightningCLI):
     config: Namespace
     _logger_options: Mapping[str, Any] = MappingProxyType({})
     _checkpoint_prompt_format: PromptFormat | None = None
+    _why = ""  # this precision, if it was chosen here
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose help begins with one line of usage instead of all settings."""
@@ -166,8 +165,7 @@ class DPOCLI(LightningCLI):
                 model["attn_implementation"] = None
             config.data.generation = model | (config.data.generation or {})
         if config.trainer.precision is None:
-            config.trainer.precision, why = fastest_precision(config.trainer.accelerator)
-            rank_zero_info(f"precision: {config.trainer.precision} ({why}); trainer.precision chooses another")
+            config.trainer.precision, self._why = fastest_precision(config.trainer.accelerator)
         if config.optimizer:
             drop_defaults(config.optimizer, self._optimizer_given)
             config.model.optimizer = with_run_settings(config.optimizer, config.model)
@@ -206,6 +204,8 @@ class DPOCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if trainer.enable_checkpointing is False:  # with them, Lightning would refuse the run
             leave_callbacks_out(self, {"checkpoint", "last"})
+        if trainer.enable_model_summary is None and not entry.verbose:
+            kwargs["enable_model_summary"] = False  # the module has a line on its model
         if trainer.profiler is None:
             kwargs["profiler"] = RunTimes(entry.began)
         own = trainer.callbacks if isinstance(trainer.callbacks, list) else list(filter(None, [trainer.callbacks]))
@@ -216,6 +216,8 @@ class DPOCLI(LightningCLI):
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise error if isinstance(error, UserError) else UserError(f"trainer: {first_line(error)}") from error
         instance.loggers = [with_own_folder(logger) for logger in instance.loggers]
+        devices = f"{instance.world_size} × " * (instance.world_size > 1) + device_name(instance.strategy.root_device)
+        rank_zero_info(f"precision: {instance.precision} on {devices}" + f" ({self._why})" * bool(self._why))
         return instance
 
     def _parse_ckpt_path(self) -> None:
@@ -292,17 +294,6 @@ class DPOCLI(LightningCLI):
         self._logger_options = {"version": version(run), "purge_step": step + 1}
 
 
-class DownloadCLI(DPOCLI):
-    """The configuration of a run, with the option of `download`."""
-
-    command = "download"
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `output_dir`."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument("--output_dir", type=str, default=".", help="folder to write into")
-
-
 def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
     """Parses a configuration and, with `run`, runs its Trainer command."""
     # Not as an argument: Lightning starts the processes of further devices with this process's command line.
@@ -335,13 +326,6 @@ def run_trainer(args: Sequence[str]) -> DPOCLI:
         if "(ckpt_path=" not in str(error) or isinstance(error, UserError):
             raise
         raise UserError(f"--ckpt_path: {first_line(error)}") from error  # there is no "best" or "hpc" checkpoint
-
-
-def run_download(args: Sequence[str]) -> None:
-    """Runs `download`: saves the tokenizer, model and data sets that a configuration names."""
-    config = configured(DownloadCLI, args[1:], run=False).config
-    for kind, name in download(config.model.name_or_path, config.data, config.output_dir):
-        print(one_line(f"{kind} written to {name}"))
 
 
 def saved_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:

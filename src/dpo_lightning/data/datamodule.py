@@ -41,6 +41,7 @@ BatchSize = Annotated[AtLeast1, STORABLE]
 SplitSize = Annotated[float, Range("a share below 1 or a number of pairs", lambda size: size >= 0), STORABLE]
 LONG_ENOUGH = Range(f"at least {SHORTEST}, for a prompt and a completion", lambda length: length >= SHORTEST)
 MOST = max(64, 4 * (os.cpu_count() or 1))
+NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}  # pairs, by stage
 WORKERS = Range(f"from 0 to {MOST}: each is a process", lambda number: 0 <= number <= MOST)
 
 
@@ -182,8 +183,8 @@ class PreferenceDataModule(LightningDataModule):
             return
         self._stages.add(stage)
         known = len(self.accounts)
-        if stage != "predict":
-            self._load_pairs({"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage])
+        if stage in NEEDED:
+            self._load_pairs(NEEDED[stage])
         elif "predict" not in self.datasets:
             self._load_prompts()
         for account in list(self.accounts.values())[known:]:
@@ -194,7 +195,9 @@ class PreferenceDataModule(LightningDataModule):
             for name, data in self.datasets.items():
                 if "prompt_cut" in data.column_names and (cut := cuts(data, self._origins[name], self.max_length)):
                     rank_zero_warn(f"{name}: {cut}")
-            rank_zero_info("data: " + ", ".join(f"{len(data)} {name} pairs" for name, data in self.datasets.items()))
+        if stage in NEEDED:
+            sizes = [f"{len(self.datasets[name]):,} {name} pairs" for name in NEEDED[stage] if name in self.datasets]
+            rank_zero_info(f"data: {', '.join(sizes)}")
 
     def _load_pairs(self, needed: Sequence[str]) -> None:
         held_out = {"val": self.hparams.val_dataset, "test": self.hparams.test_dataset}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dpo_lightning.data.batching import PairBatch
@@ -33,6 +33,7 @@ from dpo_lightning.models.policy import assert_no_dropout, load_config, load_pol
 from dpo_lightning.models.sharding import data_parallel_mesh, shard
 from dpo_lightning.storage.digests import weights_digest
 from dpo_lightning.storage.trust import TRUST
+from dpo_lightning.visible import one_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -76,6 +77,13 @@ class PolicyModule(LightningModule):
         return self.policy is not self.causal_lm
 
     @property
+    def size(self) -> str:
+        """The number of parameters, and how many are trained: "124.4 million parameters, all trained"."""
+        count, trained = (self.causal_lm.num_parameters(only_trainable=only) for only in (False, True))
+        share = "all" if count == trained else f"{100 * trained / count:.2g} %"
+        return f"{count / 1e6:.4g} million parameters, {share} trained{' (LoRA)' if self.hparams.lora else ''}"
+
+    @property
     def moving_reference(self) -> MovingReference:
         """The reference of a run with `sync_ref_model`."""
         assert isinstance(self.reference, MovingReference)
@@ -95,6 +103,8 @@ class PolicyModule(LightningModule):
             self.loaded_attention = attention_in_use(self.causal_lm)
             assert_no_dropout(self.policy)
             self._check_data()
+            if attached_trainer(self):
+                rank_zero_info(f"model: {one_line(self.hparams.name_or_path)}, {self.size}")
         self._record_start()  # before a checkpoint's weights replace these, and before they are sharded
         # With cached log-probs a full fine-tune needs no second model, except for `kl`; an adapter's takes no memory.
         online = self.has_adapter or self.loss.needs_kl or not self.reference_is_cached

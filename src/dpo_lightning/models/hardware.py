@@ -18,9 +18,9 @@ def fastest_precision(accelerator: str = "auto") -> tuple[str, str]:
         return "32-true", "this GPU does not compute in bfloat16"
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return "32-true", "on Apple's GPU mixed precision has not been measured"
-    if fast := sorted(cpu_flags() & BF16_FLAGS):
-        return "bf16-mixed", f"this CPU computes in bfloat16: {', '.join(fast)}"
-    return "32-true", f"this CPU has no bfloat16 arithmetic ({', '.join(sorted(BF16_FLAGS))})"
+    if cpu_flags() & BF16_FLAGS:
+        return "bf16-mixed", "this CPU computes in bfloat16"
+    return "32-true", "this CPU has no bfloat16 arithmetic"
 
 
 def packing_is_faster(accelerator: str, bf16: bool) -> bool:
@@ -51,7 +51,8 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"Apple GPU (MPS), {platform.machine()}"
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def peak_memory(device: torch.device) -> int | None:

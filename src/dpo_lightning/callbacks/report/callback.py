@@ -18,7 +18,7 @@ from dpo_lightning.callbacks.context import batch_limit, find_callback, optimize
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
 from dpo_lightning.callbacks.report.history import Curve, History
-from dpo_lightning.callbacks.report.outcome import closing_line
+from dpo_lightning.callbacks.report.outcome import closing_lines
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.callbacks.storyboard import settings
 from dpo_lightning.callbacks.times import RunTimes, duration
@@ -118,7 +118,7 @@ class ReportCallback(Callback):
         if paths and isinstance(trainer.profiler, RunTimes):
             rank_zero_info(f"time: {trainer.profiler}")
         if paths:
-            rank_zero_info(closing_line(replies.showings if replies else [], steps, paths))
+            rank_zero_info(closing_lines(replies.showings if replies else [], steps, paths))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the report of a run that was interrupted or failed."""
@@ -156,10 +156,6 @@ class ReportCallback(Callback):
         cut = [int(numeric_column(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
         step, accumulated = trainer.global_step, trainer.accumulate_grad_batches
         epochs = step / math.ceil(len(data.train_dataloader()) / accumulated)
-        weights, trained = (
-            sum(p.numel() for p in module.parameters() if p.requires_grad or everything) / 1e6
-            for everything in (True, False)
-        )
         loss = h.loss_type if isinstance(h.loss_type, str) else " + ".join(h.loss_type)
         trained_on = " + ".join(
             name if weight == 1 else f"{weight:g} × {name}"
@@ -170,9 +166,7 @@ class ReportCallback(Callback):
             outcome=f"{outcome} after {step} steps and {duration(self._seconds())}, {time.strftime('%Y-%m-%d %H:%M')}.",
             facts={
                 "model": h.name_or_path,
-                "weights": f"{weights:.4g} million, "
-                + ("all trained" if weights == trained else f"{trained:.4g} million of them trained")
-                + (" (LoRA)" if h.lora else ""),
+                "weights": module.size,
                 "data": trained_on,
                 "pairs": f"{sizes}; rejected completions: {data.hparams.rejected}",
                 "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",

@@ -1,4 +1,4 @@
-"""What changed between the first and the last replies, in words: for the closing line and the report's tiles."""
+"""What changed between the first and the last replies, in words: for the last lines of a run and the report's tiles."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.judging.quantities import quantity, results
+from dpo_lightning.visible import one_line
 
 ALL = "reply/eos_rate"  # every reply has this verdict, so its count is that of the replies
 
@@ -47,14 +48,14 @@ def _change(showings: Sequence[Showing], name: str) -> Change | None:
     return Change(quantity(name).label, " → ".join(values), ", ".join(where))
 
 
-def closing_line(showings: Sequence[Showing], steps: int, paths: Mapping[str, object]) -> str:
-    """The result of a run in one line: a mean before → after, on how many questions, and the paths of its files.
+def closing_lines(showings: Sequence[Showing], steps: int, paths: Mapping[str, object]) -> str:
+    """The result of a run: a line with a mean before → after, on how many questions, and one for each of its files.
 
     Args:
         steps: optimizer steps of the run.
         paths: for example {"model": a folder, "report": a file}.
     """
-    return "; ".join([_summary(showings, steps), *(f"{name}: {path}" for name, path in paths.items())])
+    return "\n".join([_summary(showings, steps), *(one_line(f"{name}: {path}") for name, path in paths.items())])
 
 
 def _summary(showings: Sequence[Showing], steps: int) -> str:
