@@ -187,7 +187,7 @@ def test_replies_of_the_model_are_made_once_by_runs_at_once(tokenizer, model_fol
         data.setup("fit")
         return data.datasets["train"]["rejected"][:]
 
-    worked = slowed(monkeypatch, tmp_path, generated.RejectedGenerator, "_lines", lambda *args: len(args[-1]))
+    worked = slowed(monkeypatch, tmp_path, generated.RejectedGenerator, "lines", lambda *args: len(args[-1]))
     one, other = at_once(load, load)
     assert isinstance(one, list) and one == other == load()
     assert worked() == len(ROWS), "each prompt is answered once"

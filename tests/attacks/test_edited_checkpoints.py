@@ -47,6 +47,9 @@ EDITS = {
 def test_an_edited_checkpoint_is_one_line(name, edit, model_folder, tmp_path, capsys):
     change, words = EDITS[edit]
     given = edited(model_folder, tmp_path / "given.ckpt", **change(model_folder))
+    if (name, edit) == ("export", "wrong loss"):
+        assert main(["export", "--ckpt_path", given, "--output_dir", "out"]) == 0  # which uses no loss
+        return
     if name == "export":
         assert main(["export", "--ckpt_path", given, "--output_dir", "out"]) == 2
         assert not Path("out").exists()

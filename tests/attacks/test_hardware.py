@@ -1,6 +1,7 @@
 """Whatever the machine is (Windows, an Apple, a GPU with TF32, several GPUs), it is named right and nothing is lost."""
 
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -70,7 +71,7 @@ def test_a_report_of_a_run_on_apples_gpu_names_it(monkeypatch):
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 2**30)
     callback = ReportCallback()
     callback._device, callback._began = torch.device("mps"), 0.0
-    costs = callback._costs(None)
+    costs = callback._costs(SimpleNamespace(profiler=None), None)
     assert costs["peak memory"] == "5.00 GiB on the GPU"
     assert "Apple" in costs["machine"] and "CPU" not in costs["machine"]
 

@@ -25,7 +25,9 @@ def test_arrange_help():
     with contract("jsonargparse", "the parser's groups", "the order of the sections in `fit --help`"):
         parser = ArgumentParser()
         for section in ("trainer", "model"):
-            parser.add_argument_group(f"Class {section}").add_argument(f"--{section}.one", type=int)
+            group = parser.add_argument_group(f"Class {section}")
+            group.add_argument(f"--{section}.one", type=int)
+            group.add_argument(f"--{section}.two", type=int)
         parser.link_arguments("trainer.one", "model.one")
         arrange_help(parser, {"model": "ours", "trainer": "Lightning's"})
         shown = parser.format_help()

@@ -66,6 +66,12 @@ QUIET = {
 }
 
 
+class FindCLI(DPOCLI):
+    """The settings of `find`, which are those of `fit` with a section of its own."""
+
+    command = "find"
+
+
 def run_find(args: Sequence[str]) -> None:
     """Runs `find` with its arguments, the command's name first."""
     try:
@@ -97,7 +103,7 @@ class Search:
 
     def __init__(self, args: Sequence[str]) -> None:
         self.args = list(args[1:])
-        self.cli = cli = configured(DPOCLI, self.args, run=False)
+        self.cli = cli = configured(FindCLI, self.args, run=False)
         self.find: Find = cli.config_init.find
         self.folder = Path(cli.config.trainer.default_root_dir or ".") / "find"
         self.results: dict[str, Result] = {}  # by the digest of all that they depend on
@@ -227,7 +233,7 @@ class Search:
         flags = [part for name, value in values.items() for part in (f"--{name}", value)]
         began, failed, metrics = time.monotonic(), None, {}
         with quiet():
-            cli = configured(DPOCLI, [*self.args, *flags], run=False)
+            cli = configured(FindCLI, [*self.args, *flags], run=False)
             try:
                 cli.trainer.fit(cli.model, datamodule=cli.datamodule)
             except UserError as error:

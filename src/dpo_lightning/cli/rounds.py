@@ -58,6 +58,8 @@ SFT_CHECKPOINTS = {  # one at the end of each epoch
 class RoundsCLI(DPOCLI):
     """The configuration of a run with that of the rounds. Only parsed: the stages use it."""
 
+    command = "rounds"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `rounds`."""
         super().add_arguments_to_parser(parser)

@@ -55,6 +55,8 @@ class Stage:
 class SampleCLI(DPOCLI):
     """The configuration of a run, with those of the rounds and of the stage."""
 
+    command = "sample"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds both."""
         super().add_arguments_to_parser(parser)

@@ -111,7 +111,7 @@ class _HeadLogps(torch.autograd.Function):
         states, kept = hidden.to(dtype), []
         parts = _parts(targets, len(weight))
         keep = any(ctx.needs_input_grad) and len(states) * len(weight) * states.element_size() <= LOGITS_KEPT
-        totals, rounded = torch.full((2, len(states)), -torch.inf)
+        totals, rounded = torch.full((2, len(states)), -torch.inf, dtype=torch.float32)
         for part, rows, columns in parts:
             logits = states @ weight[part].to(dtype).t()
             totals = torch.logaddexp(totals, logits.float().logsumexp(-1))
@@ -132,7 +132,7 @@ class _HeadLogps(torch.autograd.Function):
         at_target = grad * -torch.expm1(own - totals)
         totals, factor = totals[:, None], -grad[:, None]
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        of_states = torch.zeros(states.shape)
+        of_states = torch.zeros(states.shape, dtype=torch.float32)
         for i, (part, rows, columns) in enumerate(ctx.parts):
             some = weight[part].to(states.dtype)
             logits = kept[i] if kept else states @ some.t()

@@ -119,7 +119,7 @@ class ScoredDraws(Draws):
 
     def __init__(self, seeds: Sequence[int], generation: Generation, eos: int) -> None:
         super().__init__(seeds, generation.temperature, generation.top_p, generation.max_new_tokens)
-        self.logps, self.eos = torch.zeros(len(seeds)), eos
+        self.logps, self.eos = torch.zeros(len(seeds), dtype=torch.float32), eos
         self._rows, self._ended = torch.arange(len(seeds)), torch.zeros(len(seeds), dtype=torch.bool)
 
     def keep(self, rows: Tensor) -> None:
