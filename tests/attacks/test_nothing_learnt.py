@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 from transformers import AutoTokenizer
@@ -133,7 +134,8 @@ def fit(tmp_path, monkeypatch):
         argv += ["--data.val_size", "4", "--data.test_size", "4", "--data.batch_size", "4", "--data.max_length", "128"]
         argv += ["--model.max_new_tokens", "4", "--trainer.accelerator", "cpu", "--export.enabled", "false"]
         argv += ["--replies.every_n_steps", "0", *args]
-        with pytest.warns() as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             assert main(argv) == 0
         (report,) = tmp_path.glob("lightning_logs/version_*/report.html")
         return [str(warning.message) for warning in caught], report.read_text()

@@ -203,6 +203,7 @@ def test_minutes_alone_save_the_end(train):
 
 def test_lightning_adds_no_remark_to_what_is_saved(train, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    monkeypatch.setattr(caplog.handler, "filters", [])  # of commands that ran in this process before
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         train(1)
     assert "Trainer.fit" in caplog.text and "weights_only" not in caplog.text

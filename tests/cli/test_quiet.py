@@ -2,6 +2,7 @@
 
 import io
 import logging
+import threading
 import warnings
 
 import pytest
@@ -87,3 +88,18 @@ def test_bars_of_transformers_are_drawn_where_there_is_something_to_wait_for(sai
     monkeypatch.setattr(console, "SECONDS_BEFORE_BARS", 0.0)
     assert list(tqdm([1, 2], desc="Loading weights")) == [1, 2]
     assert "Loading weights" in capsys.readouterr().err
+
+
+def test_a_thread_ends_with_one_line_if_the_disk_is_full(capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", console.thread_error)
+    for error in (OSError(28, "No space left on device"), ValueError("a fault")):
+
+        def fail(error=error):
+            raise error
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "warning: a thread of this run ended: [Errno 28] No space left on device"
+    assert "Traceback" in "".join(others) and others[-1] == "ValueError: a fault"

@@ -9,11 +9,13 @@ import os
 import re
 import sys
 import sysconfig
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from dpo_lightning.shipped import PACKAGE
+from dpo_lightning.visible import visible
 
 MESSAGES = (  # of Lightning's log, by how they begin
     *("GPU available: ", "TPU available: ", "Using .* Automatic Mixed Precision"),  # our line `precision` has both
@@ -49,6 +51,7 @@ def keep_quiet() -> None:
     are missing or misshapen are errors of ours (`models.policy`).
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    threading.excepthook = thread_error  # TensorBoard's writer
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=BY)
 
@@ -63,6 +66,14 @@ def keep_imported_quiet() -> None:
         from transformers.utils.logging import set_tqdm_hook
 
         set_tqdm_hook(late_bar)
+
+
+def thread_error(error: threading.ExceptHookArgs) -> None:
+    """Reports that a thread ended with an error. Of the system's, such as a full disk, one line says all."""
+    if isinstance(error.exc_value, OSError):
+        print(visible(f"warning: a thread of this run ended: {error.exc_value}"), file=sys.stderr)
+    else:
+        threading.__excepthook__(error)
 
 
 def is_of_use(record: logging.LogRecord) -> bool:
