@@ -85,7 +85,8 @@ def warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning as one line, with the line of code that it comes from only where that is the user's own."""
-    where = "" if filename.startswith(LIBRARIES) else f"{filename}:{lineno}: "
+    of_a_library = filename.startswith(LIBRARIES) or "site-packages" in filename
+    where = "" if of_a_library else f"{filename}:{lineno}: "
     return f"warning: {where}{message}\n"
 
 
