@@ -95,10 +95,11 @@ def test_a_prompt_shows_first_last_and_some_replies_between():
         (-3, 12, [-5, 0, 5, 10, 15]),
         (1e-6, 4e-6, [1e-6, 2e-6, 3e-6, 4e-6]),
         (0, 0, [-1, -0.5, 0, 0.5, 1]),
+        (0, 3e-15, [-2e-15, 0, 2e-15, 4e-15, 6e-15]),
     ],
 )
 def test_ticks_are_round_and_enclose_the_data(low, high, expected):
-    assert ticks(low, high) == pytest.approx(expected)
+    assert ticks(low, high) == pytest.approx(expected, abs=1e-20)
 
 
 def test_a_line_keeps_inside_its_axes_and_says_its_values():
