@@ -31,6 +31,21 @@ def rows():
     ]
 
 
+TRL_SETTINGS = {  # of both trainers
+    "learning_rate": RATE,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 1,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
 def trl_losses(rows, model_folder, tokenizer, output, model=None, **settings):
     from trl import DPOConfig, DPOTrainer
 
@@ -41,18 +56,7 @@ def trl_losses(rows, model_folder, tokenizer, output, model=None, **settings):
     config = DPOConfig(
         output_dir=str(output),
         per_device_train_batch_size=BATCH,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        num_train_epochs=1,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        **settings,
+        **TRL_SETTINGS | settings,
     )
     trainer = InOrder(
         model=model or AutoModelForCausalLM.from_pretrained(model_folder),
@@ -150,18 +154,7 @@ def trl_kto(model, rows, tokenizer, output, reference=None, batch_size=BATCH, **
     config = KTOConfig(
         output_dir=str(output),
         per_device_train_batch_size=batch_size,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        num_train_epochs=1,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        **settings,
+        **TRL_SETTINGS | settings,
     )
     rows = Dataset.from_list(rows)
     return KTOTrainer(model, reference, args=config, train_dataset=rows, processing_class=tokenizer)
