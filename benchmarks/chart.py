@@ -75,7 +75,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
         sys.exit(f"{path} is empty: vs_trl.py --json {path} adds a line for each comparison")
     keys, here = ("workload", "reference", "batch_size", "precision"), ("machine", "versions")
     same = [line for line in lines if all(line[key] == lines[-1][key] for key in here)]
-    kept = {tuple(line[key] for key in keys): line for line in same}
+    kept = {(*(line[key] for key in keys), line.get("optimizer", "AdamW")): line for line in same}
     return list(kept.values()), len(lines) - len(kept)
 
 
@@ -109,7 +109,8 @@ def as_row(line: dict[str, Any], y: int, most: dict[str, float]) -> dict[str, An
     return {
         "y": y,
         "name": f"{line['workload']}, reference {line['reference']}",
-        "about": f"{MEANING.get(line['workload'], '')}; batch {line['batch_size']}, {line['precision']}",
+        "about": f"{MEANING.get(line['workload'], '')}; batch {line['batch_size']}, {line['precision']}"
+        + ("" if line.get("optimizer", "AdamW") == "AdamW" else f", ours with {line['optimizer']}"),
         "ratio": f"{line['ratio']:.1f}×",
         "bars": bars,
     }

@@ -5,6 +5,7 @@ seconds they took, their losses and the peak memory so far. Between two lines th
 can take turns on one machine.
 """
 
+import functools
 import json
 import os
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from dpo_lightning import DPOModule
 
 LEARNING_RATE, BETA, WARMUP_STEPS, MAX_GRAD_NORM, LOG_EVERY = 1e-5, 0.1, 5, 1.0, 10
+# Of ours, TRL's is always AdamW. Adafactor keeps one moment's sums over rows and columns instead of two moments.
+OPTIMIZERS = {"AdamW": None, "Adafactor": functools.partial(torch.optim.Adafactor, lr=LEARNING_RATE)}
 
 
 class Gate:
@@ -76,6 +79,7 @@ def fit_ours(spec: dict[str, Any], device: torch.device, callbacks: list[Any], *
         warmup_steps=WARMUP_STEPS,
         lr_scheduler_type="constant",
         reference=spec["reference"],
+        optimizer=OPTIMIZERS[spec.get("optimizer", "AdamW")],
     )
     data = PreferenceDataModule(
         spec["model"], spec["pairs"], val_size=0, test_size=0, batch_size=spec["batch_size"], shuffle=False

@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed turns of each contender")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a turn")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps at the start")
+    parser.add_argument("--optimizer", choices=("AdamW", "Adafactor"), default="AdamW", help="of ours; TRL's is AdamW")
     parser.add_argument("--trl_attn", default="sdpa", choices=("sdpa", "eager"), help="TRL's attention kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append each comparison as a JSON line")
     parser.add_argument("--largest_batch", type=float, metavar="GIB", help="find the largest batch within GIB instead")
@@ -184,6 +185,7 @@ def main() -> None:
                 "batch_size": options.batch_size,
                 "precision": options.precision,
                 "attn": options.trl_attn,
+                "optimizer": options.optimizer,
             }
             if options.largest_batch:
                 for name in ("ours", "trl"):
@@ -201,7 +203,7 @@ def main() -> None:
                 )
                 print(as_line(workload, reference, figures), flush=True)
                 if options.json:
-                    keys = ("workload", "batch_size", "precision")
+                    keys = ("workload", "batch_size", "precision", "optimizer")
                     line = here | {key: spec[key] for key in keys} | {"reference": reference} | figures
                     with options.json.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")

@@ -32,14 +32,16 @@ def chart(tmp_path):
 
 def test_the_chart_has_the_last_figures_of_one_machine(chart):
     other = {"machine": "elsewhere", "ratio": 99.0}
-    changes = [other, {"ratio": 98.0}, {"reference": "cached", "ours_pairs_per_s": 16.0, "ratio": 7.96}, {}]
+    light = {"optimizer": "Adafactor", "ours_gib": 2.0}
+    changes = [other, {"ratio": 98.0}, {"reference": "cached", "ours_pairs_per_s": 16.0, "ratio": 7.96}, light, {}]
     done, output = chart("".join(json.dumps(LINE | change) + "\n" for change in changes))
     assert done.returncode == 0, done.stderr
-    assert "2 comparisons; 2 other lines" in done.stdout
+    assert "3 comparisons; 2 other lines" in done.stdout
     svg = ElementTree.parse(output).getroot()
     texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert "dpo-lightning and TRL on Machine <7>, 2026-01-02" in texts
-    assert [text for text in texts if text.endswith("×")] == ["4.0×", "8.0×"]
+    assert [text for text in texts if text.endswith("×")] == ["4.0×", "8.0×", "4.0×"]
+    assert any(text.endswith("bf16, ours with Adafactor") for text in texts)
     assert "3.0 GiB (0.50 of TRL's)" in texts and not any("99" in text or "98" in text for text in texts)
     widths = {"ours": [], "trl": []}
     for bar in svg.iter("{http://www.w3.org/2000/svg}rect"):
