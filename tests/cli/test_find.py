@@ -184,13 +184,13 @@ def test_an_arm_that_diverges_ranks_last_with_its_reason(run, tmp_path, capsys):
 
 
 def test_losses_are_arms_too_and_those_without_a_reference_get_none(run, tmp_path, capsys):
-    losses = ["--find.losses", "[sigmoid, [sigmoid, sft], simpo]", "--find.learning_rates", "[1e-5]"]
+    losses = ["--find.losses", "[[sigmoid, sft], sigmoid, simpo]", "--find.learning_rates", "[1e-5]"]
     args = [*losses, "--find.betas", "[0.1]", "--find.steps", "11", "--trainer.max_steps", "11"]
     assert run("find", *args) == 0
     printed = capsys.readouterr().out
-    assert "sigmoid+sft, learning rate 1e-05, beta 0.1: score" in printed
+    assert "3 sigmoid, learning rate 1e-05, beta 0.1: score" in printed
     by_loss = {str(line["arm"]["loss"]): line["metrics"] for line in lines(tmp_path)}
-    assert set(by_loss) == {"None", "['sigmoid', 'sft']", "simpo"}
+    assert set(by_loss) == {"None", "sigmoid", "simpo"}
     assert DISPLACED in by_loss["None"] and DISPLACED not in by_loss["simpo"]
 
 
