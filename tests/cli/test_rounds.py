@@ -171,6 +171,25 @@ def test_another_round_goes_on_from_the_last(args, in_process):
     assert in_process == [("sample", "rounds/round-2"), ("fit", "rounds/round-2"), ("sample", "rounds/round-2")]
 
 
+def test_rounds_on_prompts_without_answers_learn_from_the_models_own_right_replies(args, in_process, write_rows):
+    rows = [{"question": row["question"], "context": row["context"]} for row in ROWS[1::2]]
+    asked = write_rows(rows, "asked.jsonl")
+    args = [*args, "--rounds.sft_epochs", "0", "--rounds.count", "1", "--rounds.prompt_dataset", asked]
+    assert main(args) == 0
+    samples, account = lines("rounds/round-1/samples.jsonl"), json.loads(open("rounds/round-1/pairs.json").read())
+    assert len(samples) == len({row["question"] + row["context"] for row in rows})
+    assert all(line["chosen"] == "" and "context" in line for line in samples)
+    told_apart = [line for line in samples if {reply["score"] for reply in line["replies"]} == {0.0, 1.0}]
+    assert account["pairs"] == len(told_apart) and account["left out"]["no right reply"]
+    replies = {line["prompt"]: {reply["text"]: reply["score"] for reply in line["replies"]} for line in samples}
+    for pair in lines("rounds/round-1/pairs.jsonl"):
+        scores = replies[pair["prompt"]]
+        assert scores[pair["chosen"]] == 1.0 and scores[pair["rejected"]] == 0.0
+    assert all(line["wanted"] for line in lines("rounds/round-1/held-out.jsonl")), "held-out rows have answers"
+    write_rows(rows[1:], "asked.jsonl")
+    assert main(args) == 2
+
+
 def test_without_a_wrong_reply_there_is_nothing_to_learn(args, in_process, caplog, model_folder):
     assert main([*args, "--rounds.judge", "round_judges:pleased", "--rounds.sft_epochs", "0"]) == 0
     assert "round 1: no prompt has a wrong reply to learn from" in caplog.text

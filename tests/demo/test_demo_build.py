@@ -31,8 +31,8 @@ def names(split: str) -> set[str]:
 
 def test_shipped_data_is_what_the_generator_makes(tmp_path):
     generate.write_data(tmp_path)
-    for split in SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (DEMO / "data" / f"{split}.jsonl").read_bytes()
+    for name in (*SPLITS, "questions"):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (DEMO / "data" / f"{name}.jsonl").read_bytes()
 
 
 def test_counts_are_as_promised():
@@ -42,6 +42,15 @@ def test_counts_are_as_promised():
     assert sum(len(load_schemas(split)) for split in SPLITS) >= 60
     assert len(KINDS) >= 12
     assert all(set(row) == {"question", "context", "answer"} for row in rows)
+
+
+def test_the_questions_are_about_the_test_schemas_and_none_is_a_test_row():
+    asked = [(row["question"], row["context"]) for row in shipped("questions")]
+    tested = {(row["question"], row["context"]) for row in shipped("test")}
+    assert len(asked) == len(set(asked)) == 320 and not tested & set(asked)
+    tables = {create_statement((table,)) for schema in load_schemas("test") for table in schema}
+    assert {part for _, context in asked for part in context.split("; ")} == tables
+    assert all(set(row) == {"question", "context"} for row in shipped("questions")), "nobody has answered them"
 
 
 @pytest.mark.parametrize("kind", KINDS)

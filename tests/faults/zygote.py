@@ -38,6 +38,15 @@ def start(args: list[str], cwd: str, log: str, env: dict[str, str]) -> int:
     os._exit(code)
 
 
+def forked_stage(command: str, config: str, *more: str) -> None:
+    """A stage of `rounds`, in the session of the command: it is killed with it."""
+    if not (pid := os.fork()):
+        os._exit(main([command, "--config", config, *more]))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        raise SystemExit(code)
+
+
 def poll(pid: int) -> int | None:
     """The exit code of a run, None while it runs."""
     done, status = os.waitpid(pid, os.WNOHANG)
@@ -58,9 +67,10 @@ if __name__ == "__main__":
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
-    import dpo_lightning.cli.trainer  # noqa: F401
+    from dpo_lightning.cli import rounds
     from dpo_lightning.cli.entry import main
 
+    rounds.run_stage = forked_stage
     torch.set_num_threads(1)
     print(json.dumps("ready"), flush=True)
     serve()

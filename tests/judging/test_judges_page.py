@@ -1,7 +1,9 @@
 """The examples of docs/judges.md, as they stand there, run through the command line."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -17,6 +19,8 @@ from dpo_lightning.models.reply import Reply
 PAGE = (REPO / "docs" / "judges.md").read_text()
 YAML = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 (PYTHON,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+OVERLAYS = dict(zip(re.findall(r"`(\w+\.yaml)`:", PAGE), YAML[1:], strict=True))
+COMMANDS = re.findall(r"^    (python cli.py .*)$", PAGE, re.MULTILINE)
 SMALL = {"replies.num_prompts": 3, "replies.num_shown": 1, "replies.every_n_steps": 0, "trainer.max_steps": 1}
 CHECKED = {"trainer.accelerator": "cpu", "data.max_length": 128, "data.batch_size": 4, "model.max_new_tokens": 8}
 
@@ -48,7 +52,7 @@ def replies(folder):
 
 def test_the_schema_of_the_page_judges_what_its_template_makes(run, tmp_path):
     pytest.importorskip("jsonschema")
-    _, example, _ = YAML
+    example = OVERLAYS["json.yaml"]
     assert run("fit", example) == 0
     lines = replies(tmp_path)
     assert len(lines) == 6 and all(line["json_schema/valid"] is False for line in lines)
@@ -59,7 +63,7 @@ def test_the_schema_of_the_page_judges_what_its_template_makes(run, tmp_path):
 
 
 def test_the_function_of_the_page_judges_in_fit_test_and_predict(run, tmp_path, capsys, caplog):
-    *_, example = YAML
+    example = OVERLAYS["overlap.yaml"]
     assert run("fit", example) == 0
     assert all(0 <= line["overlap/score"] < 1 and "sql/valid" in line for line in replies(tmp_path))
     assert run("test", example) == 0
@@ -94,3 +98,24 @@ def test_a_judge_on_the_command_line(run, tmp_path):
     assert run("fit", "replies: {}\n", **{"replies.judge": '{"regex": {"pattern": "a", "name": "has_a"}}'}) == 0
     lines = replies(tmp_path)
     assert all(line["has_a/match"] == ("a" in line["reply"].strip()) for line in lines) and "sql/valid" not in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_runs_to_its_end_in_a_fresh_clone(command, tmp_path):
+    if "json" in command:
+        pytest.importorskip("jsonschema")
+    for name in ("cli.py", "configs", "src"):
+        (tmp_path / name).symlink_to(REPO / name)
+    for name, text in {"my_scores.py": PYTHON, **OVERLAYS}.items():
+        (tmp_path / name).write_text(text)
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPO / "src")}
+    arguments = [sys.executable, *command.split()[1:]]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if " rounds " in command:
+        (account,) = tmp_path.glob("runs/*/round-1/pairs.json")
+        assert json.loads(account.read_text())["pairs"] > 0
+        assert len(json.loads((account.parents[1] / "rounds.json").read_text())) == 2
+    else:
+        assert replies(tmp_path)

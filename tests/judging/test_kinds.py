@@ -123,6 +123,23 @@ def test_a_tables_own_texts_are_lower_case_too():
     assert found["sql/execution"] is False and found["sql/execution_ignoring_case"] is True
 
 
+@pytest.mark.parametrize("ignore_case", [False, True])
+@pytest.mark.parametrize(
+    ("reply", "wanted", "right"),
+    [
+        ("SELECT goals FROM players", AJAX, 0.0),
+        (AJAX, AJAX, 1.0),
+        ("SELECT goals FROM players", "", 1.0),
+        ("SELECT goal FROM players", "", 0.0),
+    ],
+)
+def test_without_an_answer_valid_sql_can_be_enough(reply, wanted, right, ignore_case):
+    options = {"valid_without_answer": True, "ignore_case": ignore_case}
+    assert judged({"sql": options}, reply, wanted, PLAYERS)[1] == right
+    assert judged({"sql": options}, reply, wanted)[1] is None  # nor tables to be valid for
+    assert judged("sql", reply, "", PLAYERS)[1] is None
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """Writes a module of the user's own."""
@@ -202,7 +219,7 @@ def test_forms_in_yaml(text, names):
         ("{regex: 3}", "replies.judge: regex is 3: it must be its options"),
         ("{regex: {pattern: a, timeout: 0}}", "regex.timeout is 0: it must be above 0"),
         ("{regex: {pattern: a, name: a/b}}", "regex.name is 'a/b': it must be letters, digits"),
-        ("{sql: {timeout: 3}}", "sql has no option 'timeout': it has ignore_case, name"),
+        ("{sql: {timeout: 3}}", "sql has no option 'timeout': it has ignore_case, valid_without_answer, name"),
         ("{sql: {ignore_case: 1}}", "sql.ignore_case is 1: it must be true or false"),
         ("{json_schema: none.json}", "schema 'none.json' cannot be read: No such file"),
         ("{json_schema: {schema: {type: thing}}}", r"schema is no JSON schema: 'thing' is not valid .* at \$.type"),

@@ -3,6 +3,7 @@
 import pytest
 
 from dpo_lightning.judging.verified import (
+    NOT_RIGHT,
     NOT_WRONG,
     UNJUDGED,
     HeldOut,
@@ -38,6 +39,20 @@ UNKNOWN = Judged(" who knows", None, -0.1)
 )
 def test_the_pair_of_a_prompt(replies, rule, pair):
     assert make_pair(ANSWER, replies, rule) == pair
+
+
+@pytest.mark.parametrize(
+    ("replies", "rule", "pair"),
+    [
+        ([RIGHT, OTHER_RIGHT, LIKELY], Rule(), (" right too", " likely")),
+        ([UNKNOWN, LIKELY], Rule(), NOT_RIGHT),
+        ([Judged(" ", 1.0), LIKELY], Rule("own"), NOT_RIGHT),
+        ([RIGHT], Rule(), NOT_WRONG),
+        ([Judged(" best", 7.0), LIKELY], Rule(margin=2.0), (" best", " likely")),
+    ],
+)
+def test_where_the_data_have_no_answer_the_models_own_is_chosen(replies, rule, pair):
+    assert make_pair(Judged("", 0.0), replies, rule) == pair
 
 
 BEST, MIDDLE, WORST = Judged(" best", 7.5), Judged(" middle", 3.0), Judged(" worst", -2.0)

@@ -241,8 +241,9 @@ class Loop:
         inputs = {
             "the weights of model.name_or_path": stored_weights(model["name_or_path"], model["trust_remote_code"])
         }
-        for stage in ("train", "val"):
-            for name in dataset_weights(settings["data"][f"{stage}_dataset"]):
+        used = {stage: settings["data"][f"{stage}_dataset"] for stage in ("train", "val")}
+        for stage, names in (used | {"predict": self.rounds.prompt_dataset}).items():
+            for name in dataset_weights(names):
                 inputs[f"the data set '{name}'"] = open_source(name, stage).fingerprint
         path = self.folder / SETTINGS
         if not path.exists():

@@ -17,14 +17,16 @@ class Rounds:
         sft_epochs: passes of supervised training on the data's answers before the first round; the one with the best
             held-out replies is kept. 0 for none.
         sft_learning_rate: its learning rate; left out, `model.learning_rate`.
-        prompts: training prompts that are answered in a round, drawn anew for each; left out, all of them.
+        prompt_dataset: whose prompts the rounds answer, in place of those of the training data. Its answers are not
+            needed: a row without one is learnt from where the model itself gives a right and a wrong reply.
+        prompts: of these, how many are answered in a round, drawn anew for each; left out, all of them.
         samples: replies to each of them.
         temperature: divides the logits.
         top_p: only the likeliest tokens that together have this probability are drawn.
         judge: says which replies are right, as `replies.judge` does; the first of several decides.
         margin: left out, that of the judge; if it has none, a score of 1 is right and less is wrong. For a judge of
             other scores: the least difference between chosen and rejected, which then are the best and the worst reply.
-        chosen: the data's answer, or where it has one the model's own right reply.
+        chosen: the data's answer, or where the model has given one its own right reply.
         rejected: which wrong reply: the likeliest under the model, or the most frequent.
     """
 
@@ -32,6 +34,7 @@ class Rounds:
     count: AtLeast1 = 1
     sft_epochs: Count = 0
     sft_learning_rate: Positive | None = None
+    prompt_dataset: str | None = None
     prompts: AtLeast1 | None = None
     samples: AtLeast1 = 4
     temperature: Positive = 1.0

@@ -42,7 +42,7 @@ class Stage:
     Args:
         models: folders of models, or checkpoints; the one with the best held-out replies is used.
         held_out: folder for its greedy replies to the held-out prompts.
-        samples: file for its samples for the training prompts; left out, none are made.
+        samples: file for its samples for the rounds' prompts; left out, none are made.
         number: of the round.
     """
 
@@ -83,7 +83,11 @@ def sample(cli: SampleCLI) -> None:
     data.trainer = trainer
     data.generates = False
     data.setup("fit")
-    answering = Answering(cli, Rounds(**cli.config.rounds.as_dict()), stage)
+    rounds = Rounds(**cli.config.rounds.as_dict())
+    if rounds.prompt_dataset:
+        data.hparams.predict_dataset = rounds.prompt_dataset
+        data.setup("predict")
+    answering = Answering(cli, rounds, stage)
     model = answering.best_model()
     if trainer.is_global_zero:
         publish(Path(answering.rounds.folder))
@@ -151,8 +155,8 @@ class Answering:
         return str(folder)
 
     def sample(self, model: str, path: Path) -> None:
-        """Samples replies to the training prompts, and writes a line for each prompt."""
-        pairs = self._training_prompts()
+        """Samples replies to the prompts of a round, and writes a line for each prompt."""
+        pairs = self._prompts()
         rounds = self.rounds
         name = f"Round {self.stage.number}, {rounds.samples} replies to each of {len(pairs)} prompts"
         results = self.replies(model, pairs, name, rounds.samples)
@@ -160,15 +164,15 @@ class Answering:
             lines = zip(self._texts(pairs), results, strict=True)
             write_lines(path, (row_of(pair) | {"score": r["answer"], "replies": r["replies"]} for pair, r in lines))
 
-    def _training_prompts(self) -> "Dataset":
-        """The training pairs, each prompt with each answer once, or `rounds.prompts` of them drawn for this round."""
-        train = self.data.datasets["train"]
-        keys = np.stack([text_keys(train, name) for name in ("prompt", "chosen")], axis=1)
+    def _prompts(self) -> "Dataset":
+        """The pairs to answer, each prompt with each answer once, or `rounds.prompts` of them drawn for this round."""
+        source = self.data.datasets["predict" if self.rounds.prompt_dataset else "train"]
+        keys = np.stack([text_keys(source, name) for name in ("prompt", "chosen")], axis=1)
         positions = np.sort(np.unique(keys, axis=0, return_index=True)[1])
         if self.rounds.prompts and self.rounds.prompts < len(positions):
             drawn = np.random.default_rng([self.data.hparams.seed, self.stage.number]).permutation(positions)
             positions = np.sort(drawn[: self.rounds.prompts])
-        return texts_of(train.select(positions))
+        return texts_of(source.select(positions))
 
     @staticmethod
     def _texts(pairs: "Dataset") -> Iterable[PreferencePair]:

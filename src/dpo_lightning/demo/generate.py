@@ -8,6 +8,7 @@ from .queries import KINDS, make_query
 from .schemas import Schema, create_statement, load_schemas
 
 ROWS_PER_SCHEMA = {"train": 44, "valid": 24, "test": 24}
+QUESTIONS_PER_SCHEMA = 20
 
 
 def schema_rows(rng, schema: Schema, number: int) -> list[dict]:
@@ -31,9 +32,23 @@ def make_rows(split: str) -> list[dict]:
     return rows
 
 
+def make_questions() -> list[dict]:
+    """Rows {question, context} about the schemas of "test", shuffled. No question is one of its rows."""
+    known = {(row["question"], row["context"]) for row in make_rows("test")}
+    rng = random.Random("questions")
+    questions = []
+    for schema in load_schemas("test"):
+        rows = schema_rows(rng, schema, QUESTIONS_PER_SCHEMA + ROWS_PER_SCHEMA["test"])
+        new = [row for row in rows if (row["question"], row["context"]) not in known]
+        questions += [{"question": row["question"], "context": row["context"]} for row in new[:QUESTIONS_PER_SCHEMA]]
+    rng.shuffle(questions)
+    return questions
+
+
 def write_data(folder: Path) -> None:
-    """Writes {train,valid,test}.jsonl."""
+    """Writes {train,valid,test,questions}.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ROWS_PER_SCHEMA:
-        lines = "".join(json.dumps(row) + "\n" for row in make_rows(split))
-        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    made = {split: make_rows(split) for split in ROWS_PER_SCHEMA} | {"questions": make_questions()}
+    for name, rows in made.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")

@@ -71,20 +71,27 @@ def judge(
 @judge(
     "SQL",
     syntax="sql",
-    optional=["execution_ignoring_case"],
+    optional=["execution_ignoring_case", "right"],
     valid=Quantity("valid SQL", "valid", share=True),
     exact=Quantity("exactly the wanted SQL", "exact", share=True),
     execution=Quantity("same result as wanted", "same result", share=True),
     execution_ignoring_case=Quantity("same result but for letters' case", "same but for case", share=True),
+    right=Quantity("same result as wanted, or valid where none is wanted", "right", share=True),
     unjudged=Quantity("results that could not be compared", share=True, better=None),
 )
-def sql(*, ignore_case: bool = False) -> tuple[JudgeFunction, str]:
+def sql(*, ignore_case: bool = False, valid_without_answer: bool = False) -> tuple[JudgeFunction, str]:
     """Is it the wanted query, by its result? Its context is CREATE TABLE statements (`sql.judge`).
 
-    With `ignore_case`, what decides is the result without regard to the case of letters in texts.
+    With `ignore_case`, what decides is the result without regard to the case of letters in texts. With
+    `valid_without_answer`, a reply to a row that has no answer is right if it is valid.
     """
-    decides = "execution_ignoring_case" if ignore_case else "execution"
-    return partial(sql_judge.sql, ignore_case=ignore_case), decides
+    result = "execution_ignoring_case" if ignore_case else "execution"
+
+    def judging(reply: Reply, pair: PreferencePair) -> dict[str, Verdict]:
+        found = sql_judge.sql(reply, pair, ignore_case)
+        return found | {"right": found[result if pair.chosen.strip() else "valid"]} if found else {}
+
+    return (judging, "right") if valid_without_answer else (partial(sql_judge.sql, ignore_case=ignore_case), result)
 
 
 @judge("Exact", match=Quantity("exactly the wanted reply", "exact", share=True))

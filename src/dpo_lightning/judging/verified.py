@@ -13,7 +13,8 @@ from dpo_lightning.judging.quantities import marks
 Chosen = Literal["data", "own"]
 Rejected = Literal["likeliest", "frequent"]
 RIGHT = 1.0  # the score of a right reply, by judges that tell right from wrong
-NOT_WRONG, UNJUDGED, CUT = "no wrong reply", "no reply that the judge can tell", "cut off"
+NOT_WRONG, NOT_RIGHT = "no wrong reply", "no right reply"
+UNJUDGED, CUT = "no reply that the judge can tell", "cut off"
 
 
 class Judged(NamedTuple):
@@ -29,7 +30,7 @@ class Rule(NamedTuple):
     """How a prompt's pair is chosen.
 
     Without a margin a reply is right at a score of 1 and wrong below. With one, scores are compared: the rejected reply
-    is the worst, and it is at least `margin` below the chosen one.
+    is the worst, and it is at least `margin` below the chosen one. Where the data have no answer, chosen is `own`.
     """
 
     chosen: Chosen = "data"
@@ -45,21 +46,26 @@ class Pair(NamedTuple):
 
 
 def make_pair(answer: Judged, replies: Sequence[Judged], rule: Rule) -> Pair | str:
-    """The pair of a prompt, or the reason why it has none: `NOT_WRONG` or `UNJUDGED`.
+    """The pair of a prompt, or the reason why it has none: `NOT_WRONG`, `NOT_RIGHT` or `UNJUDGED`.
 
     Args:
-        answer: the data's chosen completion. Without a margin it counts as right, whatever its score.
+        answer: the data's chosen completion, "" if they have none. Without a margin it counts as right, whatever its
+            score.
         replies: samples of the policy, repeated ones included.
     """
     known = [reply for reply in replies if reply.score is not None and _is_text(reply.text)]
     if not known:
         return UNJUDGED
+    if not answer.text.strip():
+        rule = rule._replace(chosen="own")
     good, wrong = _compared(answer, known, rule) if rule.margin is not None else _told_apart(answer, known, rule)
     if good.score is None and rule.margin is not None:
         return UNJUDGED
     wrong = [reply for reply in wrong if reply.text.strip() != good.text.strip()]
     if not wrong:
         return NOT_WRONG
+    if not good.text.strip():
+        return NOT_RIGHT
     times = Counter(reply.text for reply in wrong)
     worst = max(
         wrong,
