@@ -47,6 +47,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("see it work: train a tiny model on rows that ship with it", "dpo_lightning.cli.demo", "run_demo"),
+    "start": Command(
+        "train on your rows with settings that are chosen for them, then ask", "dpo_lightning.cli.start", "run_start"
+    ),
     "configs": Command("list the shipped configurations, or copy one", "dpo_lightning.cli.configs", "run_configs"),
     "fit": Command("train, showing replies before, during and after"),
     "validate": Command("reward metrics and judged replies on the validation pairs"),
@@ -161,7 +164,11 @@ def stopped(args: Sequence[str], stop: Stopped) -> str:
     if LIFELINE in os.environ:
         return done  # the command `rounds` says how to resume
     again = f"{program()} {shlex.join(kept)}"
-    return f"to resume:\n    {again}" if args[0] == "rounds" else f"{done}; to resume:\n    {again} --ckpt_path last"
+    return (
+        f"to resume:\n    {again}"
+        if args[0] in ("rounds", "start")
+        else f"{done}; to resume:\n    {again} --ckpt_path last"
+    )
 
 
 def program() -> str:

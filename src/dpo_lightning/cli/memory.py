@@ -12,7 +12,6 @@ would take. The peaks are measured in a process of its own (`probe`), for micro-
 are expected to take more than is allowed are not tried.
 """
 
-import math
 import os
 import re
 import subprocess
@@ -29,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dpo_lightning.cli.entry import LIFELINE, USER_ERROR_EXIT
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hardware import available_memory
+from dpo_lightning.models.hub import local_path
 from dpo_lightning.storage.jsonl import read_lines
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -193,8 +193,8 @@ def measured(config: Config, limit: float, parts: int = 1, timed: int = 0) -> Pr
     Raises:
         UserError: the run cannot be started; the error is that of the run.
     """
-    root = Path(config["trainer"].get("default_root_dir") or ".")
-    root.mkdir(parents=True, exist_ok=True)
+    root = local_path(config["trainer"].get("default_root_dir") or ".").absolute()
+    root = next(path for path in (root, *root.parents) if path.is_dir())
     free = available_memory()
     ceiling = max(limit, OF_THE_MACHINE * free) if free else limit
     # Beside the run, as there is room for its checkpoints: a folder for temporary files may be in memory itself.
@@ -327,27 +327,25 @@ def _told(
 
 def refusal(config: Config, limit: int, trials: Sequence[Trial]) -> str:
     """Why no settings fit, and the closest that would."""
-    points = [min(trial.probe.points) for trial in trials if trial.probe.points]
-    least = min(
-        (MARGIN * max(point.bytes for point in trial.probe.points[:1]) for trial in trials if trial.probe.points),
-        default=None,
-    )
-    kept = "micro-batches of a pair, cached log-probs and gradient checkpointing, which all keep the result"
-    if least is None or not points:
-        return f"memory is {size(limit)}, which is less than this model takes, and so has this machine: train a smaller one"
-    facts = trials[-1].probe.facts
-    others = list(_others(config, least, facts))
+    least = min((trial.probe.points[0].bytes for trial in trials if trial.probe.points), default=None)
+    if least is None:
+        return f"memory is {size(limit)}: a single pair takes more than that, and more than is free here"
+    taken = ", ".join(saving.words for saving in trials[-1].savings)
+    kept = f"with the smallest micro-batches{' and all else that keeps the result' if taken else ''}"
+    needed = MARGIN * least
+    others = list(_others(config, needed, trials[-1].probe.facts))
     fitting = [words for words, needed in others if needed <= limit] or [words for words, _ in others[-1:]]
-    either = f"; {' or '.join(fitting)}, which trains something else" if fitting else ""
-    return f"memory is {size(limit)}, but with {kept}, the run takes {size(least)}: allow that{either}"
+    either = f"; or, to train something else, {' or '.join(fitting)}" if fitting else ""
+    return f"memory is {size(limit)}, but {kept} the run takes {size(needed)}: allow that much{either}"
 
 
-def _others(config: Config, least: float, facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Settings that change what is trained, with what they would take."""
+def _others(config: Config, needed: float, facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Settings that change what is trained, in words, with the memory that they would take."""
     trained = facts.get("trained", 0)
-    if config["model"].get("lora") is None:
-        if not config.get("optimizer"):
-            needed = least - 8 * trained
-            yield f"--optimizer transformers.optimization.Adafactor takes about {size(needed)}", needed
-        needed = least - 12 * trained
-        yield f"--config lora about {size(needed)}", needed
+    if config["model"].get("lora") is None and trained:
+        for words, per_weight in (
+            ("--optimizer transformers.optimization.Adafactor", 8),  # without AdamW's two moments
+            ("--config lora", 12),  # without gradients either
+        ):
+            if per_weight == 12 or not config.get("optimizer"):
+                yield f"{words} (about {size(needed - per_weight * trained)})", needed - per_weight * trained

@@ -2,8 +2,8 @@
 
 The peak of a process's memory cannot be taken back, so it is measured in one that ends. It is the run itself, with its
 callbacks, replies, checkpoints and export, on the longest pairs of its data: first in the smallest micro-batches, then
-in larger ones for as long as these can be expected to fit, and last in a few batches as they come, which are timed. What
-was measured goes to a file of JSON lines.
+in larger ones for as long as these can be expected to fit, and last in a few batches as they come, which are timed. The
+results go to a file of JSON lines.
 """
 
 import math
@@ -94,9 +94,9 @@ def run_probe(args: Sequence[str]) -> None:
     growth = Growth(batches, sizes, cli.trainer.accumulate_grad_batches > 1, device, config.limit, Path(config.result))
     run.trainer.callbacks.insert(0, growth)
     watch(device, config.ceiling)
-    data.train_dataloader = lambda: DataLoader(growth, batch_size=None)  # type: ignore[method-assign]
-    if "val" in data.datasets:
-        data.val_dataloader = lambda: DataLoader([batches.held_out], batch_size=None)  # type: ignore[method-assign]
+    loaders: Any = data
+    loaders.train_dataloader = lambda: DataLoader(growth, batch_size=None)
+    loaders.val_dataloader = lambda: [[batches.batch("val", batches.held_out)]] if batches.held_out else []
     try:
         run.trainer.fit(run.model, datamodule=data)
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -181,22 +181,18 @@ class Batches:
         ends = np.cumsum(list(map(len, kept))).tolist()
         self.longest, *self.typical = [range(end - len(rows), end) for rows, end in zip(kept, ends, strict=True)]
         data.datasets["train"] = train.select(np.concatenate(kept))
+        self.held_out = range(0)
         if held_out := data.datasets.get("val"):
             longest = np.argsort(-numeric_column(held_out, "length"), kind="stable")[: data.eval_batch_size]
             asked = np.arange(min(prompts, len(held_out)))
             data.datasets["val"] = held_out.select(np.concatenate([asked, longest]))
-            self._held_out = range(len(asked), len(asked) + len(longest))
+            self.held_out = range(len(asked), len(asked) + len(longest))
 
     def batch(self, name: str, positions: Sequence[int]) -> PairBatch:
         """A batch, as the loaders make it."""
         batch = collate_rows(IndexedRows(self.data.datasets, name)[list(positions)], self.max_length)
         assert isinstance(batch, PairBatch)
         return batch
-
-    @property
-    def held_out(self) -> PairBatch:
-        """The longest pairs of the validation."""
-        return self.batch("val", self._held_out)
 
 
 class Growth(Callback, Dataset):
@@ -258,6 +254,7 @@ class Growth(Callback, Dataset):
             "trained": sum(number for trained, number, _ in parameters if trained),
             "spare_copy": isinstance(pl_module.reference, FrozenCopy) and not pl_module.loss.needs_kl,
             "can_recompute": bool(pl_module.causal_lm.supports_gradient_checkpointing),
+            "can_adapt": not pl_module.has_adapter,
             "pairs": self.batches.sizes[-1].pairs,
             "tokens": self.batches.sizes[-1].tokens,
         }
