@@ -35,7 +35,8 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB
 MARGIN = 1.1  # between the peak of a probe and that of the run: 4 % more were seen, from batches in more shapes
 ENOUGH_PAIRS = 4  # smaller micro-batches are slow: the next saving is tried before they are taken
 OF_THE_MACHINE = 0.95  # of the free memory: a probe ends before it takes more
-OF_A_COMMAND = ("config", "ckpt_path", "weights_only", "memory")  # keys of `fit` that `probe` does not have
+# Keys of `fit` and `inspect` that `probe` does not have.
+OF_A_COMMAND = ("config", "ckpt_path", "weights_only", "memory", "rows", "time")
 
 Config = dict[str, Any]
 

@@ -58,7 +58,7 @@ def run_start(args: Sequence[str]) -> None:
     Raises:
         UserError: the rows or the model cannot be used, or the folder was begun with others.
     """
-    given = _arguments(args)
+    given = arguments(args)
     source = open_source(given.rows, "train")
     folder = Path(given.folder or f"start-{Path(given.rows).stem}")
     own = settings_of(given.settings)
@@ -85,7 +85,8 @@ def run_start(args: Sequence[str]) -> None:
     chat(str(model))
 
 
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
+def arguments(args: Sequence[str]) -> argparse.Namespace:
+    """The command line, its name first; `settings` has what is not an option of its own."""
     parser = argparse.ArgumentParser(
         f"{program()} start",
         usage="%(prog)s ROWS [--model FOLDER] [--memory 8GiB] [--yes] [--folder FOLDER] [--KEY VALUE ...]",

@@ -107,10 +107,9 @@ def _loss(facts: Facts) -> tuple[dict[str, Any], str]:
     """The settings of the loss, and why."""
     if facts.good or facts.bad:
         options = {}
-        if facts.good and facts.bad:  # equally heavy together (Ethayarajh et al. 2024, eq. 8)
-            rare, ratio = min(
-                ("desirable", facts.bad / facts.good), ("undesirable", facts.good / facts.bad), key=_below
-            )
+        if facts.good and facts.bad and facts.good != facts.bad:  # equally heavy together (Ethayarajh 2024, eq. 8)
+            rare = "desirable" if facts.good < facts.bad else "undesirable"
+            ratio = max(facts.good, facts.bad) / min(facts.good, facts.bad)
             options = {"loss_options": {f"{rare}_weight": round(ratio, 3)}}
         return {"loss_type": "kto", **options}, "kto, as each row has one completion and a label"
     if facts.rejected:
@@ -118,10 +117,6 @@ def _loss(facts: Facts) -> tuple[dict[str, Any], str]:
     return dict(
         MIXED
     ), "[sigmoid, sft], as there are no rejected completions: DPO alone would soon have nothing to teach"
-
-
-def _below(weight: tuple[str, float]) -> bool:
-    return weight[1] < 1
 
 
 def savings(facts: Facts) -> tuple[Saving, ...]:
