@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import REPO, ROWS
 from dpo_lightning.cli import memory
 from dpo_lightning.cli.entry import main
-from dpo_lightning.cli.memory import MARGIN, Point, Probe, as_resumed, bytes_of, chosen, expected, merged
+from dpo_lightning.cli.memory import MARGIN, as_resumed, bytes_of, chosen, merged
+from dpo_lightning.cli.peaks import Point, Probe, expected
 from dpo_lightning.cli.probe import micro_batches
 from dpo_lightning.errors import UserError
 

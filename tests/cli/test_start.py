@@ -10,7 +10,8 @@ from conftest import ROWS
 from dpo_lightning.callbacks.learning_checks import ENOUGH_STEPS
 from dpo_lightning.cli import start
 from dpo_lightning.cli.entry import main
-from dpo_lightning.cli.memory import Choice, Point, Probe
+from dpo_lightning.cli.memory import Choice
+from dpo_lightning.cli.peaks import Point, Probe
 from dpo_lightning.cli.start import about, settings_of, training_seconds
 from dpo_lightning.cli.start_rules import Facts, plan, savings
 from dpo_lightning.errors import UserError

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpo_lightning.callbacks.context import find_callback
 from dpo_lightning.callbacks.replies import RepliesCallback
-from dpo_lightning.cli.memory import Point, expected
+from dpo_lightning.cli.peaks import Point, expected
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch
 from dpo_lightning.data.columns import numeric_column
@@ -95,8 +95,12 @@ def run_probe(args: Sequence[str]) -> None:
     run.trainer.callbacks.insert(0, growth)
     watch(device, config.ceiling)
     loaders: Any = data
-    loaders.train_dataloader = lambda: DataLoader(growth, batch_size=None)
-    loaders.val_dataloader = lambda: [[batches.batch("val", batches.held_out)]] if batches.held_out else []
+    loaders.train_dataloader = lambda: DataLoader(growth, batch_size=None, collate_fn=as_it_is)
+    if batches.held_out:
+        held_out: Any = [batches.held_out]
+        loaders.val_dataloader = lambda: DataLoader(
+            held_out, batch_size=None, collate_fn=lambda rows: batches.batch("val", rows)
+        )
     try:
         run.trainer.fit(run.model, datamodule=data)
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -107,6 +111,11 @@ def run_probe(args: Sequence[str]) -> None:
     if replies and replies.showings:
         growth.write({"replies": replies.seconds / len(replies.showings)})
     growth.write({"peak": held(device)})
+
+
+def as_it_is(batch: PairBatch) -> PairBatch:
+    """The batch: it needs no collation."""
+    return batch
 
 
 def as_text(value: Any) -> str:

@@ -30,13 +30,15 @@ from dpo_lightning.cli.chat import chat
 from dpo_lightning.cli.entry import program
 from dpo_lightning.cli.find import quiet
 from dpo_lightning.cli.inspect import account_lines, decoded_pair
-from dpo_lightning.cli.memory import Choice, Probe, bytes_of, chosen, merged
+from dpo_lightning.cli.memory import Choice, bytes_of, chosen, merged
+from dpo_lightning.cli.peaks import Probe
 from dpo_lightning.cli.start_rules import Facts, plan, savings
 from dpo_lightning.cli.trainer import run_trainer
 from dpo_lightning.data.columns import context_keys, id_counts, numeric_column, thumbs
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.encoding import MAX_LENGTH
 from dpo_lightning.data.formats import find_format
+from dpo_lightning.data.prompt_format import read_prompt_format, resolved_template
 from dpo_lightning.data.sources import Source, open_source
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.hardware import available_memory
@@ -69,7 +71,7 @@ def run_start(args: Sequence[str]) -> None:
     else:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"'{folder}' has other content: choose another with --folder")
-        settings = prepared(source, given.model, str(folder), given.memory, own)
+        settings = prepared(given.rows, given.model, str(folder), given.memory, own)
         if not (given.yes or confirmed()):
             print("nothing was trained")
             return
@@ -131,7 +133,7 @@ def settings_of(flags: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def prepared(
-    source: Source, model: str | None, folder: str, memory: str | None, own: dict[str, dict[str, Any]]
+    rows: str, model: str | None, folder: str, memory: str | None, own: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Looks at the rows, chooses settings, and shows both.
 
@@ -143,21 +145,21 @@ def prepared(
         UserError: the rows or the model cannot be used, or no settings fit.
     """
     limit = bytes_of(memory, "--memory") if memory else None
+    source = open_source(rows, "train")
     format_name = find_format(source.columns, source.name, own.get("data", {}).get("format"))
     model = model or own.get("model", {}).get("name_or_path") or (INSTRUCT if conversations(source) else BASE)
     config = model_config(model)
-    data = looked_at(source, model, own.get("data", {}), position_count(config))
-    facts = facts_of(data, model, folder, format_name, parameter_count(config))
-    found = plan(facts)
-    settings = merged(found.settings, own)
+    data = looked_at(rows, model, own.get("data", {}), position_count(config))
+    facts = facts_of(data, rows, model, folder, format_name)._replace(parameters=parameter_count(config))
+    settings, reasons = plan(facts, own)
     show(f"rows are read as {format_name}", *(line for a in data.accounts.values() for line in account_lines(a)))
-    show(f"model: {one_line(model)}, {facts.parameters / 1e6:.4g} million parameters", *found.reasons)
+    show(f"model: {one_line(model)}, {facts.parameters / 1e6:.4g} million parameters", *reasons)
     show(*(f"warning: {warning}" for warning in about_data(data)))
     show("\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):")
     for position in range(min(SHOWN, facts.pairs)):
         show(*decoded_pair(data, position))
     show("\na few steps are tried now, to measure time and memory")
-    free = available_memory()
+    free = available_memory(own.get("trainer", {}).get("accelerator") or "auto")
     if limit is None and free is None:
         raise UserError("this system does not say how much memory is free: give --memory, such as --memory 8GiB")
     choice = chosen(settings, limit or int(SHARE * (free or 0)), savings(facts), TIMED)
@@ -165,7 +167,7 @@ def prepared(
     return merged(settings, choice.changes)
 
 
-def looked_at(source: Source, model: str, own: dict[str, Any], positions: int | None) -> PreferenceDataModule:
+def looked_at(rows: str, model: str, own: dict[str, Any], positions: int | None) -> PreferenceDataModule:
     """The rows, all as training pairs, read and encoded as the run will do.
 
     Args:
@@ -174,9 +176,10 @@ def looked_at(source: Source, model: str, own: dict[str, Any], positions: int | 
     """
     settings: dict[str, Any] = {
         "max_length": min(MAX_LENGTH, positions or MAX_LENGTH),
-        **{"on_bad_row": "skip", "tokenizer": tokenizer_name(model), "train_dataset": source.name},
+        **{"on_bad_row": "skip", "tokenizer": tokenizer_name(model), "train_dataset": rows},
         **own,
         **{"val_size": 0, "test_size": 0},
+        "prompt_template": resolved_template(own.get("prompt_template"), read_prompt_format(model), model),
     }
     data = PreferenceDataModule(**settings)
     data.generates = False
@@ -216,12 +219,11 @@ def model_config(model: str) -> Any:
         ) from error
 
 
-def facts_of(data: PreferenceDataModule, model: str, folder: str, format_name: str, parameters: int) -> Facts:
+def facts_of(data: PreferenceDataModule, rows: str, model: str, folder: str, format_name: str) -> Facts:
     """What the rules need to know of the rows, which are set up as training pairs."""
     train = data.datasets["train"]
     good, bad = thumbs(train)
     chosen_tokens, rejected_tokens = (id_counts(train, f"{side}_ids") for side in ("chosen", "rejected"))
-    (rows,) = data.accounts
     path = local_path(rows)
     return Facts(
         rows=str(path.absolute()) if path.exists() else rows,
@@ -234,7 +236,7 @@ def facts_of(data: PreferenceDataModule, model: str, folder: str, format_name: s
         good=good,
         bad=bad,
         longest_answers=float(np.quantile(chosen_tokens, 0.95)),
-        parameters=parameters,
+        parameters=0,
     )
 
 
@@ -246,7 +248,9 @@ def time_line(choice: Choice, settings: dict[str, Any], lengths: np.ndarray) -> 
     pairs = len(lengths) - (held_out if held_out >= 1 else held_out * len(lengths))
     per_step = data["batch_size"] * (trainer.get("accumulate_grad_batches") or 1)
     steps = epochs * pairs / per_step
-    seconds = training_seconds(choice.probe, epochs * pairs * lengths.mean(), steps)
+    if 0 <= (most := trainer.get("max_steps", -1)) < steps:
+        steps = most
+    seconds = training_seconds(choice.probe, steps * per_step * lengths.mean(), steps)
     every = replies.get("every_n_steps") or 0
     showings = 2 + (int(steps / every) if every else 0)
     return f"time: about {about(seconds + showings * choice.probe.replies)}, with {showings} rounds of replies"

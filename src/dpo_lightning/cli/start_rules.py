@@ -8,7 +8,8 @@ import math
 from typing import Any, NamedTuple
 
 from dpo_lightning.callbacks.learning_checks import ENOUGH_STEPS
-from dpo_lightning.cli.memory import CACHED, RECOMPUTED, Saving
+from dpo_lightning.cli.memory import CACHED, RECOMPUTED, Saving, merged
+from dpo_lightning.cli.peaks import Config
 
 BATCHES = ((500, 16), (50, 8), (0, 4))  # from so many training pairs on -> pairs per step
 MOST_EPOCHS = 10
@@ -44,16 +45,21 @@ class Plan(NamedTuple):
     reasons: list[str]  # a line each
 
 
-def plan(facts: Facts) -> Plan:
-    """The settings for some rows and a model."""
-    held_out = _held_out(facts)
-    training = facts.pairs - held_out
-    batch_size = next(size for least, size in BATCHES if training >= least)
+def plan(facts: Facts, own: Config | None = None) -> Plan:
+    """The settings for some rows and a model.
+
+    Args:
+        own: settings that the user gives, which come before those that are chosen.
+    """
+    own = own or {}
+    model, data, trainer = (own.get(section, {}) for section in ("model", "data", "trainer"))
+    held_out = data.get("val_size", _held_out(facts))
+    training = facts.pairs - int(held_out if held_out >= 1 else held_out * facts.pairs)
+    batch_size = data.get("batch_size") or next(size for least, size in BATCHES if training >= least)
     per_epoch = max(1, math.ceil(training / batch_size))
-    epochs = min(MOST_EPOCHS, max(1, math.ceil(ENOUGH_STEPS / per_epoch)))
-    loss, why = _loss(facts)
-    rate = next(rate for least, rate in RATES if facts.parameters >= least)
-    decays = facts.parameters < DECAYING
+    epochs = trainer.get("max_epochs") or min(MOST_EPOCHS, max(1, math.ceil(ENOUGH_STEPS / per_epoch)))
+    loss, why = _loss(facts) if "loss_type" not in model else ({}, f"{model['loss_type']}, as you give it")
+    rate, decays = next(rate for least, rate in RATES if facts.parameters >= least), facts.parameters < DECAYING
     settings = {
         "model": {
             "name_or_path": facts.model,
@@ -86,16 +92,18 @@ def plan(facts: Facts) -> Plan:
             "judge": "sql" if facts.format == "sql_create_context" else "exact",
         },
     }
-    kept = f"{held_out} pairs are held out" if held_out else "no pairs are held out, as there are too few contexts"
-    steps = f"{epochs} epoch{'s' * (epochs > 1)} of {per_epoch} steps"
+    kept = f"{held_out:g} pairs are held out" if held_out else "no pairs are held out: there are too few contexts"
+    steps = f"{epochs} epoch{'s' * (epochs > 1)} of {per_epoch} steps of {batch_size} pairs"
     return Plan(
-        settings,
-        [
-            f"loss: {why}",
-            f"learning rate: {rate:g}, {'which decays to 0' if decays else 'constant'}: what this size of model takes",
-            f"length: {steps} of {batch_size} pairs; {kept}",
-        ],
+        merged(settings, own),
+        [f"loss: {why}", f"learning rate: {_rate(rate, decays, model)}", f"length: {steps}; {kept}"],
     )
+
+
+def _rate(rate: float, decays: bool, given: Config) -> str:
+    if "learning_rate" in given:
+        return f"{given['learning_rate']:g}, as you give it"
+    return f"{rate:g}, {'which decays to 0' if decays else 'constant'}: what a model of this size takes"
 
 
 def _held_out(facts: Facts) -> int:

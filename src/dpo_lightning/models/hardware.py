@@ -74,12 +74,12 @@ def peak_memory(device: torch.device) -> int | None:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def available_memory() -> int | None:
-    """Bytes that a process can use here: on a GPU those of the GPU that are free, else the machine's or container's.
+def available_memory(accelerator: str = "auto") -> int | None:
+    """Bytes that a run can use here, None if the system does not say.
 
-    None if the system does not say.
+    On an NVIDIA GPU those that are free there, else those of the machine or the container.
     """
-    if torch.cuda.is_available():
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     try:
         import psutil  # peft needs it, but that may change
