@@ -131,7 +131,8 @@ class DPOCLI(LightningCLI):
         for section, callback in sections.items():
             parser.add_lightning_class_args(callback, section)
         parser.add_class_arguments(Find, "find")
-        parser.add_argument("--memory", type=str | None, default=None, help="such as 8GiB; smaller batches if need be")
+        memory = parser.add_argument_group("memory")
+        memory.add_argument("--memory", type=str | None, default=None, help="such as 8GiB; smaller batches if need be")
         parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
 
