@@ -18,6 +18,7 @@ from dpo_lightning.cli.download import DownloadCLI
 from dpo_lightning.cli.inspect import InspectCLI
 from dpo_lightning.cli.label import label
 from dpo_lightning.cli.rounds import RoundsCLI
+from dpo_lightning.cli.start import arguments
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.dpo import losses
 from dpo_lightning.dpo.logps import FAST, pair_logps
@@ -55,6 +56,8 @@ def parse_only(cli_class, args, run):
 def check_cli(command, args):
     if command == "demo":
         assert not args
+    elif command == "start":
+        arguments(["start", *args])
     elif command == "download":
         parse_only(DownloadCLI, args, run=False)
     elif command == "export":

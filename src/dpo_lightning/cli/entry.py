@@ -47,6 +47,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("see it work: train a tiny model on rows that ship with it", "dpo_lightning.cli.demo", "run_demo"),
+    "start": Command(
+        "train on your rows with settings that are chosen for them, then ask", "dpo_lightning.cli.start", "run_start"
+    ),
     "configs": Command("list the shipped configurations, or copy one", "dpo_lightning.cli.configs", "run_configs"),
     "fit": Command("train, showing replies before, during and after"),
     "validate": Command("reward metrics and judged replies on the validation pairs"),
@@ -60,6 +63,7 @@ COMMANDS = {
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "rounds": Command("train on the model's own verified mistakes", "dpo_lightning.cli.rounds", "run_rounds"),
     "sample": Command("a stage of rounds: sample and judge replies", "dpo_lightning.cli.sample", "run_sample"),
+    "probe": Command("a stage of --memory: try a few steps", "dpo_lightning.cli.probe", "run_probe"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
     "label": Command("choose the better of two replies, in a browser", "dpo_lightning.cli.label", "run_label"),
 }
@@ -161,7 +165,11 @@ def stopped(args: Sequence[str], stop: Stopped) -> str:
     if LIFELINE in os.environ:
         return done  # the command `rounds` says how to resume
     again = f"{program()} {shlex.join(kept)}"
-    return f"to resume:\n    {again}" if args[0] == "rounds" else f"{done}; to resume:\n    {again} --ckpt_path last"
+    return (
+        f"to resume:\n    {again}"
+        if args[0] in ("rounds", "start")
+        else f"{done}; to resume:\n    {again} --ckpt_path last"
+    )
 
 
 def program() -> str:

@@ -59,7 +59,8 @@ from dpo_lightning.visible import one_line, visible
 LONGER = 4  # times the steps, in the second round
 BEST = 3  # one arm in so many gets there
 FIRST_ROUND = 0.4  # share of `find.minutes` for the first round
-NOT_TRAINING = ("find", "config", "predictions", "export", "checkpoint", "last")  # sections that change no result
+# Sections that change no result.
+NOT_TRAINING = ("find", "config", "memory", "predictions", "export", "checkpoint", "last")
 QUIET = {
     **{"trainer.num_sanity_val_steps": 0, "trainer.enable_checkpointing": False, "trainer.enable_model_summary": False},
     **{"export.enabled": False, "replies.every_n_steps": 0, "replies.num_shown": 0},

@@ -9,18 +9,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.callbacks.context import batch_limit, batches_per_epoch
 from dpo_lightning.callbacks.learning_checks import about_data
 from dpo_lightning.callbacks.times import duration
+from dpo_lightning.cli.memory import bytes_of, chosen, of_a_run, size
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
 from dpo_lightning.data.columns import context_keys, id_counts, numeric_column, thumbs
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.encoding import EncodedPair
 from dpo_lightning.data.reading import RowAccount
+from dpo_lightning.models.policy import base_model_name, load_config, parameter_count
 from dpo_lightning.visible import one_line, visible
 
 BINS, BAR = 10, 40  # of a histogram: rows, and characters of the longest bar
@@ -76,6 +80,24 @@ def run_inspect(args: Sequence[str]) -> None:
     print("\n" + run_line(data, trainer) + "; " + time_line(data, trainer, measured(cli) if cli.config.time else None))
     if cli.model.scoring is not None:  # the model was loaded to measure the time
         print(f"this model takes batches {'packed, without' if cli.model.scoring.packed else 'with'} padding")
+    for line in memory_lines(cli):
+        print(visible(line))
+
+
+def memory_lines(cli: DPOCLI) -> list[str]:
+    """What the run takes: with `--memory` measured, and what that would change; else by its weights alone."""
+    h = cli.model.hparams
+    if cli.config.memory:
+        config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+        return chosen(of_a_run(config), bytes_of(cli.config.memory)).lines
+    weights = parameter_count(load_config(h.name_or_path, h.trust_remote_code)) * getattr(torch, h.dtype).itemsize
+    parts = {"weights": weights}
+    if not h.lora and base_model_name(h.name_or_path) == h.name_or_path:
+        optimizer = {"AdamW's state": 2 * weights} if cli.model.make_optimizer is None else {}
+        parts |= {"gradients": weights, **optimizer}
+        parts |= {"reference": weights} if cli.model.loss.needs_reference else {}
+    words = ", ".join(f"{name} {size(number)}" for name, number in parts.items())
+    return [f"memory: {words}; the rest depends on the batches: --memory 8GiB measures it, and makes the run fit"]
 
 
 def measured(cli: DPOCLI) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
@@ -48,6 +49,7 @@ from dpo_lightning.cli import entry
 from dpo_lightning.cli.arms import Find
 from dpo_lightning.cli.configs import with_shipped
 from dpo_lightning.cli.entry import COMMANDS, program
+from dpo_lightning.cli.memory import keep_within_memory
 from dpo_lightning.cli.optimizers import drop_defaults, with_run_settings
 from dpo_lightning.cli.run_settings import check_run_settings, warn_of_other_splits
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -81,6 +83,7 @@ HELP = {
     "guards": "warnings, and when to stop",
     "forgetting": "what training costs elsewhere",
     "export": "the trained model as a Hugging Face folder",
+    "memory": "how much memory training may take",
     "predictions": "the file that `predict` writes",
     "find": "what the command `find` tries",
     "optimizer": "another optimizer than AdamW",
@@ -98,6 +101,7 @@ class DPOCLI(LightningCLI):
     config: Namespace
     _logger_options: Mapping[str, Any] = MappingProxyType({})
     _checkpoint_prompt_format: PromptFormat | None = None
+    _resumed_data: Mapping[str, Any] | None = None  # settings of the data of the run that is resumed
     _why = ""  # this precision, if it was chosen here
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -127,6 +131,8 @@ class DPOCLI(LightningCLI):
         for section, callback in sections.items():
             parser.add_lightning_class_args(callback, section)
         parser.add_class_arguments(Find, "find")
+        memory = parser.add_argument_group("memory")
+        memory.add_argument("--memory", type=str | None, default=None, help="such as 8GiB; smaller batches if need be")
         parser.add_optimizer_args((Optimizer,), link_to="model.optimizer")
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple, link_to="model.lr_scheduler")
 
@@ -174,6 +180,9 @@ class DPOCLI(LightningCLI):
             config.model.optimizer = with_run_settings(config.optimizer, config.model)
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
+        if self.subcommand == "fit" and config.memory:
+            everything = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            keep_within_memory(config, everything["fit"], self._resumed_data)
         if config.checkpoint.save_last:  # it would take the place of LastCheckpoint's, without the optimizer's state
             config.checkpoint.save_weights_only = False
 
@@ -243,6 +252,7 @@ class DPOCLI(LightningCLI):
         checkpoint = read_checkpoint(path, mmap=True)
         if self.config.subcommand == "fit":
             check_resumable(checkpoint, path)
+            self._resumed_data = checkpoint.get(DATA_SETTINGS) or {}
         saved = saved_settings(checkpoint, path)
         self._check_trust(settings, saved.get("name_or_path"), path)
         self._checkpoint_prompt_format = checkpoint_prompt_format(checkpoint, path)

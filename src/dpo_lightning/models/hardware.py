@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -71,6 +72,23 @@ def peak_memory(device: torch.device) -> int | None:
         return _peak_working_set()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def available_memory(accelerator: str = "auto") -> int | None:
+    """Bytes that a run can use here, None if the system does not say.
+
+    On an NVIDIA GPU those that are free there, else those of the machine or the container.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        import psutil  # peft needs it, but that may change
+    except ImportError:
+        return None
+    limits = [psutil.virtual_memory().available]
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 def _peak_working_set() -> int | None:

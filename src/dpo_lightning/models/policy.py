@@ -137,6 +137,14 @@ def load_config(name_or_path: str, trust_remote_code: bool = False) -> "Pretrain
     return from_hub_or_folder("model", base_model_name(name_or_path), lambda n: _checked_config(n, trust_remote_code))
 
 
+def parameter_count(config: "PretrainedConfig") -> int:
+    """The number of parameters of a model with this config, without their memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
 def _checked_config(name: str, trust_remote_code: bool) -> "PretrainedConfig":
     """A model's config; ValueError for impossible sizes, with which a model would be empty or exceed all memory."""
     from transformers import AutoConfig
