@@ -9,6 +9,7 @@ PACKAGE = REPO / "src" / "dpo_lightning"
 # From the top floor to the ground; a folder or file imports from its own floor and from those below.
 FLOORS = (
     ("cli",),
+    ("page",),
     ("callbacks",),
     ("dpo", "judging"),
     ("data",),

@@ -5,10 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dpo_lightning.cli import chat as chatting
-from dpo_lightning.cli.chat import converse, load_speakers, show, stream
+from dpo_lightning.cli.chat import converse, show
 from dpo_lightning.cli.entry import main
+from dpo_lightning.data import speakers
 from dpo_lightning.data.batching import collate_prompts
+from dpo_lightning.data.speakers import load_speakers, stream
 from dpo_lightning.models.generate import generate
 
 
@@ -102,7 +103,7 @@ def test_a_tokenizer_with_a_chat_template_is_asked_as_it_wants(model_folder, tok
     shutil.copytree(model_folder, tmp_path / "chatty")
     (tmp_path / "chatty" / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     asked = []
-    monkeypatch.setattr(chatting, "stream", lambda model, tokenizer, prompt, *_: asked.append(prompt) or iter("x"))
+    monkeypatch.setattr(speakers, "stream", lambda model, tokenizer, prompt, *_: asked.append(prompt) or iter("x"))
     typed(monkeypatch, "hello\n")
     assert main(["chat", "--model", str(tmp_path / "chatty")]) == 0
     typed(monkeypatch, "hello\n")

@@ -5,28 +5,18 @@ else to stderr, so that a pipe gets only replies.
 """
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import torch
-from torch import Tensor
-
-from dpo_lightning.cli.chat_prompts import assumed_prompt_format, check_template, model_folder, note, remarks
+from dpo_lightning.cli.chat_prompts import load_asked, note
 from dpo_lightning.data.cells import MAX_CELL
-from dpo_lightning.data.encoding import encode_prompts, load_tokenizer
-from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
-from dpo_lightning.errors import UserError
-from dpo_lightning.models.generate import generate, prompt_room
-from dpo_lightning.models.policy import load_policy, tokenizer_name
 from dpo_lightning.parsing import AtLeast1, check_settings, run_function
 from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELP = """Type a question and press Enter.
 /schema CREATE TABLE ...  the schema for the next questions; without a text, none
@@ -34,20 +24,6 @@ HELP = """Type a question and press Enter.
 exit, quit, Ctrl-D        end; Ctrl-C stops a reply, or ends if there is none"""
 ENDS = ("exit", "quit", "/exit", "/quit")
 Stream = Callable[[str], Iterator[str]]  # prompt -> pieces of the reply
-
-
-class Speaker(NamedTuple):
-    """A model that replies while the context of `switch` is active."""
-
-    name: str
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    switch: Callable[[], AbstractContextManager] = nullcontext
-
-    def answer(self, prompt: str, max_new_tokens: int, chat: bool = False) -> Iterator[str]:
-        """The pieces of a greedy reply."""
-        with self.switch():
-            yield from stream(self.model, self.tokenizer, prompt, max_new_tokens, chat)
 
 
 def chat(
@@ -70,19 +46,8 @@ def chat(
         trust_remote_code: run a hub model's own Python code.
     """
     check_settings(chat, locals(), "--")
-    model = model_folder(model, "--model")
-    reference = reference and model_folder(reference, "--reference")
-    trained = read_prompt_format(model)
-    prompt_format = trained if prompt_template is None else PromptFormat(False, prompt_template)
-    check_template(prompt_format, "--prompt_template" if prompt_template is not None else f"'{model}'")
-    speakers = load_speakers(model, reference, trust_remote_code)
+    speakers, prompt_format = load_asked(model, reference, prompt_template, trust_remote_code)
     tokenizer = speakers[-1].tokenizer
-    if trained:
-        trained.apply_to(tokenizer)
-    prompt_format = prompt_format or assumed_prompt_format(tokenizer)
-    prompt_format.prompt("probe", "", tokenizer)  # a broken chat template is reported before the first question
-    for line in remarks(model, prompt_format, trained, given=prompt_template is not None):
-        note(line)
     replies: dict[str, Stream] = {
         s.name: partial(s.answer, max_new_tokens=max_new_tokens, chat=prompt_format.chat) for s in speakers
     }
@@ -92,71 +57,6 @@ def chat(
 def run_chat(args: Sequence[str]) -> None:
     """Runs `chat` with its arguments, the command's name first."""
     run_function(chat, args)
-
-
-def load_speakers(model: str, reference: str | None, trust_remote_code: bool) -> list[Speaker]:
-    """Loads the reference, if there is one, and the policy, in this order; UserError if one cannot be loaded."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "bfloat16" if device == "cuda" else "float32"
-
-    def load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        policy = load_policy(name, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
-        return policy, load_tokenizer(tokenizer_name(name), trust_remote_code)
-
-    policy, tokenizer = load(model)
-    speakers = [Speaker("policy", policy, tokenizer)]
-    if reference is not None:
-        speakers.insert(0, Speaker("reference", *load(reference)))
-    elif hasattr(policy, "disable_adapter"):
-        speakers.insert(0, Speaker("reference", policy, tokenizer, policy.disable_adapter))
-    return speakers
-
-
-def stream(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: str,
-    max_new_tokens: int,
-    chat: bool = False,
-) -> Iterator[str]:
-    """The pieces of a greedy reply as they are generated; closing the iterator stops the generation.
-
-    Args:
-        chat: a chat template has rendered the prompt, so it has its special tokens already.
-
-    Raises:
-        UserError: the prompt has no tokens.
-    """
-    from transformers import StoppingCriteriaList, TextIteratorStreamer
-
-    room = prompt_room(model, max_new_tokens)
-    (prompt_ids,) = encode_prompts(tokenizer, [prompt], room, [chat])  # as training does
-    if not prompt_ids:
-        raise UserError("the prompt has no tokens, so there is nothing to answer")
-    ids = torch.tensor([prompt_ids], device=model.device)
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped, errors = threading.Event(), []
-
-    def stop(input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
-
-    def work() -> None:
-        try:
-            mask, criteria = torch.ones_like(ids), StoppingCriteriaList([stop])
-            generate(model, ids, mask, tokenizer, max_new_tokens, stopping_criteria=criteria, streamer=pieces)
-        except Exception as error:  # raised again in the reader's thread
-            errors.append(error)
-            pieces.end()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield from pieces
-    finally:
-        stopped.set()
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def converse(replies: dict[str, Stream], render: Callable[[str, str], str], schema: str, lines: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""For `chat`: the folder of the model that an argument names, and the format of its prompts."""
+"""For `chat` and `label`: the models that their arguments name, and the format of their prompts."""
 
 import sys
 from collections.abc import Iterator
@@ -6,13 +6,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_lightning.data.formats import RowOptions, placeholders, quoted
-from dpo_lightning.data.prompt_format import FILE, PromptFormat
+from dpo_lightning.data.prompt_format import FILE, PromptFormat, read_prompt_format
+from dpo_lightning.data.speakers import Speaker, load_speakers
 from dpo_lightning.errors import UserError
 from dpo_lightning.models.policy import ADAPTER_CONFIG
 from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def load_asked(
+    model: str,
+    reference: str | None,
+    prompt_template: str | None,
+    trust_remote_code: bool,
+    options: tuple[str, str] = ("--model", "--reference"),
+) -> tuple[list[Speaker], PromptFormat]:
+    """The reference, if there is one, and the policy, in this order, and how to ask them.
+
+    Args:
+        prompt_template: the user's; None: that of the model's training, or else the usual one.
+        options: that name the models, for messages.
+
+    Raises:
+        UserError: a model cannot be loaded, or the template is not valid.
+    """
+    model = model_folder(model, options[0])
+    reference = reference and model_folder(reference, options[1])
+    trained = read_prompt_format(model)
+    prompt_format = trained if prompt_template is None else PromptFormat(False, prompt_template)
+    check_template(prompt_format, "--prompt_template" if prompt_template is not None else f"'{model}'")
+    speakers = load_speakers(model, reference, trust_remote_code)
+    tokenizer = speakers[-1].tokenizer
+    if trained:
+        trained.apply_to(tokenizer)
+    prompt_format = prompt_format or assumed_prompt_format(tokenizer)
+    prompt_format.prompt("probe", "", tokenizer)  # a broken chat template is reported before the first question
+    for line in remarks(model, prompt_format, trained, given=prompt_template is not None):
+        note(line)
+    return speakers, prompt_format
 
 
 def model_folder(name: str, option: str) -> str:
