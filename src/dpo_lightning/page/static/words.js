@@ -29,3 +29,8 @@ export function t(key, values = {}) {
   const words = Object.hasOwn(WORDS, key) ? WORDS[key][current === "zh" ? 1 : 0] : key;
   return words.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
 }
+
+// Adds the words of a view, such as { stop: ["Stop", "停止"] }.
+export function addWords(words) {
+  Object.assign(WORDS, words);
+}
