@@ -61,6 +61,7 @@ COMMANDS = {
     "rounds": Command("train on the model's own verified mistakes", "dpo_lightning.cli.rounds", "run_rounds"),
     "sample": Command("a stage of rounds: sample and judge replies", "dpo_lightning.cli.sample", "run_sample"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
+    "label": Command("choose the better of two replies, in a browser", "dpo_lightning.cli.label", "run_label"),
 }
 
 

@@ -1,63 +1,169 @@
 """The command `label`: a local page in the browser, on which people say which of two replies is better."""
 
+import getpass
 import importlib.util
+import random
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 from dpo_lightning.cli.chat_prompts import load_asked, note
+from dpo_lightning.data.speakers import Sampling, Speaker
 from dpo_lightning.errors import UserError
-from dpo_lightning.page.guard import LOOPBACK
-from dpo_lightning.parsing import AtLeast1, check_settings, run_function
+from dpo_lightning.judging.judge import JudgeSetting, find_score
+from dpo_lightning.models.policy import without_adapter
+from dpo_lightning.page.clicks import Clicks
+from dpo_lightning.page.guard import EVERY, LOOPBACK
+from dpo_lightning.page.label import Labelling
+from dpo_lightning.page.prompts import Prompt, read_prompts
+from dpo_lightning.page.tasks import TaskMaker, Tasks
+from dpo_lightning.page.work import Work
+from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, Seed, check_settings, run_function
+from dpo_lightning.storage.locks import hold, in_use, let_go
 
 REFERENCE = "reference"  # as --model_b: the base model of an adapter
+AHEAD, CHOICE = 4, 16  # prompts with replies ready: to read next, or to find the greatest disagreement among
 
 
 def label(
     model: str,
+    prompts: str,
     model_b: str | None = None,
+    output: str = "labels.jsonl",
+    mode: Literal["pairs", "thumbs"] = "pairs",
+    next: Literal["random", "disagree"] = "random",
+    judge: JudgeSetting | None = None,
+    temperature: NotNegative = 1.0,
+    top_p: PositiveShare = 1.0,
+    max_new_tokens: AtLeast1 = 128,
+    seed: Seed = 42,
+    labeller: str | None = None,
     prompt_template: str | None = None,
     host: str = "127.0.0.1",
     port: AtLeast1 = 7865,
     token: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Serves a page on which to label, compare and chat.
+    """Serves a page on this machine, on which you say which of two replies is better, and writes a data set of it.
 
     Args:
         model: folder of a run, folder that `fit` or `export` wrote, or a hub id.
-        model_b: another model to compare with; `reference` for the base model of an adapter.
-        prompt_template: the prompt, from {context} and {question}; by default that of the model's training.
-        host: address to serve the page at; any but this machine's own needs a token.
+        prompts: data set with prompts, as for `fit`, or a .txt file with a question a line.
+        model_b: the model of the second replies; `reference` for the base model of an adapter; by default both are
+            samples of `model`.
+        output: file to write, which `fit` trains on; an existing one is continued.
+        mode: `pairs` to choose the better of two replies, `thumbs` to find one reply good or bad.
+        next: which prompt comes next, one drawn at random or, of 16, the one on whose replies the judge's verdicts, or
+            else the words, differ most.
+        judge: shows its verdicts beside the replies, such as sql; see docs/judges.md.
+        temperature: divides the logits; 0 for the likeliest tokens.
+        top_p: only the likeliest tokens that together have this probability are drawn.
+        max_new_tokens: length limit of a reply.
+        seed: of the samples, of the order of the prompts, and of which reply is on which side.
+        labeller: your name in the file; by default that of your account.
+        prompt_template: the prompt, from {context} and {question}; by default that of the model's training or, if its
+            folder does not have it, the tokenizer's chat template, else the default of training.
+        host: address at which the page is served; any but this machine's own (127.0.0.1) needs a token.
         port: of the page.
-        token: a secret in the page's address, without which nothing is served.
+        token: a secret that must be in the page's address.
         trust_remote_code: run a hub model's own Python code.
     """
     check_settings(label, locals(), "--")
+    check_arguments(mode, next, model_b, temperature, output, host, token)
+    from dpo_lightning.page.server import allowed_hosts, listen, page, serve
+
+    path = Path(output).expanduser()
+    lock = path.with_name(f"{path.name}.lock")
+    if not hold(lock):
+        raise in_use(f"--output '{output}'", "give another one")
+    work = Work()
+    try:
+        with listen(host, port) as listening:
+            clicks = Clicks(path)
+            score = None if judge is None else find_score(judge, "--judge")
+            other = None if model_b == REFERENCE else model_b
+            speakers, prompt_format = load_asked(model, other, prompt_template, trust_remote_code, OPTIONS)
+            asked = labelled(read_prompts(prompts, prompt_format, speakers[-1].tokenizer), clicks, seed)
+            sampling = Sampling(temperature, top_p, max_new_tokens)
+            answering = named(speakers, model, model_b)
+            make = TaskMaker(answering, sampling, seed, mode == "pairs", score, work.ending.is_set)
+            tasks = Tasks(asked, make, work, CHOICE if next == "disagree" else AHEAD, next == "disagree")
+            told = {"sampling": sampling._asdict(), "seed": seed, "labeller": labeller or account()}
+            code = score is not None and any(one.kind.syntax for one in score.judges.values())
+            views = [Labelling(tasks, clicks, mode == "pairs", told, code).view()]
+            note(f"open {address(host, port, token)} in a browser; Ctrl-C ends")
+            serve(page(views, allowed_hosts(host), token), listening)
+    except KeyboardInterrupt:  # the usual end
+        note(f"{len(clicks.decided)} prompts are labelled in {path}")
+    finally:
+        work.end()
+        let_go(lock, remove=True)
+
+
+OPTIONS = ("--model", "--model_b")
+
+
+def check_arguments(
+    mode: str, next_: str, model_b: str | None, temperature: float, output: str, host: str, token: str | None
+) -> None:
+    """Raises UserError for arguments that do not go together, and for a missing package."""
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"label needs the package {package}, which is not installed: pip install starlette uvicorn")
-    check_token(host, token)
-    from dpo_lightning.page.server import allowed_hosts, listen, page, serve
-    from dpo_lightning.page.view import View
-    from dpo_lightning.page.work import Work
-
-    listening = listen(host, port)
-    other = None if model_b == REFERENCE else model_b
-    speakers, prompt_format = load_asked(model, other, prompt_template, trust_remote_code, ("--model", "--model_b"))
-    work = Work()
-    views: list[View] = []  # made from speakers, prompt_format and work
-    note(f"http://{host}:{port}/")
-    try:
-        serve(page(views, allowed_hosts(host), token), listening)
-    finally:
-        work.end()
-
-
-def check_token(host: str, token: str | None) -> None:
-    """Raises UserError for a host that needs a token and has none, and for a token that is short or no cookie."""
+    if Path(output).suffix != ".jsonl":
+        raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
+    if mode == "thumbs" and (next_ == "disagree" or model_b):
+        raise UserError("--mode thumbs shows one reply of one model: leave --model_b and --next disagree out")
+    if mode == "pairs" and not temperature and not model_b:
+        raise UserError("--temperature 0 makes the same reply twice: raise it, or give --model_b")
     if token is None and host not in LOOPBACK:
         raise UserError(f"--host {host}: other machines could use the page, so it needs --token, a secret of yours")
     if token is not None and (len(token) < 16 or not token.isascii() or not token.replace("-", "a").isalnum()):
         raise UserError("--token must have at least 16 characters, which are letters, digits and -")
+
+
+def labelled(found: tuple[list[Prompt], int], clicks: Clicks, seed: int) -> list[Prompt]:
+    """The prompts that are still to be labelled, in random order; says what became of the others."""
+    prompts, repeated = found
+    left = [prompt for prompt in prompts if prompt.key not in clicks.decided]
+    random.Random(seed).shuffle(left)
+    lines = [
+        (clicks.torn, f"the last line of {clicks.journal} was cut short by a kill and is removed"),
+        (repeated, f"{repeated} prompts are repeated, and asked once"),
+        (clicks.decided, f"{len(prompts) - len(left)} of {len(prompts)} prompts are labelled already"),
+    ]
+    for holds, line in lines:
+        if holds:
+            note(line)
+    return left
+
+
+def named(speakers: Sequence[Speaker], model: str, model_b: str | None) -> list[tuple[str, Speaker]]:
+    """The models that reply, with their names for the file.
+
+    Raises:
+        UserError: there is no reference.
+    """
+    if model_b is None:
+        return [(model, speakers[-1])]
+    if len(speakers) == 1:
+        raise UserError(f"--model_b {REFERENCE}: '{model}' is no adapter: name the model to compare with")
+    other = without_adapter(speakers[0].model).name_or_path if model_b == REFERENCE else model_b
+    return [(model, speakers[-1]), (other, speakers[0])]
+
+
+def account() -> str:
+    """The name of the user's account; "unknown" where there is none, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
+
+
+def address(host: str, port: int, token: str | None) -> str:
+    """The page's address for a browser."""
+    name = "127.0.0.1" if host in EVERY else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
 def run_label(args: Sequence[str]) -> None:

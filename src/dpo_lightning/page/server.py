@@ -136,7 +136,7 @@ def allowed_hosts(host: str) -> tuple[str, ...]:
 def serve(app: Guard, listening: socket.socket) -> None:
     """Serves the page until SIGINT or SIGTERM, which are raised again at the end."""
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         log_config=None,
         access_log=False,
         lifespan="off",

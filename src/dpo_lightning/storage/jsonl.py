@@ -1,19 +1,30 @@
 """Files of JSON lines that stay readable whenever the process is killed."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
-def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Appends a line per object and flushes each, so that a kill can cut only the last one short."""
+def append_lines(path: Path, lines: Iterable[dict[str, Any]], to_disk: bool = False) -> None:
+    """Appends a line per object and flushes each, so that a kill can cut only the last one short.
+
+    With `to_disk` they also survive a power cut, which takes some milliseconds.
+    """
     with path.open("a", encoding="utf-8") as file:
         for line in lines:
-            # Lone surrogates, which a model can generate, have no UTF-8 encoding and stay escaped.
-            text = json.dumps(line, ensure_ascii=False)
-            file.write((json.dumps(line) if any("\ud800" <= c <= "\udfff" for c in text) else text) + "\n")
+            file.write(as_line(line))
             file.flush()
+        if to_disk:
+            os.fsync(file.fileno())
+
+
+def as_line(line: dict[str, Any]) -> str:
+    """An object as a line of a file."""
+    # Lone surrogates, which a model can generate, have no UTF-8 encoding and stay escaped.
+    text = json.dumps(line, ensure_ascii=False)
+    return (json.dumps(line) if any("\ud800" <= c <= "\udfff" for c in text) else text) + "\n"
 
 
 class Lines(NamedTuple):
