@@ -90,7 +90,8 @@ def test_sampled_replies_are_drawn_from_their_seed(model_folder, tokenizer):
 
 def test_replies_grow_side_by_side_unless_the_weights_are_shared(model_folder, adapter_folder):
     def order(reference):
-        pieces = side_by_side(load_speakers(str(adapter_folder), reference, False), "Which name?", GREEDY._replace(max_new_tokens=12), 0)
+        speakers = load_speakers(str(adapter_folder), reference, False)
+        pieces = side_by_side(speakers, "Which name?", GREEDY._replace(max_new_tokens=12), 0)
         return [name for name, _ in pieces]
 
     together, shared = order(str(model_folder)), order(None)

@@ -13,7 +13,7 @@ from dpo_lightning.page.compare import Comparison
 from dpo_lightning.page.prompts import Prompt
 from dpo_lightning.page.work import Work
 
-PROMPTS = [Prompt(str(row), "", PreferencePair(f"question {row}", "right", "")) for row in range(1, 21)]
+PROMPTS = [Prompt(str(row), PreferencePair(f"question {row}", "right", "")) for row in range(1, 21)]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def prefer_right(comparison, count):
 def test_a_person_decides_blind_and_the_win_rate_is_that_of_model_a(compare):
     comparison = compare()
     item = comparison.next()["item"]
-    assert set(item) == {"id", "prompt", "left", "right"}  # nothing that tells whose reply is whose
+    assert set(item) == {"id", "question", "context", "left", "right"}  # nothing that tells whose reply is whose
     assert 1 <= prefer_right(comparison, 20) <= 19  # all on one side: once in 500,000 tries
     assert comparison.next()["item"] is None
     person = comparison.state()["person"]
@@ -82,12 +82,19 @@ def test_a_comparison_goes_on_where_it_stopped(compare):
         file.write('{"key": "7", "by": "per')  # a kill in the middle of a line
     again = compare()
     assert again.state()["person"]["wins"] == 3
-    with pytest.raises(UserError, match="started anew"):
-        again.answer(item["id"], "left")  # which order did the other server show?
-    shown = again.next()["item"]
-    assert shown["prompt"] == item["prompt"]
-    again.answer(shown["id"], "tie")
+    assert again.next()["item"] == item
+    again.answer(item["id"], "tie")  # as of a tab that was open all the time
     assert len(lines(again)) == 4 and again.state()["person"]["ties"] == 1
+
+
+def test_a_verdict_on_replies_that_are_others_now_is_refused(compare):
+    item = compare().next()["item"]
+    for other in (compare(lambda prompt: (reply("new"), reply("newer"))), compare(seed=3)):
+        with pytest.raises(UserError, match="others now"):
+            other.answer(item["id"], "left")
+        with pytest.raises(UserError, match="others now"):
+            other.answer("../x", "left")
+        assert not other.file.exists() or not other.file.read_text()
 
 
 def test_verdicts_on_other_models_or_settings_stay_in_the_file_and_do_not_count(compare):
@@ -101,11 +108,11 @@ def test_verdicts_on_other_models_or_settings_stay_in_the_file_and_do_not_count(
 def test_the_last_verdict_can_be_taken_back_and_given_again(compare):
     comparison = compare()
     prefer_right(comparison, 2)
-    prompt = comparison.next()["item"]["prompt"]
+    prompt = comparison.next()["item"]["question"]
     comparison.answer(comparison.next()["item"]["id"], "tie")
     back = comparison.undo()
-    assert back["item"]["prompt"] == prompt and back["state"]["person"]["ties"] == 0
-    assert compare().next()["item"]["prompt"] == prompt  # also after a kill
+    assert back["item"]["question"] == prompt and back["state"]["person"]["ties"] == 0
+    assert compare().next()["item"]["question"] == prompt  # also after a kill
     prefer_right(comparison, 1)
     assert comparison.state()["person"]["wins"] == 3 and len(lines(comparison)) == 5  # nothing is overwritten
     assert compare(settings={"seed": 1}).undo()["item"] is not None  # nothing to take back

@@ -1,13 +1,12 @@
 """The view Compare: two models' replies to held-out prompts, blind side by side, and how often each is the better.
 
-Which reply stands on the left is drawn for each prompt and never leaves the server before the verdict is written. A
-judge can compare the same replies without a person. Each verdict is a line of JSON, of which the last one on a prompt
-counts: nothing is overwritten, and a comparison that was interrupted goes on where it stopped.
+Which reply stands on the left is drawn for each prompt and never leaves the server. A judge can compare the same
+replies without a person. Each verdict is a line of JSON, of which the last one on a prompt counts: nothing is
+overwritten, and a comparison that was interrupted goes on where it stopped.
 """
 
 import math
 import random
-import secrets
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import Score, VerdictMeans, verdicts
 from dpo_lightning.judging.quantities import quantity, results
 from dpo_lightning.judging.win_rate import win_rate
+from dpo_lightning.models.hub import reason_of
 from dpo_lightning.models.reply import Reply
 from dpo_lightning.page.prompts import Prompt
 from dpo_lightning.page.view import View, shown
@@ -36,11 +36,13 @@ Replies = tuple[Reply, Reply]  # of model A and of model B
 
 
 class Item(NamedTuple):
-    """A prompt as the browser shows it."""
+    """A prompt with its replies."""
 
+    id: str  # others for the same prompt if the replies or their order are others
     prompt: Prompt
     replies: Replies
     left: Literal["a", "b"]
+    texts: list[str]  # of the replies, the left one first
 
 
 class Comparison:
@@ -51,8 +53,9 @@ class Comparison:
         replies: both models' replies to a prompt; called as a job of `work`.
         file: of the verdicts; those of the same comparison that it has count.
         settings: what replies depend on, as plain JSON: verdicts in the file under others do not count.
-        seed: of the order of the prompts.
+        seed: of the order of the prompts, and of which reply is on the left.
         score: the judge, and what decides.
+        most: prompts to compare; by default all.
 
     Raises:
         UserError: the file has other content than JSON lines.
@@ -68,16 +71,19 @@ class Comparison:
         settings: dict[str, Any],
         seed: int = 0,
         score: Score | None = None,
+        most: int | None = None,
     ) -> None:
         self.names, self.file, self.score = names, file, score
-        self.prompts = random.Random(seed).sample(prompts, len(prompts))  # the first ones are a fair sample too
-        self._replies, self._work = replies, work
+        # In random order, so that the first ones are a fair sample too.
+        self.prompts = random.Random(seed).sample(prompts, len(prompts))[:most]
+        self._replies, self._work, self._seed = replies, work, seed
         self._key = key_digest(settings)[:12]
         self._made: dict[str, Future[Replies]] = {}
-        self._items: dict[str, Item] = {}
-        self._shown: dict[str, str] = {}  # a prompt's key -> the id of its item
         self._lock = threading.RLock()
-        self._lines: dict[str, dict[str, dict[str, Any]]] = {PERSON: {}, JUDGE: {}}  # by the prompt's key: the last line
+        self._lines: dict[str, dict[str, dict[str, Any]]] = {
+            PERSON: {},
+            JUDGE: {},
+        }  # by the prompt's key: the last line
         self._read()
 
     def view(self) -> View:
@@ -102,20 +108,20 @@ class Comparison:
             if replies[0].text == replies[1].text:
                 self._write(PERSON, prompt, replies, "tie", same=True)
                 continue
-            return {"item": self._item(prompt, replies), "state": self.state()}
+            return {"item": _drawn(self._item(prompt, replies)), "state": self.state()}
         return {"item": None, "state": self.state()}
 
     def answer(self, id: str, better: Literal["left", "right", "tie"]) -> dict[str, Any]:
         """Writes a person's verdict on an item, and returns the `state`.
 
         Raises:
-            UserError: the server was started anew since, so it no longer knows which reply was whose.
+            UserError: the server was started anew with other models or settings since the item was shown.
         """
-        item = self._items.get(id)
-        if item is None:
-            raise UserError("the server was started anew since this prompt was shown: please decide again")
-        right = "b" if item.left == "a" else "a"
-        verdict = {"left": item.left, "right": right, "tie": "tie"}[better]
+        prompt = next((each for each in self.prompts if each.key == id.partition("-")[0]), None)
+        item = self._item(prompt, _result(self._replies_to(prompt))) if prompt else None
+        if item is None or item.id != id:
+            raise UserError("the replies are others now, since the server was started anew: please decide again")
+        verdict = {"left": item.left, "right": "b" if item.left == "a" else "a", "tie": "tie"}[better]
         self._write(PERSON, item.prompt, item.replies, verdict, left=item.left)
         return self.state()
 
@@ -180,14 +186,10 @@ class Comparison:
                 made = self._made[prompt.key] = self._work.submit(lambda: self._replies(prompt))
             return made
 
-    def _item(self, prompt: Prompt, replies: Replies) -> dict[str, Any]:
-        with self._lock:
-            id = self._shown.setdefault(prompt.key, secrets.token_hex(8))
-            if id not in self._items:
-                self._items[id] = Item(prompt, replies, random.SystemRandom().choice(("a", "b")))
-            item = self._items[id]
-        left, right = item.replies if item.left == "a" else item.replies[::-1]
-        return {"id": id, "prompt": shown(prompt.pair.prompt), "left": shown(left.text), "right": shown(right.text)}
+    def _item(self, prompt: Prompt, replies: Replies) -> Item:
+        left: Literal["a", "b"] = "a" if random.Random(f"{self._seed} {prompt.key}").random() < 0.5 else "b"
+        texts = [reply.text for reply in (replies if left == "a" else replies[::-1])]
+        return Item(f"{prompt.key}-{key_digest([prompt.pair.prompt, texts])[:12]}", prompt, replies, left, texts)
 
     def _verdict(self, by: str, prompt: Prompt) -> str | None:
         with self._lock:
@@ -201,7 +203,11 @@ class Comparison:
 
     def _append(self, by: str, prompt: Prompt, line: dict[str, Any]) -> None:
         with self._lock:
-            append_lines(self.file, [line])
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                append_lines(self.file, [line], to_disk=True)
+            except OSError as error:
+                raise UserError(f"not saved: '{self.file}' cannot be written: {reason_of(error)}") from error
             self._lines[by].pop(prompt.key, None)  # so that the order is that of the verdicts
             self._lines[by][prompt.key] = line
 
@@ -210,11 +216,14 @@ class Comparison:
         refusal = UserError(f"'{self.file}' is not a file of verdicts: choose another with --output")
         try:
             lines = read_lines(self.file)
-        except ValueError as error:
+            if lines.rest and not could_be_half(lines.rest, {"key": ""}):
+                raise refusal
+            if lines.rest:
+                keep_lines(self.file, lines, len(lines.objects))
+        except (ValueError, RecursionError) as error:
             raise refusal from error
-        if lines.rest and not could_be_half(lines.rest, {"key": ""}):
-            raise refusal
-        keep_lines(self.file, lines, len(lines.objects))
+        except OSError as error:
+            raise UserError(f"'{self.file}' cannot be used for verdicts: {reason_of(error)}") from error
         keys = {prompt.key for prompt in self.prompts}
         for line in lines.objects:
             by, key = line.get("by"), line.get("key")
@@ -224,6 +233,13 @@ class Comparison:
                 continue
             self._lines[by].pop(str(key), None)
             self._lines[by][str(key)] = line
+
+
+def _drawn(item: Item) -> dict[str, Any]:
+    """An item as the page shows it: whose reply is on which side is not told."""
+    left, right = (shown(text.strip()) for text in item.texts)
+    prompt = {"question": shown(item.prompt.question), "context": shown(item.prompt.context)}
+    return {"id": item.id, **prompt, "left": left, "right": right}
 
 
 def _rate(counts: Counter) -> dict[str, Any]:

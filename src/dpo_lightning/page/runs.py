@@ -152,7 +152,10 @@ def plots(curves: dict[str, Curve]) -> list[dict[str, Any]]:
     found = []
     for title, series, share in charts(curves)[:MOST_CHARTS]:
         if plot := line_plot(series, share):
-            lines = [{**line, "name": visible(line["name"]), "colour": number % SERIES_COLOURS} for number, line in enumerate(plot.series)]
+            lines = [
+                {**line, "name": visible(line["name"]), "colour": number % SERIES_COLOURS}
+                for number, line in enumerate(plot.series)
+            ]
             size = {name: getattr(plot, name) for name in ("width", "height", "left", "right", "x_labels", "y_labels")}
             found.append({"title": visible(title), **size, "series": lines})
     return found

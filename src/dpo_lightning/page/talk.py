@@ -23,7 +23,9 @@ class Talk:
         sampling: which the page begins with.
     """
 
-    def __init__(self, speakers: Sequence[Speaker], prompt_format: PromptFormat, work: Work, sampling: Sampling) -> None:
+    def __init__(
+        self, speakers: Sequence[Speaker], prompt_format: PromptFormat, work: Work, sampling: Sampling
+    ) -> None:
         self.speakers, self.prompt_format, self.work, self.sampling = speakers, prompt_format, work, sampling
 
     def view(self) -> View:

@@ -1,9 +1,9 @@
 // Chat: a question, and the replies of the reference and the policy as they grow, side by side.
 
-import { call, el, notice, stream, t } from "./frame.js";
-import { addWords } from "./words.js";
+import { call, el, notice, stream } from "./frame.js";
+import { withWords } from "./words.js";
 
-addWords({
+const t = withWords({
   question: ["Question", "问题"],
   "ask here": ["Ask a question …", "输入问题……"],
   "each alone": [
@@ -23,7 +23,6 @@ addWords({
   "as asked": ["The prompt as the models got it", "模型收到的完整提示"],
   reference: ["Reference", "参考模型"],
   policy: ["Policy", "策略模型"],
-  empty: ["(an empty reply)", "（空回复）"],
 });
 
 const kept = { question: "", schema: "", sampling: null, turns: [] }; // also when another tab is opened
@@ -39,7 +38,7 @@ export async function show(root) {
   });
   question.value = kept.question;
   const schema = el("textarea", {
-    rows: 2, id: "schema", class: "mono", placeholder: t("schema here"), spellcheck: "false", maxlength: about.longest,
+    rows: 2, id: "schema", class: "code", placeholder: t("schema here"), spellcheck: "false", maxlength: about.longest,
     oninput: () => { kept.schema = schema.value; },
   });
   schema.value = kept.schema;
@@ -89,12 +88,12 @@ export async function show(root) {
   async function ask() {
     const text = question.value.trim();
     if (!text) return;
-    const columns = new Map(about.names.map((name) => [name, el("div", { class: "text mono going" })]));
-    const prompt = el("div", { class: "text mono tall" });
+    const columns = new Map(about.names.map((name) => [name, el("div", { class: "text code going" })]));
+    const prompt = el("div", { class: "text code tall" });
     const turn = el(
       "article", { class: "stack" },
-      el("p", { class: "asked text" }, text),
-      el("div", { class: about.names.length > 1 ? "two" : "" }, ...about.names.map((name) => el("div", { class: "card" }, el("h2", { class: "label" }, t(name)), columns.get(name)))),
+      el("p", { class: "mine text" }, text),
+      el("div", { class: about.names.length > 1 ? "replies two" : "replies" }, ...about.names.map((name) => el("div", { class: "card" }, el("h2", { class: "caption" }, t(name)), columns.get(name)))),
       el("details", {}, el("summary", { class: "dim small" }, t("as asked")), prompt),
     );
     kept.turns.push(turn);

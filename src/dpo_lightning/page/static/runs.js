@@ -1,9 +1,9 @@
 // Runs: every run of a folder with what became of it, newest first, and its curves while they grow.
 
-import { call, el, notice, t } from "./frame.js";
-import { addWords, language } from "./words.js";
+import { call, el, notice } from "./frame.js";
+import { language, withWords } from "./words.js";
 
-addWords({
+const t = withWords({
   "runs in": ["{count} runs in {folder}", "{folder} 中有 {count} 次训练"],
   "newest of": ["the newest {count} of {found} runs in {folder}", "{folder} 中 {found} 次训练里最新的 {count} 次"],
   "no runs": ["No runs in {folder} yet: a fit appears here as soon as it begins.", "{folder} 中还没有训练：训练一开始就会出现在这里。"],
@@ -38,9 +38,6 @@ addWords({
   validation: ["validation", "验证"],
   chosen: ["chosen", "优选"],
   rejected: ["rejected", "落选"],
-  valid: ["valid", "有效"],
-  exact: ["exact", "一致"],
-  "same result": ["same result", "结果相同"],
 });
 
 const EVERY = 3000; // milliseconds between two looks at the folder
