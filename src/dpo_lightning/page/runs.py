@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -93,8 +92,8 @@ class Runs:
             return {**run._asdict(), "folder": None, "figures": figures(self.curves(run))}
         return {**run._asdict(), "folder": None, "figures": []}
 
-    async def _serve(self, request: Request) -> Response:
-        found = await run_in_threadpool(self.report, request.path_params["id"])
+    def _serve(self, request: Request) -> Response:
+        found = self.report(request.path_params["id"])
         if found is None:
             return Response("there is no such report\n", 404, media_type="text/plain")
         return Response(found, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})

@@ -101,11 +101,13 @@ export async function show(root) {
     asking = new AbortController();
     question.value = kept.question = "";
     drawButton();
-    let last = null;
     try {
       for await (const piece of stream("chat/ask", { question: text, schema: schema.value, ...kept.sampling }, asking.signal)) {
         if (piece.prompt !== undefined) prompt.textContent = piece.prompt;
-        else columns.get((last = piece.name)).append(piece.text);
+        else {
+          const column = columns.get(piece.name);
+          column.append(column.textContent ? piece.text : piece.text.trimStart());
+        }
         if (nearEnd()) form.scrollIntoView({ block: "end" });
       }
       for (const column of columns.values()) if (!column.textContent.trim()) column.replaceChildren(el("span", { class: "dim" }, t("empty")));

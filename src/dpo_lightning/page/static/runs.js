@@ -4,14 +4,14 @@ import { call, el, notice } from "./frame.js";
 import { language, withWords } from "./words.js";
 
 const t = withWords({
-  "runs in": ["{count} runs in {folder}", "{folder} 中有 {count} 次训练"],
-  "newest of": ["the newest {count} of {found} runs in {folder}", "{folder} 中 {found} 次训练里最新的 {count} 次"],
+  "runs in": ["Runs in {folder}: {count}", "{folder} 中的训练：{count} 次"],
+  "newest of": ["The newest {count} of {found} runs in {folder}", "{folder} 中 {found} 次训练里最新的 {count} 次"],
   "no runs": ["No runs in {folder} yet: a fit appears here as soon as it begins.", "{folder} 中还没有训练：训练一开始就会出现在这里。"],
-  running: ["running", "进行中"],
-  finished: ["finished", "已完成"],
-  stopped: ["stopped", "已停止"],
-  failed: ["failed", "失败"],
-  ended: ["ended without a report", "中断（无报告）"],
+  "state running": ["running", "进行中"],
+  "state finished": ["finished", "已完成"],
+  "state stopped": ["stopped", "已停止"],
+  "state failed": ["failed", "失败"],
+  "state ended": ["ended without a report", "中断（无报告）"],
   "open report": ["Open the report", "打开报告"],
   "no curves": ["No curves yet.", "还没有曲线。"],
   "valid SQL": ["valid SQL", "有效的 SQL"],
@@ -116,7 +116,7 @@ function card(id) {
   function update(run) {
     latest = run;
     state.className = `state ${run.state}`;
-    state.textContent = t(run.state);
+    state.textContent = t(`state ${run.state}`);
     title.textContent = run.title;
     when.textContent = `${run.name} · ${ago(run.changed)}`;
     outcome.textContent = run.outcome;
