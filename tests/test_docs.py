@@ -16,6 +16,7 @@ from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.cli.download import DownloadCLI
 from dpo_lightning.cli.inspect import InspectCLI
+from dpo_lightning.cli.label import label
 from dpo_lightning.cli.rounds import RoundsCLI
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.dpo import losses
@@ -64,6 +65,8 @@ def check_cli(command, args):
         parse_only(DPOCLI, args, run=False)
     elif command == "chat":
         assert set(args[::2]) <= {"--model", "--reference"}
+    elif command == "label":
+        assert set(args[::2]) <= {f"--{name}" for name in inspect.signature(label).parameters}
     else:
         parse_only(DPOCLI, [command, *args], run=True)
 

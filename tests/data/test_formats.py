@@ -62,7 +62,7 @@ def test_an_example_of_the_docs_becomes_what_they_say(chat, load, tmp_path, monk
 
 
 def test_the_docs_show_every_format():
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13
     assert all(f"| `{name}`" in DOC for name in FORMATS)
 
 

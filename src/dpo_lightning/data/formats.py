@@ -132,19 +132,21 @@ def conversation(row: Mapping[str, Any], options: RowOptions, completions: bool)
 
 
 def rendered(row: Mapping[str, Any], options: RowOptions, completions: bool) -> PreferencePair:
-    """The format `preference` for texts as `rounds` writes them: a template has made the prompts, and in rows with a
-    true `chat` a chat template."""
-    return preference(row, options, completions)._replace(chat=row.get("chat") is True)
+    """As `preference` or `unpaired`, for texts that `rounds` and `label` wrote: a template has made their prompts, and
+    where `chat` is true a chat template."""
+    pair = (unpaired if "completion" in row and "chosen" not in row else preference)(row, options, completions)
+    return pair._replace(chat=pair.chat or row.get("chat") is True)
 
 
 FORMATS: dict[str, RowFormat] = {
     "sql_create_context": RowFormat(("question", "context"), ("answer",), sql_create_context),
+    "rendered": RowFormat(("prompt", "chat"), ("chosen", "rejected"), rendered),
+    "rendered_unpaired": RowFormat(("prompt", "chat"), ("completion", "label"), rendered),
     "preference": RowFormat(("prompt",), ("chosen", "rejected"), preference),
     "implicit_preference": RowFormat(("chosen", "rejected"), (), implicit_preference),
     "unpaired": RowFormat(("prompt",), ("completion", "label"), unpaired),
     "prompt_completion": RowFormat(("prompt",), ("completion",), prompt_completion),
     "messages": RowFormat(("messages",), (), conversation),
-    "rendered": RowFormat(("prompt", "chat"), ("chosen", "rejected"), rendered),
 }
 
 
@@ -276,7 +278,7 @@ def placeholders(template: str, allowed: Sequence[str] = ("context", "question")
             f"the template {quoted(template)} may have {names} in braces and nothing else; "
             "write a brace of the text twice"
         )
-    return {str(name) for name, _, _ in fields}
+    return {str(name) for name, *_ in fields}
 
 
 def quoted(template: str) -> str:

@@ -85,7 +85,7 @@ def trained_prompt_format(
     if any(chats):
         return PromptFormat(True, end_token=end_token, format=row_formats, chat_template=chat_template)
     templated = [name for name in names if name in FORMATS and "question" in FORMATS[name].prompt_columns]
-    if templated or "rendered" in names:  # of which a template made the prompts before
+    if templated or {"rendered", "rendered_unpaired"} & set(names):  # of which a template made the prompts before
         start = next(iter(string.Formatter().parse(options.completion_template)), ("", None, None, None))[0]
         return PromptFormat(False, options.prompt_template, start, end_token, row_formats)
     return PromptFormat(False, end_token=end_token, format=row_formats)

@@ -33,7 +33,7 @@ export function long(text, attributes) {
 }
 
 export function button(key, words, onclick, attributes = {}) {
-  return el("button", { type: "button", onclick, ...attributes }, el("kbd", {}, key), el("span", {}, words));
+  return el("button", { type: "button", onclick, "data-key": key, ...attributes }, el("kbd", {}, key), el("span", {}, words));
 }
 
 function marksOf(reply) {
@@ -78,6 +78,7 @@ class Label {
       try {
         const found = await call(`label/${action}`, { tab: tabName(), ...values });
         if (attempt) notice(t("server back"));
+        else if (document.querySelector("#notice.error")) notice("");
         return found;
       } catch (error) {
         if (!(error instanceof Gone) || this.left) throw error;
@@ -107,7 +108,7 @@ class Label {
       this.root.classList.remove("busy");
     }
     if (this.left) return;
-    if (this.editing === null) this.draw();
+    if (this.state && this.editing === null) this.draw();
     if (!this.task) await this.refresh();
   }
 
@@ -167,7 +168,9 @@ class Label {
   // ------------------------------------------------------------------ drawing
 
   draw() {
+    const key = this.root.contains(document.activeElement) ? document.activeElement.dataset.key : null;
     this.root.replaceChildren(...(this.task ? this.drawTask() : this.drawPause()));
+    if (key) this.root.querySelector(`[data-key="${key}"]`)?.focus(); // the same button, of the next prompt
   }
 
   drawStatus() {
@@ -255,6 +258,6 @@ class Label {
 
 export async function show(root) {
   const label = new Label(root);
-  label.start().catch((error) => notice(error.message, "error"));
+  label.start().catch((error) => label.left || notice(error.message, "error"));
   return { keys: label.keys(), leave: () => { label.left = true; } };
 }

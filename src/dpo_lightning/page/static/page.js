@@ -46,7 +46,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
   if (event.target.closest("textarea, input, select, [contenteditable]")) return;
   if (event.key === "Enter" && event.target.closest("a, button, summary")) return;
-  const action = current.keys?.[event.key];
+  const action = current.keys?.[event.key] ?? current.keys?.[event.key.toLowerCase()];
   if (!action) return;
   event.preventDefault();
   if (!event.repeat) action();
