@@ -9,8 +9,11 @@ from dpo_lightning.cli.chat import converse, show
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data import speakers
 from dpo_lightning.data.batching import collate_prompts
-from dpo_lightning.data.speakers import load_speakers, stream
+from dpo_lightning.data.speakers import Sampling, load_speakers, side_by_side, stream
 from dpo_lightning.models.generate import generate
+from dpo_lightning.models.sampling import Draws
+
+GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,39 @@ def test_an_error_in_the_model_reaches_the_caller(model_folder, tokenizer):
     model.transformer.register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(stream(model, tokenizer, "Which name?", 4))
+
+
+def test_sampled_replies_are_drawn_from_their_seed(model_folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+
+    def said(seed, *sampling):
+        return "".join(stream(model, tokenizer, "Which name?", 8, draws=Draws([seed], *sampling)))
+
+    assert said(1, 1.0, 1.0, 8) == said(1, 1.0, 1.0, 8) != said(2, 1.0, 1.0, 8)
+    assert said(1, 1.0, 1e-9, 8) == "".join(stream(model, tokenizer, "Which name?", 8))  # a nucleus of one token
+
+
+def test_replies_grow_side_by_side_unless_the_weights_are_shared(model_folder, adapter_folder):
+    def order(reference):
+        speakers = load_speakers(str(adapter_folder), reference, False)
+        pieces = side_by_side(speakers, "Which name?", GREEDY._replace(max_new_tokens=12), 0)
+        return [name for name, _ in pieces]
+
+    together, shared = order(str(model_folder)), order(None)
+    assert together[:2] == ["reference", "policy"] and together[2] == "reference"
+    assert shared == sorted(shared, reverse=True) and set(shared) == {"reference", "policy"}
+
+
+def test_who_stops_listening_stops_all_replies(model_folder):
+    speakers = load_speakers(str(model_folder), str(model_folder), False)
+    calls = []
+    for speaker in speakers:
+        speaker.model.transformer.register_forward_hook(lambda *args: calls.append(1))
+        speaker.tokenizer.eos_token = speaker.tokenizer.convert_ids_to_tokens(5)  # which they hardly ever say
+    pieces = side_by_side(speakers, "Which name?", GREEDY._replace(max_new_tokens=100), 0)
+    next(pieces)
+    pieces.close()
+    assert len(calls) < 200
 
 
 def test_a_schema_stays_until_it_is_changed():

@@ -66,6 +66,10 @@ COMMANDS = {
     "probe": Command("a stage of --memory: try a few steps", "dpo_lightning.cli.probe", "run_probe"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
     "label": Command("choose the better of two replies, in a browser", "dpo_lightning.cli.label", "run_label"),
+    "compare": Command(
+        "which of two models is better, blind or by a judge", "dpo_lightning.cli.compare", "run_compare"
+    ),
+    "runs": Command("a page of all runs, with live curves", "dpo_lightning.cli.runs", "run_runs"),
 }
 
 

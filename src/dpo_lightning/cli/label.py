@@ -1,25 +1,28 @@
 """The command `label`: a local page in the browser, on which people say which of two replies is better."""
 
 import getpass
-import importlib.util
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dpo_lightning.cli.chat_prompts import load_asked, note
+from dpo_lightning.cli.page import check_page, serve_views
 from dpo_lightning.data.speakers import Sampling, Speaker
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import JudgeSetting, find_score
 from dpo_lightning.models.policy import without_adapter
 from dpo_lightning.page.clicks import Clicks
-from dpo_lightning.page.guard import EVERY, LOOPBACK
 from dpo_lightning.page.label import Labelling
 from dpo_lightning.page.prompts import Prompt, read_prompts
+from dpo_lightning.page.talk import Talk
 from dpo_lightning.page.tasks import TaskMaker, Tasks
 from dpo_lightning.page.work import Work
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, Seed, check_settings, run_function
 from dpo_lightning.storage.locks import hold, in_use, let_go
+
+if TYPE_CHECKING:
+    from dpo_lightning.page.view import View
 
 REFERENCE = "reference"  # as --model_b: the base model of an adapter
 AHEAD, CHOICE = 4, 16  # prompts with replies ready: to read next, or to find the greatest disagreement among
@@ -39,6 +42,7 @@ def label(
     seed: Seed = 42,
     labeller: str | None = None,
     prompt_template: str | None = None,
+    runs: str = "lightning_logs",
     host: str = "127.0.0.1",
     port: AtLeast1 = 7865,
     token: str | None = None,
@@ -63,63 +67,55 @@ def label(
         labeller: your name in the file; by default that of your account.
         prompt_template: the prompt, from {context} and {question}; by default that of the model's training or, if its
             folder does not have it, the tokenizer's chat template, else the default of training.
+        runs: folder of runs, for the page's list of them.
         host: address at which the page is served; any but this machine's own (127.0.0.1) needs a token.
         port: of the page.
         token: a secret that must be in the page's address.
         trust_remote_code: run a hub model's own Python code.
     """
     check_settings(label, locals(), "--")
-    check_arguments(mode, next, model_b, temperature, output, host, token)
-    from dpo_lightning.page.server import allowed_hosts, listen, page, serve
-
+    check_page("label", host, token)
+    check_arguments(mode, next, model_b, temperature, output)
     path = Path(output).expanduser()
     lock = path.with_name(f"{path.name}.lock")
     if not hold(lock):
         raise in_use(f"--output '{output}'", "give another one")
-    work = Work()
+
+    def make_views(work: Work) -> "list[View]":
+        from dpo_lightning.page.runs import Runs
+
+        score = None if judge is None else find_score(judge, "--judge")
+        other = None if model_b == REFERENCE else model_b
+        speakers, prompt_format = load_asked(model, other, prompt_template, trust_remote_code, OPTIONS)
+        asked = labelled(read_prompts(prompts, prompt_format, speakers[-1].tokenizer), clicks, seed)
+        sampling = Sampling(temperature, top_p, max_new_tokens)
+        make = TaskMaker(named(speakers, model, model_b), sampling, seed, mode == "pairs", score, work.ending.is_set)
+        tasks = Tasks(asked, make, work, CHOICE if next == "disagree" else AHEAD, next == "disagree")
+        told = {"sampling": sampling._asdict(), "seed": seed, "labeller": labeller or account()}
+        code = score is not None and any(one.kind.syntax for one in score.judges.values())
+        labelling = Labelling(tasks, clicks, mode == "pairs", told, code)
+        return [labelling.view(), Talk(speakers, prompt_format, work, sampling).view(), Runs(Path(runs)).view()]
+
     try:
-        with listen(host, port) as listening:
-            clicks = Clicks(path)
-            score = None if judge is None else find_score(judge, "--judge")
-            other = None if model_b == REFERENCE else model_b
-            speakers, prompt_format = load_asked(model, other, prompt_template, trust_remote_code, OPTIONS)
-            asked = labelled(read_prompts(prompts, prompt_format, speakers[-1].tokenizer), clicks, seed)
-            sampling = Sampling(temperature, top_p, max_new_tokens)
-            answering = named(speakers, model, model_b)
-            make = TaskMaker(answering, sampling, seed, mode == "pairs", score, work.ending.is_set)
-            tasks = Tasks(asked, make, work, CHOICE if next == "disagree" else AHEAD, next == "disagree")
-            told = {"sampling": sampling._asdict(), "seed": seed, "labeller": labeller or account()}
-            code = score is not None and any(one.kind.syntax for one in score.judges.values())
-            views = [Labelling(tasks, clicks, mode == "pairs", told, code).view()]
-            note(f"open {address(host, port, token)} in a browser; Ctrl-C ends")
-            serve(page(views, allowed_hosts(host), token), listening)
+        clicks = Clicks(path)
+        serve_views(make_views, host, port, token)
     except KeyboardInterrupt:  # the usual end
         note(f"{len(clicks.decided)} prompts are labelled in {path}")
     finally:
-        work.end()
         let_go(lock, remove=True)
 
 
 OPTIONS = ("--model", "--model_b")
 
 
-def check_arguments(
-    mode: str, next_: str, model_b: str | None, temperature: float, output: str, host: str, token: str | None
-) -> None:
-    """Raises UserError for arguments that do not go together, and for a missing package."""
-    for package in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"label needs the package {package}, which is not installed: pip install starlette uvicorn")
+def check_arguments(mode: str, next_: str, model_b: str | None, temperature: float, output: str) -> None:
+    """Raises UserError for arguments that do not go together."""
     if Path(output).suffix != ".jsonl":
         raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
     if mode == "thumbs" and (next_ == "disagree" or model_b):
         raise UserError("--mode thumbs shows one reply of one model: leave --model_b and --next disagree out")
     if mode == "pairs" and not temperature and not model_b:
         raise UserError("--temperature 0 makes the same reply twice: raise it, or give --model_b")
-    if token is None and host not in LOOPBACK:
-        raise UserError(f"--host {host}: other machines could use the page, so it needs --token, a secret of yours")
-    if token is not None and (len(token) < 16 or not token.isascii() or not token.replace("-", "a").isalnum()):
-        raise UserError("--token must have at least 16 characters, which are letters, digits and -")
 
 
 def labelled(found: tuple[list[Prompt], int], clicks: Clicks, seed: int) -> list[Prompt]:
@@ -158,12 +154,6 @@ def account() -> str:
         return getpass.getuser()
     except (OSError, KeyError):
         return "unknown"
-
-
-def address(host: str, port: int, token: str | None) -> str:
-    """The page's address for a browser."""
-    name = "127.0.0.1" if host in EVERY else f"[{host}]" if ":" in host else host
-    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
 def run_label(args: Sequence[str]) -> None:

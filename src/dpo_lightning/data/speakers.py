@@ -1,7 +1,7 @@
 """Loaded models that answer prompts, for `chat` and the page of `label`."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,10 +35,12 @@ class Speaker(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase"
     switch: Callable[[], AbstractContextManager] = nullcontext
 
-    def answer(self, prompt: str, max_new_tokens: int, chat: bool = False) -> Iterator[str]:
-        """The pieces of a greedy reply."""
+    def answer(
+        self, prompt: str, max_new_tokens: int, chat: bool = False, draws: Draws | None = None
+    ) -> Generator[str, None, None]:
+        """The pieces of a reply: see `stream`."""
         with self.switch():
-            yield from stream(self.model, self.tokenizer, prompt, max_new_tokens, chat)
+            yield from stream(self.model, self.tokenizer, prompt, max_new_tokens, chat, draws)
 
     def replies(
         self,
@@ -90,11 +92,13 @@ def stream(
     prompt: str,
     max_new_tokens: int,
     chat: bool = False,
+    draws: Draws | None = None,
 ) -> Iterator[str]:
-    """The pieces of a greedy reply as they are generated; closing the iterator stops the generation.
+    """The pieces of a reply as they are generated; closing the iterator stops the generation.
 
     Args:
         chat: a chat template has rendered the prompt, so it has its special tokens already.
+        draws: random numbers of one reply; without them it is greedy.
 
     Raises:
         UserError: the prompt has no tokens.
@@ -108,7 +112,7 @@ def stream(
     def work() -> None:
         try:
             mask, criteria = torch.ones_like(ids), _stopping(stopped.is_set)
-            generate(model, ids, mask, tokenizer, max_new_tokens, stopping_criteria=criteria, streamer=pieces)
+            generate(model, ids, mask, tokenizer, max_new_tokens, draws, stopping_criteria=criteria, streamer=pieces)
         except Exception as error:  # raised again in the reader's thread
             errors.append(error)
             pieces.end()
@@ -122,6 +126,45 @@ def stream(
         thread.join()
     if errors:
         raise errors[0]
+
+
+def side_by_side(
+    speakers: Sequence[Speaker], prompt: str, sampling: Sampling, seed: int, chat: bool = False
+) -> Iterator[tuple[str, str]]:
+    """The pieces of all speakers' replies with their speakers' names; closing the iterator stops all of them.
+
+    The replies grow together, a piece of each in turn. Those of an adapter and its base model, which share their
+    weights, come one after the other. Each has the same random numbers.
+    """
+
+    def answer(speaker: Speaker) -> Generator[str, None, None]:
+        draws = Draws([seed], *sampling) if sampling.temperature else None
+        return speaker.answer(prompt, sampling.max_new_tokens, chat, draws)
+
+    replies = {speaker.name: answer(speaker) for speaker in speakers}
+    together = len({id(speaker.model) for speaker in speakers}) == len(speakers)
+    try:
+        yield from _in_turn(replies) if together else _one_by_one(replies)
+    finally:
+        for reply in replies.values():
+            reply.close()
+
+
+def _in_turn(replies: Mapping[str, Iterator[str]]) -> Iterator[tuple[str, str]]:
+    going = dict(replies)
+    while going:
+        for name, reply in list(going.items()):
+            piece = next(reply, None)
+            if piece is None:
+                del going[name]
+            else:
+                yield name, piece
+
+
+def _one_by_one(replies: Mapping[str, Iterator[str]]) -> Iterator[tuple[str, str]]:
+    for name, reply in replies.items():
+        for piece in reply:
+            yield name, piece
 
 
 def _prompt_ids(

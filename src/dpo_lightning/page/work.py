@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ class Work:
         """Does a job when its turn comes; the future has its result."""
         return self._thread.submit(job)
 
-    def stream(self, pieces: Callable[[], Iterator[T]]) -> Iterator[T]:
+    def stream(self, pieces: Callable[[], Iterator[T]]) -> Generator[T, None, None]:
         """What `pieces()` yields, as a job; closing this iterator ends the job at its next piece."""
         handed: queue.Queue = queue.Queue()
         closed = threading.Event()

@@ -4,6 +4,7 @@ They are the operating system's locks (filelock), which are released when a proc
 run's work can be resumed at once, and a lock file without a process means nothing.
 """
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from dpo_lightning.models.hub import reason_of
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
+INSTANT = 0.2  # seconds that `hold` waits for who only asks (`is_held`)
 PATIENCE = 60  # seconds that a run waits before its processes communicate again
 
 _held: dict[str, FileLock] = {}
@@ -69,7 +71,7 @@ def hold(path: Path) -> bool:
     if name in _held and _held[name].is_locked:  # a fork of this process has the entry, but not the lock
         return True
     lock = FileLock(name, thread_local=False)
-    if not _taken(lock, 0):
+    if not _taken(lock, INSTANT):
         return False
     _held[name] = lock
     return True
@@ -86,6 +88,21 @@ def let_go(path: Path, remove: bool = False) -> None:
             if not os.path.getsize(name):
                 os.unlink(name)
     lock.release()
+
+
+def is_held(path: Path) -> bool:
+    """Whether any process holds a lock. To find out, this takes it for an instant, for which `hold` waits."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # creates no file, and waits for no writer of a pipe
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def in_use(what: str, alternative: str) -> UserError:

@@ -22,7 +22,13 @@ Points = Sequence[tuple[float, float]]
 
 
 def line_chart(title: str, series: Mapping[str, Points], share: bool = False) -> str:
-    """A figure with a line for each named series of (x, y) points; "" if there is no point to draw.
+    """The figure of `line_plot`; "" if there is no point to draw."""
+    plot = line_plot(series, share)
+    return filled("chart.html.jinja", title=title, plot=plot) if plot else ""
+
+
+def line_plot(series: Mapping[str, Points], share: bool = False) -> "Plot | None":
+    """A line for each named series of (x, y) points; None if there is no point to draw.
 
     Args:
         share: the y axis is from 0 to 1, instead of fitting the data.
@@ -30,7 +36,7 @@ def line_chart(title: str, series: Mapping[str, Points], share: bool = False) ->
     finite = {name: [(x, y) for x, y in points if abs(y) < LARGEST] for name, points in series.items()}
     series = {name: _thinned(points) for name, points in finite.items() if points}
     if not series:
-        return ""
+        return None
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     plot = Plot(ticks(min(xs), max(xs)), ticks(0, 1) if share else ticks(min(ys), max(ys)))
@@ -40,7 +46,7 @@ def line_chart(title: str, series: Mapping[str, Points], share: bool = False) ->
             {"x": plot.x(x), "y": plot.y(y), "label": f"step {number_text(x)}: {number_text(y)}"} for x, y in points
         ]
         plot.add(name, width=width, points=marks)
-    return filled("chart.html.jinja", title=title, plot=plot)
+    return plot
 
 
 def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30) -> str:

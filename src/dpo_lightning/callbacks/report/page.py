@@ -42,7 +42,7 @@ def render(run: Run) -> str:
         title=run.title,
         run=run,
         tiles=_tiles(run),
-        charts=_charts(run.curves),
+        charts=[line_chart(*chart) for chart in charts(run.curves)],
         margins=histogram("Margins of pairs", run.margins),
         forgetting=_forgetting(run.curves),
         prompts=[prompt for number in range(len(run.pairs)) if (prompt := _prompt(run, number))],
@@ -80,13 +80,15 @@ def _forgetting(curves: Mapping[str, Curve]) -> dict[str, str]:
     return rows if perplexity else {}
 
 
-def _charts(curves: Mapping[str, Curve]) -> list[str]:
+def charts(curves: Mapping[str, Curve]) -> list[tuple[str, dict[str, Curve], bool]]:
+    """The charts of a run: a title, the curves by their names in the chart, and whether all of them are shares."""
+
     def both(metric: str) -> dict[str, str]:
         return {f"train/{metric}": "training", f"val/{metric}": "validation"}
 
     judged = reply_charts(name.removeprefix("replies/") for name in curves if name.startswith("replies/"))
     shares = {title for title, words in judged.items() if all(quantity(name).share for name in words)}
-    charts = {title: {f"replies/{name}": word for name, word in words.items()} for title, words in judged.items()} | {
+    metrics = {title: {f"replies/{name}": word for name, word in words.items()} for title, words in judged.items()} | {
         "Loss": both("loss"),
         "Accuracy: pairs with a positive margin": both("rewards/accuracies"),
         "Margin, chosen − rejected reward": both("rewards/margins"),
@@ -103,8 +105,8 @@ def _charts(curves: Mapping[str, Curve]) -> list[str]:
     shares |= {"Accuracy: pairs with a positive margin", "Displaced: chosen less likely than before"}
     shares |= {"Displaced first token of chosen"}
     return [
-        line_chart(title, {label: curves.get(name, []) for name, label in names.items()}, title in shares)
-        for title, names in charts.items()
+        (title, {label: curves.get(name, []) for name, label in names.items()}, title in shares)
+        for title, names in metrics.items()
     ]
 
 

@@ -17,16 +17,17 @@ export function el(tag, attributes = {}, ...children) {
 // The server does not answer at all: it was stopped, or the connection is gone.
 export class Gone extends Error {}
 
-async function post(action, values) {
+async function post(action, values, signal) {
   let response;
   try {
     response = await fetch(`/api/${action}`, {
       method: "POST",
       headers: { "content-type": "application/json" },
       body: JSON.stringify(values),
+      signal,
     });
   } catch (error) {
-    throw new Gone(error.message);
+    throw signal?.aborted ? error : new Gone(error.message);
   }
   if (response.ok) return response;
   const text = await response.text();
@@ -46,8 +47,9 @@ export async function call(action, values = {}) {
 }
 
 // The answers of an action that returns many: for await (const piece of stream("chat/ask", { question })) ...
-export async function* stream(action, values = {}) {
-  const reader = (await post(action, values)).body.pipeThrough(new TextDecoderStream()).getReader();
+// An AbortController's signal ends it with an AbortError, and the server's work as well.
+export async function* stream(action, values = {}, signal = undefined) {
+  const reader = (await post(action, values, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {

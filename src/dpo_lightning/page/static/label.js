@@ -23,7 +23,7 @@ function tabName() {
 const wait = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 // A text, of which only the beginning is shown if it is very long.
-function long(text, attributes) {
+export function long(text, attributes) {
   const box = el("div", attributes, text.slice(0, LONG));
   if (text.length <= LONG) return box;
   const more = el("button", { class: "quiet", type: "button", onclick: () => box.replaceChildren(text) },
@@ -32,7 +32,7 @@ function long(text, attributes) {
   return box;
 }
 
-function button(key, words, onclick, attributes = {}) {
+export function button(key, words, onclick, attributes = {}) {
   return el("button", { type: "button", onclick, "data-key": key, ...attributes }, el("kbd", {}, key), el("span", {}, words));
 }
 

@@ -67,7 +67,13 @@ export function setLanguage(chosen) {
 }
 
 // The words for a key: t("labelled", { count: 3 }). A key without words is returned as it is.
-export function t(key, values = {}) {
-  const words = Object.hasOwn(WORDS, key) ? WORDS[key][current === "zh" ? 1 : 0] : key;
-  return words.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+export const t = withWords({});
+
+// The words of a view, as t, before those for all views: const t = withWords({ stop: ["Stop", "停止"] });
+export function withWords(own) {
+  return (key, values = {}) => {
+    const found = [own, WORDS].find((words) => Object.hasOwn(words, key));
+    const words = found ? found[key][current === "zh" ? 1 : 0] : key;
+    return words.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+  };
 }

@@ -1,0 +1,178 @@
+"""The command `compare`: two models' replies to held-out prompts, judged blind by a person, by a judge, or by both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_lightning.cli.chat_prompts import load_asked, model_folder, note
+from dpo_lightning.cli.label import OPTIONS, REFERENCE, named
+from dpo_lightning.cli.page import check_page, serve_views
+from dpo_lightning.data.generated import draw_seed, stored_weights
+from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
+from dpo_lightning.data.speakers import Sampling, Speaker
+from dpo_lightning.errors import UserError
+from dpo_lightning.judging.judge import JudgeSetting, find_score
+from dpo_lightning.page.compare import Comparison, Replies
+from dpo_lightning.page.prompts import Prompt, read_prompts
+from dpo_lightning.page.talk import Talk
+from dpo_lightning.page.work import Work
+from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, Seed, check_settings, run_function
+from dpo_lightning.storage.locks import hold, in_use, let_go
+
+if TYPE_CHECKING:
+    from dpo_lightning.page.view import View
+
+
+def compare(
+    model: str,
+    prompts: str,
+    model_b: str = REFERENCE,
+    judge: JudgeSetting | None = None,
+    judge_only: bool = False,
+    output: str = "comparison.jsonl",
+    num_prompts: AtLeast1 | None = None,
+    temperature: NotNegative = 0.0,
+    top_p: PositiveShare = 1.0,
+    max_new_tokens: AtLeast1 = 128,
+    seed: Seed = 42,
+    prompt_template: str | None = None,
+    runs: str = "lightning_logs",
+    host: str = "127.0.0.1",
+    port: AtLeast1 = 7865,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Says how often one model's replies are better than another's: by you, on a page of this machine, or by a judge.
+
+    Args:
+        model: A, whose win rate it is: folder of a run, folder that `fit` or `export` wrote, or a hub id.
+        prompts: data set with prompts on which neither was trained, as for `fit`, or a .txt file with a question a
+            line.
+        model_b: B; `reference` for the base model of an adapter.
+        judge: compares the same replies, such as sql; see docs/judges.md.
+        judge_only: prints what the judge finds, without a page.
+        output: file of all verdicts, a line each; an existing one is continued.
+        num_prompts: to compare, drawn at random; by default all.
+        temperature: divides the logits; 0 for the likeliest tokens.
+        top_p: only the likeliest tokens that together have this probability are drawn.
+        max_new_tokens: length limit of a reply.
+        seed: of the order of the prompts, of which reply is on which side, and of the samples.
+        prompt_template: the prompt, from {context} and {question}; by default that of the training of A.
+        runs: folder of runs, for the page's list of them.
+        host: address at which the page is served; any but this machine's own (127.0.0.1) needs a token.
+        port: of the page.
+        token: a secret that must be in the page's address.
+        trust_remote_code: run a hub model's own Python code.
+    """
+    check_settings(compare, locals(), "--")
+    check_arguments(judge, judge_only, output)
+    if not judge_only:
+        check_page("compare", host, token)
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    path = Path(output).expanduser()
+    lock = path.with_name(f"{path.name}.lock")
+    if not hold(lock):
+        raise in_use(f"--output '{output}'", "give another one")
+    comparisons: list[Comparison] = []
+
+    def load(work: Work) -> tuple[list[Speaker], PromptFormat]:
+        score = find_score(judge, "--judge") if judge is not None else None
+        folder = model_folder(model, OPTIONS[0])
+        other = None if model_b == REFERENCE else model_folder(model_b, OPTIONS[1])
+        speakers, prompt_format = load_asked(folder, other, prompt_template, trust_remote_code, OPTIONS)
+        (name_a, a), (name_b, b) = named(speakers, model, model_b)
+        folders = [folder, other or name_b]
+        warn_of_other_prompts(folders[1], prompt_format)
+        asked, repeated = read_prompts(prompts, prompt_format, a.tokenizer)
+        if repeated:
+            note(f"{repeated} prompts are repeated, and asked once")
+        settings: dict[str, Any] = {"weights": [stored_weights(folder, trust_remote_code) for folder in folders]}
+        settings |= {**sampling._asdict(), "seed": seed}
+
+        def replies(prompt: Prompt) -> Replies:
+            pair = prompt.pair
+            seeds = [draw_seed(seed, pair.prompt, pair.chosen)]
+            one, two = (
+                speaker.replies(pair.prompt, sampling, seeds, pair.chat, work.ending.is_set)[0] for speaker in (a, b)
+            )
+            return one, two
+
+        names = (name_a, name_b)
+        comparisons.append(Comparison(names, asked, replies, path, work, settings, seed, score, num_prompts))
+        return speakers, prompt_format
+
+    def make_views(work: Work) -> "list[View]":
+        from dpo_lightning.page.runs import Runs
+
+        speakers, prompt_format = load(work)
+        chat = Talk(speakers, prompt_format, work, sampling)
+        return [comparisons[0].view(), chat.view(), Runs(Path(runs)).view()]
+
+    try:
+        if judge_only:
+            load(Work())
+            follow(comparisons[0])
+        else:
+            serve_views(make_views, host, port, token)
+    except KeyboardInterrupt:
+        if not comparisons:
+            raise
+    finally:
+        let_go(lock, remove=True)
+    for line in lines(comparisons[0].state()):
+        print(line)
+
+
+def check_arguments(judge: JudgeSetting | None, judge_only: bool, output: str) -> None:
+    """Raises UserError for arguments that do not go together."""
+    if Path(output).suffix != ".jsonl":
+        raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
+    if judge_only and judge is None:
+        raise UserError("--judge_only needs a judge, such as --judge sql")
+
+
+def warn_of_other_prompts(folder: str, prompt_format: PromptFormat) -> None:
+    """Notes that B was trained with other prompts than it gets here."""
+    own = read_prompt_format(folder)
+    if own and (own.chat, own.prompt_template) != (prompt_format.chat, prompt_format.prompt_template):
+        note(f"'{folder}' was trained with other prompts than it is asked with here, and may answer worse to them")
+
+
+def follow(comparison: Comparison) -> None:
+    """Lets the judge compare, with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("judging", total=len(comparison.prompts))
+        for state in comparison.judge():
+            progress.update(task, completed=judged(state["judge"]))
+
+
+def judged(counts: dict[str, Any]) -> int:
+    """How many prompts there are verdicts on."""
+    return counts["wins"] + counts["losses"] + counts["ties"] + counts.get("unknown", 0)
+
+
+def lines(state: dict[str, Any]) -> list[str]:
+    """The result of a comparison, for the console."""
+    a, b = state["names"]
+    found = []
+    for by, words in (("person", "by hand"), ("judge", "by the judge")):
+        rate = state.get(by)
+        if not rate or rate["rate"] is None:
+            continue
+        same = f" ({rate['same']} with the same reply)" if rate.get("same") else ""
+        unknown = f", {rate['unknown']} without a verdict" if rate.get("unknown") else ""
+        chance = "more than chance" if rate["decided"] else "chance alone could explain it"
+        found += [
+            f"{words}, {a} against {b}: {rate['wins']} won, {rate['losses']} lost, {rate['ties']} tied{same}{unknown}",
+            f"    win rate {rate['rate']:.1%}, 95% interval {rate['low']:.1%} to {rate['high']:.1%}: {chance}",
+            *(f"    {label}: {one} against {two}" for label, one, two in rate.get("means", ())),
+        ]
+    return found or [f"no verdicts in {state['file']}"]
+
+
+def run_compare(args: Sequence[str]) -> None:
+    """Runs `compare` with its arguments, the command's name first."""
+    run_function(compare, args)

@@ -1,0 +1,50 @@
+"""What the commands that serve a page have in common."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dpo_lightning.cli.chat_prompts import note
+from dpo_lightning.errors import UserError
+from dpo_lightning.page.guard import EVERY, LOOPBACK
+from dpo_lightning.page.work import Work
+
+if TYPE_CHECKING:
+    from dpo_lightning.page.view import View
+
+
+def check_page(command: str, host: str, token: str | None) -> None:
+    """Raises UserError for a missing package, a host that needs a token and has none, and a token that is too short."""
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{command} needs the package {package}, which is not installed: pip install starlette uvicorn"
+            )
+    if token is None and host not in LOOPBACK:
+        raise UserError(f"--host {host}: other machines could use the page, so it needs --token, a secret of yours")
+    if token is not None and (len(token) < 16 or not token.isascii() or not token.replace("-", "a").isalnum()):
+        raise UserError("--token must have at least 16 characters, which are letters, digits and -")
+
+
+def serve_views(make_views: "Callable[[Work], Sequence[View]]", host: str, port: int, token: str | None) -> None:
+    """Serves a page until Ctrl-C, which is raised again.
+
+    Args:
+        make_views: may load models; called when the address is known to be free.
+    """
+    from dpo_lightning.page.server import allowed_hosts, listen, page, serve
+
+    work = Work()
+    try:
+        with listen(host, port) as listening:
+            views = make_views(work)
+            note(f"open {address(host, port, token)} in a browser; Ctrl-C ends")
+            serve(page(views, allowed_hosts(host), token), listening)
+    finally:
+        work.end()
+
+
+def address(host: str, port: int, token: str | None) -> str:
+    """The page's address for a browser."""
+    name = "127.0.0.1" if host in EVERY else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
