@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo rounds test slow faults lint clean
+.PHONY: help demo rounds test slow faults lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -30,6 +30,9 @@ lint: $(VENV)/.installed-test  ## style, obvious mistakes, spelling and types
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## the documentation as a site, in site/; a warning is an error
+	$(BIN)/python -m zensical build --clean --strict
+
 clean:  ## remove the environment
 	rm -rf $(VENV)
 
@@ -43,4 +46,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@ $(VENV)/.installed

@@ -148,11 +148,9 @@ def test_loader_workers_give_the_same_batches(tokenizer, rows_file):
         assert all(torch.equal(a, b) for a, b in pairs if torch.is_tensor(a))
 
 
-def test_readme_script_prints_a_decoded_batch(tmp_path, model_folder, rows_file):
-    readme = (REPO / "README.md").read_text()
-    script = next(
-        block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "PreferenceDataModule" in block
-    )
+def test_the_script_of_the_docs_prints_a_decoded_batch(tmp_path, model_folder, rows_file):
+    page = (REPO / "docs" / "lightning.md").read_text()
+    script = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "train_dataloader" in block)
     assert len(script.strip().splitlines()) <= 10
     script = re.sub(r'tokenizer="[^"]*"', f"tokenizer={json.dumps(str(model_folder))}", script)
     script = re.sub(r'train_dataset="[^"]*"', f"train_dataset={json.dumps(rows_file)}", script)

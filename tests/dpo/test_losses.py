@@ -318,12 +318,15 @@ def test_a_new_loss_is_one_function(monkeypatch):
 DOCS = (REPO / "docs" / "losses.md").read_text()
 
 
-def test_the_docs_table_has_every_loss_with_its_parameters_and_paper():
-    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", DOCS.split("## What applies to any loss")[0], re.M))
-    assert set(rows) == set(LOSSES)
-    for name, row in rows.items():
-        equation, parameters, paper, checked, when = (cell.strip() for cell in row.split(" | "))
-        assert equation and when
-        assert set(re.findall(r"`(\w+)`", parameters)) == set(LOSSES[name].parameters)
+def test_the_page_has_every_loss_with_its_equation_parameters_and_paper():
+    equations, parameters = DOCS.split("## Parameters and papers")
+    rows = [dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", part, re.M)) for part in (equations, parameters)]
+    assert set(rows[0]) == set(rows[1]) == set(LOSSES)
+    for row in rows[0].values():
+        equation, when = (cell.strip() for cell in row.split(" | "))
+        assert equation.startswith("$`") and when
+    for name, row in rows[1].items():
+        settings, paper, checked = (cell.strip() for cell in row.split(" | "))
+        assert set(re.findall(r"(?<!\$)`(\w+)`(?!\$)", settings)) == set(LOSSES[name].parameters)
         assert re.findall(r"\d{4}\.\d{5}", paper)[0] in inspect.getdoc(LOSSES[name].function)
         assert checked.startswith("hand") and ("TRL" in checked) == (name != "dpop")

@@ -24,7 +24,7 @@ from dpo_lightning.models.reply import Reply
 from ranks import run_ranks
 
 PAIR = PreferencePair("p", " SELECT a FROM t", "", "CREATE TABLE t (a INT)")
-EXAMPLE = re.search(r"## A new judge.*?```python\n(.*?)```", (REPO / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+EXAMPLE = re.search(r"## A new judge.*?```python\n(.*?)```", (REPO / "docs/extending.md").read_text(), re.DOTALL)[1]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def parts(model_folder, tokenizer, rows_file):
 
 
 def test_a_judge_from_outside_is_seen_wherever_replies_are(own, parts, quiet_trainer, tmp_path, capsys):
-    """The example of CONTRIBUTING.md, as it stands there."""
+    """The example of docs/extending.md, as it stands there."""
     own(EXAMPLE)
     replies = RepliesCallback(every_n_steps=0, num_prompts=3, num_shown=1, judge=["sql", "my_judges:brevity"])
     trainer = quiet_trainer(callbacks=[replies, ReportCallback()], max_steps=2)
