@@ -161,35 +161,34 @@ def chosen(config: Config, limit: int, savings: Sequence[Saving] = SAVINGS, time
             break
     fitting = [(trial, best) for trial in trials if (best := trial.probe.best(int(target)))]
     for trial, best in sorted(fitting, key=lambda found: -found[1].pairs):
-        if proven := _proven(trial, best, target):
+        if proven := _proven(trial, best, target, timed):
             point, probe = proven
-            changes = merged(cut(config, point.parts), {})
+            changes = cut(config, point.parts)
             for saving in trial.savings:
                 changes = merged(changes, saving.changes)
             return Choice(changes, probe, point, list(_told(config, limit, trials[0].probe, trial.savings, proven)))
-    raise UserError(refusal(config, limit, trials))
+    raise UserError(refusal(limit, trials))
 
 
 def _trials(config: Config, target: float, savings: Sequence[Saving], timed: int) -> Iterator[Trial]:
-    """The run as it is, then with one saving after the other."""
+    """The run as it is, then with one saving after the other. What the user has set is left as it is."""
     trial = Trial([], config, measured(config, target, timed=timed))
     yield trial
     for saving in savings:
-        known = trial.probe.facts
-        already = merged(trial.config, saving.changes) == trial.config
-        if known.get(saving.fact, True) and not already:
+        given = config["model"].get(next(iter(saving.changes["model"])))
+        if trial.probe.facts.get(saving.fact, True) and not given:
             changed = merged(trial.config, saving.changes)
             trial = Trial([*trial.savings, saving], changed, measured(changed, target, timed=timed))
             yield trial
 
 
-def _proven(trial: Trial, best: Point, target: float) -> tuple[Point, Probe] | None:
+def _proven(trial: Trial, best: Point, target: float, timed: int) -> tuple[Point, Probe] | None:
     """The largest size with which a run stays below the target to its end, and its probe."""
     probe, points = trial.probe, [point for point in reversed(trial.probe.points) if point.pairs <= best.pairs]
     if probe.peak is not None and probe.peak <= target and best == probe.points[-1]:
         return best, probe
     for point in points:
-        probe = measured(trial.config, target, point.parts)
+        probe = measured(trial.config, target, point.parts, timed)
         if probe.peak is not None and probe.peak <= target:
             return point, probe
     return None
@@ -212,22 +211,23 @@ def _told(
         accumulated = (config["trainer"].get("accumulate_grad_batches") or 1) * point.parts
         yield (
             f"memory: instead, {point.pairs} pairs at once and {accumulated} such micro-batches per step: "
-            "as many pairs per step as before, so the same result"
+            "as many pairs per step as before"
         )
     for saving in savings:
         yield f"memory: {saving.words}"
     yield f"memory: {peak}"
 
 
-def refusal(config: Config, limit: int, trials: Sequence[Trial]) -> str:
+def refusal(limit: int, trials: Sequence[Trial]) -> str:
     """Why no settings fit, and the closest that would."""
-    least = min((trial.probe.points[0].bytes for trial in trials if trial.probe.points), default=None)
+    probes = [trial.probe for trial in trials if trial.probe.points]
+    least = min((probe.peak or probe.points[0].bytes for probe in probes), default=None)
     if least is None:
         return f"memory is {size(limit)}: a single pair takes more than that, and more than is free here"
-    taken = ", ".join(saving.words for saving in trials[-1].savings)
-    kept = f"with the smallest micro-batches{' and all else that keeps the result' if taken else ''}"
+    last = trials[-1]
+    kept = f"with the smallest micro-batches{' and all else that keeps the result' if last.savings else ''}"
     needed = MARGIN * least
-    others = list(_others(config, needed, trials[-1].probe.facts))
+    others = list(_others(last.config, needed, last.probe.facts))
     fitting = [words for words, needed in others if needed <= limit] or [words for words, _ in others[-1:]]
     either = f"; or, to train something else, {' or '.join(fitting)}" if fitting else ""
     return f"memory is {size(limit)}, but {kept} the run takes {size(needed)}: allow that much{either}"

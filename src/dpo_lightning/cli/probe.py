@@ -257,11 +257,12 @@ class Growth(Callback, Dataset):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes what is known of the model."""
         parameters = [(p.requires_grad, p.numel(), p.element_size()) for p in pl_module.policy.parameters()]
+        own = isinstance(pl_module.reference, FrozenCopy)
         facts = {
             "start": held(self.device),
             "weights": sum(number * size for _, number, size in parameters),
             "trained": sum(number for trained, number, _ in parameters if trained),
-            "spare_copy": isinstance(pl_module.reference, FrozenCopy) and not pl_module.loss.needs_kl,
+            "spare_copy": own and not pl_module.loss.needs_kl and not pl_module.hparams.sync_ref_model,
             "can_recompute": bool(pl_module.causal_lm.supports_gradient_checkpointing),
             "can_adapt": not pl_module.has_adapter,
             "pairs": self.batches.sizes[-1].pairs,
