@@ -174,5 +174,9 @@ def test_near_duplicates_are_found_and_others_are_not():
     repeated, found = near_duplicates([*rows, *near], [*near, *(row[::-1] for row in rows)])
     assert not repeated[:300].any() and repeated[300:].all()
     assert found == {number: number for number in range(50)}
+    system = rng.integers(0, 1000, 300).astype(np.int32)
+    asked = [np.concatenate([system, row[:20]]) for row in rows]
+    repeated, found = near_duplicates([*asked, asked[0]], [np.concatenate([system, row[20:40]]) for row in rows])
+    assert repeated.tolist() == [False] * 300 + [True] and not found, "a common system prompt does not make them alike"
     short = [np.array(ids, np.int32) for ids in ([], [1], [1, 2], [1, 2, 3])]
     assert near_duplicates(short, short[1:2])[1] == {0: 1}

@@ -21,9 +21,10 @@ from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.dpo.losses import Loss
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.errors import UserError
+from dpo_lightning.visible import one_line
 
 SAMPLE = 5_000  # pairs whose texts and tokens are read
-MOST_TOKENS = 3_000_000  # of the pairs that are searched for near-duplicates
+MOST_TOKENS = 5_000_000  # of the pairs that are searched for near-duplicates
 COMMON, FEW = 0.05, 0.01  # shares of the pairs that are worth a line, for what is no error and for what is one
 LONGER, TIMES, FEWEST = 0.65, 1.2, 20  # chosen is longer in so many of the pairs, and so much; in fewer it is chance
 ALIKE, MANY_ALIKE = 0.8, 0.2  # tokens of two completions in common, and pairs like that
@@ -82,8 +83,8 @@ def examine(data: PreferenceDataModule, loss: PreferenceLoss) -> Iterator[str]:
     note = f" ({'; '.join(notes)})" if notes else ""
     yield f"{len(found) or 'nothing'} found in {len(CHECKS) + ABOUT_DATA} checks of the data{note}"
     for what, remedy in found:
-        yield f"  warning: {what}"
-        yield f"    to do: {remedy}"
+        yield one_line(f"  warning: {what}")
+        yield one_line(f"    to do: {remedy}")
 
 
 def _finding(warning: str) -> Finding:

@@ -60,6 +60,7 @@ COMMANDS = {
     "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
     "rounds": Command("train on the model's own verified mistakes", "dpo_lightning.cli.rounds", "run_rounds"),
     "sample": Command("a stage of rounds: sample and judge replies", "dpo_lightning.cli.sample", "run_sample"),
+    "report": Command("several runs side by side on one page", "dpo_lightning.cli.report", "run_report"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
 }
 
