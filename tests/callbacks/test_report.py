@@ -263,6 +263,13 @@ def test_a_resumed_run_reports_the_whole_run(run, model_folder, tokenizer, rows_
     assert len(lines) == 3 * 2, "two prompts at three steps, those before the resume kept"
 
 
+def test_curves_of_an_earlier_checkpoint_go_on_under_their_new_name():
+    report = ReportCallback()
+    curves = {"replies/reply/length": [(0, 9.0)], "replies/sql/valid": [(0, 0.0)], "train/loss": [(1, 0.7)]}
+    report.load_state_dict({"curves": curves, "margins": {}, "warnings": [], "seconds": 0.0})
+    assert set(report._curves) == {"replies/length", "replies/sql/valid", "train/loss"}
+
+
 def test_a_trial_run_writes_nothing(run, quiet_trainer, tmp_path):
     quiet_trainer(callbacks=callbacks(), fast_dev_run=True).fit(*run)
     assert not (tmp_path / "report.html").exists() and not (tmp_path / "replies.jsonl").exists()

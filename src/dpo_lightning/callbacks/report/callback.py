@@ -101,7 +101,9 @@ class ReportCallback(Callback):
         for name in ("val_pairs", "seconds"):
             check_amount(state_dict.get(name, 0), f"the report's {name}")
         curves, self._margins = state_dict["curves"], state_dict["margins"]
-        self._curves = {reply_tag(name) if (name := verdict_of(tag)) else tag: curve for tag, curve in curves.items()}
+        self._curves = {
+            reply_tag(verdict) if (verdict := verdict_of(tag)) else tag: curve for tag, curve in curves.items()
+        }
         self._val_pairs = state_dict.get("val_pairs", 0)  # missing in older checkpoints
         self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
         self._earlier_seconds = state_dict["seconds"]
