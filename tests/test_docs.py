@@ -72,6 +72,8 @@ def check_cli(command, args):
         parse_only({"inspect": InspectCLI, "rounds": RoundsCLI}[command], args, run=False)
     elif command == "find":
         parse_only(DPOCLI, args, run=False)
+    elif command == "report":
+        assert args[:1] == ["--runs"] and len(args) >= 3
     elif command == "chat":
         assert set(args[::2]) <= {"--model", "--reference"}
     elif command == "label":

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.report.callback import ReportCallback
+from dpo_lightning.callbacks.report.facts import costs
 from dpo_lightning.cli import trainer as commands
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data.batching import EncodedPair, collate
@@ -69,11 +70,9 @@ def test_apples_gpu_is_not_taken_for_a_cpu(monkeypatch):
 
 def test_a_report_of_a_run_on_apples_gpu_names_it(monkeypatch):
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 2**30)
-    callback = ReportCallback()
-    callback._device, callback._began = torch.device("mps"), 0.0
-    costs = callback._costs(SimpleNamespace(profiler=None), None)
-    assert costs["peak memory"] == "5.00 GiB on the GPU"
-    assert "Apple" in costs["machine"] and "CPU" not in costs["machine"]
+    found = costs(SimpleNamespace(profiler=None, callbacks=[]), torch.device("mps"), 1.0, {})
+    assert found["peak memory"] == "5.00 GiB on the GPU"
+    assert "Apple" in found["machine"] and "CPU" not in found["machine"]
 
 
 # ---------------------------------------------------------------------- several GPUs

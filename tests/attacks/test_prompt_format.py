@@ -271,8 +271,8 @@ def how_to_ask(folder):
 def test_the_card_says_how_to_ask(sql_run):
     section = how_to_ask(sql_run / "huggingface")
     (code,) = re.findall(r"```python\n(.*?)\n```", section, re.S)
-    (assignment,) = ast.parse(code).body
-    assert assignment.value.value == TEMPLATE
+    _, assignment, *_ = ast.parse(code).body
+    assert assignment.targets[0].id == "template" and assignment.value.value == TEMPLATE
     examples = re.findall(r"```text\n(.*?)\n```", section, re.S)
     assert examples[0] == TEMPLATE
     assert any(examples[1] == TEMPLATE.format(**row) for row in ROWS)

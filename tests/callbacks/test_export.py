@@ -1,4 +1,3 @@
-import ast
 import json
 import re
 
@@ -10,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import ExportCallback, export_policy
-from dpo_lightning.callbacks.export.model_card import model_card
+from dpo_lightning.callbacks.export.model_card import _name, _table, model_card
+from dpo_lightning.callbacks.methods import METHODS
 from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.dpo.losses import LOSSES
 from dpo_lightning.errors import UserError
 
 IDS = torch.arange(5, 25)[None]
@@ -124,7 +125,7 @@ def test_the_folder_is_what_servers_and_pipelines_load(train, tokenizer, tmp_pat
     assert isinstance(reply["generated_text"], str)
 
 
-def test_the_card_has_data_settings_metrics_and_replies(train, tmp_path):
+def test_the_card_has_data_settings_metrics_and_replies(train, tmp_path, monkeypatch, capsys):
     replies = RepliesCallback(every_n_steps=0, num_prompts=2)
     train(replies, ExportCallback(str(tmp_path / "out")), beta=0.25)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -133,12 +134,38 @@ def test_the_card_has_data_settings_metrics_and_replies(train, tmp_path):
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
     assert "base_model" not in metadata and "datasets" not in metadata, "names of this machine's files mean nothing"
     assert str(tmp_path) not in card
-    plain = re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), text)
-    for setting in ("beta | 0.25", "train_dataset | rows.jsonl", "optimizer steps | 5"):
-        assert f"| {setting} |" in plain
-    assert "val/rewards/margins" in plain
-    assert replies.pairs[0].chosen in plain and replies.pairs[0].prompt.split("\n")[0] in plain
-    ast.parse(text.split("```python\n")[1].split("```")[0])
+    for row in ("beta | 0.25", "train_dataset | rows.jsonl", "optimizer steps | 5", "valid SQL | 0% | on 2 questions"):
+        assert f"| {row} |" in text
+    assert "| val/rewards/margins |" in text and "&#" not in text
+    assert "# tiny-gpt2, trained with DPO\n" in text and "DPO ([Rafailov et al. 2023](https://arxiv.org/abs/" in text
+    assert f"```text\n{replies.pairs[0].prompt}\n```" in text and replies.pairs[0].chosen.strip() in text
+    monkeypatch.chdir(tmp_path / "out")
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    assert len(capsys.readouterr().out) > 1, "the example of the card runs and prints a reply"
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_the_card_names_the_loss_and_its_paper(model_folder, loss):
+    options = {"label_smoothing": 0.001} if loss == "exo_pair" else {}
+    card = model_card(DPOModule(str(model_folder), loss_type=loss, **options), {}, adapter=False)
+    method = METHODS[loss]
+    assert f"trained with {method.name}\n" in card and f"({method.arxiv})" not in card
+    assert f"[{method.authors}](https://arxiv.org/abs/{method.arxiv})" in card
+    assert f"arXiv {method.arxiv}" in LOSSES[loss].function.__doc__, "the paper of the loss's own docstring"
+
+
+def test_names_in_a_card_are_not_interpreted():
+    hostile = ["](http://x) <img src=x> |", "`code` ``", "# head", "www.example.com", "a _b_ c", "http://127.0.0.1"]
+    for name in [*hostile, "`", "", "|`|", "a\n# b"]:
+        cell = _name(name)
+        fence = re.match("`+", cell)[0]
+        inner = cell.removeprefix(fence).removesuffix(fence)
+        assert fence not in re.findall("`+", inner) and "\n" not in cell
+        row = _table(("a",), [(name,)]).splitlines()[2]
+        assert len(re.findall(r"(?<!\\)\|", row)) == 2, "one cell"
+    assert [_name(name) for name in ("gpt2", "a/b-c_d", "0% → 86%", "AdamW, learning rate 0.1, linear, warm-up 5")] == [
+        "gpt2", "a/b-c_d", "0% → 86%", "AdamW, learning rate 0.1, linear, warm-up 5"
+    ]  # fmt: skip
 
 
 def test_the_card_of_hub_names_links_them(model_folder):

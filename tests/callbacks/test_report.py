@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,9 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
 from dpo_lightning.callbacks.report.callback import ReportCallback
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text, ticks
+from dpo_lightning.callbacks.report.facts import commit
 from dpo_lightning.callbacks.report.page import Run, render
+from dpo_lightning.callbacks.report.saved import read_run
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
 
@@ -48,9 +51,11 @@ def assert_harmless(html):
     page = Page(html)
     assert not page.open, "every tag is closed"
     names = {name for name, _ in page.tags}
-    assert not names & {"script", "img", "link", "iframe", "object", "a", "form", "base"}
-    for _, attributes in page.tags:
-        assert not any(key in ("src", "href") or key.startswith("on") for key in attributes)
+    assert not names & {"script", "img", "link", "iframe", "object", "form", "base"}
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    for tag, attributes in page.tags:
+        assert not any(key == "src" or key.startswith("on") for key in attributes)
+        assert "href" not in attributes or tag == "a" and attributes["href"].removeprefix("#") in ids
     assert "http:" not in re.sub(r">[^<]*<", "><", html) and "url(" not in html and "@import" not in html
     assert "\x1b" not in html and "\x00" not in html and "\u202e" not in html
     return page
@@ -67,11 +72,12 @@ def hostile_run():
         margins={"step 4": [0.1, 0.2, float("nan")]},
         pairs=[PreferencePair(HOSTILE, HOSTILE, "", HOSTILE)],
         showings=[
-            Showing(step, [HOSTILE], [flags], {"sql/valid": 0.75 if step else 0.0}, {"sql/valid": 4}, 4)
+            Showing(step, [f"{HOSTILE}{step}"], [flags], {"sql/valid": 0.75 if step else 0.0}, {"sql/valid": 4}, 4)
             for step in range(0, 100, 10)
         ],
         costs={HOSTILE: HOSTILE},
         warnings=[HOSTILE],
+        again={HOSTILE: HOSTILE},
     )
 
 
@@ -86,6 +92,38 @@ def test_nothing_in_the_report_can_act_and_all_of_it_is_shown():
 def test_a_prompt_shows_first_last_and_some_replies_between():
     rows = re.findall(r"<th>(before|step \d+|wanted)</th>", render(hostile_run()))
     assert rows == ["before", "step 20", "step 40", "step 70", "step 90", "wanted"]
+
+
+def test_steps_with_the_same_reply_are_one_row():
+    run, flags = hostile_run(), [{"sql/valid": True}]
+    texts = {0: "a", 10: "b", 20: "b", 30: "c", 40: "c", 50: "c"}
+    showings = [Showing(step, [text], flags, {}) for step, text in texts.items()]
+    rows = re.findall(r"<th>([^<]+)</th><td><pre>(.)<", render(run._replace(showings=showings)))
+    assert rows == [("before", "a"), ("step 10 to 20", "b"), ("step 30 to 50", "c")]
+    same = [Showing(step, ["a"], flags, {}) for step in (0, 10)]
+    assert ">before, and to step 10<" in render(run._replace(showings=same))
+
+
+def test_lines_with_the_same_values_can_be_told_apart():
+    chart = line_chart("Same", {name: [(step, 0.5) for step in range(50)] for name in ("one", "two", "three")})
+    lines = re.findall(r'<polyline.*stroke-width="([^"]+)" stroke-dasharray="([^"]*)"', chart)
+    widths, dashes = zip(*((float(width), dash) for width, dash in lines), strict=True)
+    assert list(widths) == sorted(widths, reverse=True) and len(set(dashes)) == 3 and dashes[0] == ""
+    labels = re.findall(r'<text [^>]*y="([^"]+)"[^>]*class="end"[^>]*>(\w+)<', chart)
+    heights = sorted(float(y) for y, _ in labels)
+    assert {name for _, name in labels} == {"one", "two", "three"}
+    assert all(below - above >= 14.8 for above, below in zip(heights, heights[1:], strict=False))
+    assert 0 < heights[0] and heights[-1] < 220, "labels stay within the picture"
+
+
+def test_names_that_are_too_long_for_the_end_of_a_line_are_in_a_legend():
+    chart = line_chart("Long", {"a" * 40: [(0, 1)], "b": [(0, 2)]})
+    assert 'class="end"' not in chart and chart.count('class="sample"') == 2
+
+
+def test_a_single_validation_is_seen():
+    chart = line_chart("Loss", {"training": [(n, n) for n in range(50)], "validation": [(50, 3)]})
+    assert len(re.findall(r'<circle [^>]*class="mark"', chart)) == 1 and chart.count('class="hover"') == 50
 
 
 @pytest.mark.parametrize(
@@ -129,7 +167,7 @@ def test_a_histogram_counts_every_value_once():
 
 
 def test_numbers_are_short():
-    assert [number_text(v) for v in (12000.0, 0.69314718, 2.5e-5)] == ["12000", "0.693", "2.5e-5"]
+    assert [number_text(v) for v in (12000.0, 0.69314718, 2.5e-5, 3412.7)] == ["12000", "0.693", "2.5e-5", "3413"]
 
 
 # ---------------------------------------------------------------------- of a whole run
@@ -160,8 +198,25 @@ def test_a_fit_leaves_a_report_of_what_it_logged(run, quiet_trainer, tmp_path):
     for value in (curves["train/loss"][0][1], curves["val/loss"][-1][1]):
         assert f": {number_text(value)}</title>" in html
     assert "step 4" in page.text and "step 8" in page.text and "wanted" in page.text
+    assert "tiny-gpt2 after DPO on rows.jsonl" in page.text, "a title in words, not a path"
+    assert "command" in page.text and "of the data 42" in page.text
+    assert read_run(tmp_path).curves["train/loss"] == [list(point) for point in curves["train/loss"]]
     assert re.search(r"\d\.\d\d GiB of the process", page.text)
     assert re.search(r"of it for replies\d+\.\d s \(\d+\.\d%\)", page.text)
+
+
+def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit() is None
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    of_whom = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for args in (["init", "-q"], [*of_whom, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *args], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", commit())
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
 
 
 def test_warnings_of_the_run_are_in_its_report(run, quiet_trainer, tmp_path):
@@ -206,6 +261,13 @@ def test_a_resumed_run_reports_the_whole_run(run, model_folder, tokenizer, rows_
     assert [showing.step for showing in report[0].showings] == [0, 4, 8]
     lines = (tmp_path / "replies.jsonl").read_text().splitlines()
     assert len(lines) == 3 * 2, "two prompts at three steps, those before the resume kept"
+
+
+def test_curves_of_an_earlier_checkpoint_go_on_under_their_new_name():
+    report = ReportCallback()
+    curves = {"replies/reply/length": [(0, 9.0)], "replies/sql/valid": [(0, 0.0)], "train/loss": [(1, 0.7)]}
+    report.load_state_dict({"curves": curves, "margins": {}, "warnings": [], "seconds": 0.0})
+    assert set(report._curves) == {"replies/length", "replies/sql/valid", "train/loss"}
 
 
 def test_a_trial_run_writes_nothing(run, quiet_trainer, tmp_path):

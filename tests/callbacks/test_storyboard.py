@@ -9,8 +9,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.callbacks.curves import CHARTS
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.callbacks.storyboard import RESULTS, StoryboardCallback
+from dpo_lightning.judging.quantities import reply_tag
 from dpo_lightning.judging.views import markdown_table
 
 JUDGED = ("sql/valid", "sql/exact", "sql/execution", "reply/eos_rate", "reply/repetition")
@@ -63,8 +65,9 @@ def test_every_chart_has_curves_and_every_important_curve_a_chart(fitted):
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     drawn = {title: {tag for tag in scalars if any(re.match(p, tag) for p in tags)} for title, tags in charts.items()}
     assert not [title for title, tags in drawn.items() if not tags]
-    assert drawn["loss"] == {"train/loss", "val/loss"}
-    assert drawn["margins"] == {"train/rewards/margins", "val/rewards/margins"}
+    assert {chart.title for chart in CHARTS} - set(drawn) == {"Reference point of kto"}
+    assert drawn["Loss"] == {"train/loss", "val/loss"}
+    assert drawn["Replies: ended, repetition"] == {"replies/eos_rate", "replies/repetition"}
     assert drawn["SQL: valid, exact, same result"] == {f"replies/sql/{x}" for x in ("valid", "exact", "execution")}
     assert {"train/learning_rate", "train/grad_norm", "train/pairs_per_second", "train/kl"} <= set().union(
         *drawn.values()
@@ -75,12 +78,15 @@ def test_hparams_hold_the_settings_and_name_results_that_exist(fitted):
     _, trainer, events = fitted
     experiment = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
     tags = {info.name.tag for info in experiment.experiment.metric_infos}
-    judged = {f"replies/{name}" for name in JUDGED}
+    judged = {reply_tag(name) for name in JUDGED}
+    assert not any(tag.startswith("replies/reply/") for tag in events.Tags()["scalars"])
     assert tags == set(RESULTS) | judged and tags <= set(events.Tags()["scalars"])
     started = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     values = started.session_start_info.hparams
     assert values["beta"].number_value == 0.1 and values["loss_type"].string_value == "sigmoid"
     assert values["batch_size"].number_value == 4 and values["precision"].string_value == "32-true"
+    assert values["gradient_clip_val"].number_value == 1.0 and values["val_size"].number_value == 4
+    assert not {"lora", "warmup_steps", "num_workers", "devices", "tokenizer", "label_smoothing"} & set(values)
     assert events.Scalars("val/loss")[-1].value == pytest.approx(trainer.callback_metrics["val/loss"].item())
     assert [event.step for event in events.Scalars("val/loss")] == [3, 7], "no made-up point among the results"
 

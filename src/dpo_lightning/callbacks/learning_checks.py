@@ -121,7 +121,8 @@ def unbalanced(good: int, bad: int, loss: PreferenceLoss) -> str | None:
     if options is None or not good + bad:
         return None
     if not good or not bad:
-        return f"all {good + bad} labels are {'true' if good else 'false'}, but kto learns from the contrast of both"
+        one, other = ("true", "false") if good else ("false", "true")
+        return f"all {good + bad} labels are {one}, but kto learns from the contrast of both: add rows that are {other}"
     of_good, of_bad = options["desirable_weight"], options["undesirable_weight"]
     desirable, undesirable = good * of_good, bad * of_bad
     if undesirable and LEAST_BALANCE <= desirable / undesirable <= MOST_BALANCE:

@@ -13,7 +13,7 @@ from dpo_lightning.data.batching import PairBatch, PromptBatch, collate_prompts
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import JudgeSetting, Verdict, VerdictMeans, check_round, find_judges, verdicts
-from dpo_lightning.judging.quantities import marks, quantity
+from dpo_lightning.judging.quantities import marks, quantity, reply_tag
 from dpo_lightning.judging.views import markdown_table, show_replies
 from dpo_lightning.models.reply import Reply
 from dpo_lightning.parsing import AtLeast1, Count, check_settings
@@ -186,7 +186,7 @@ class RepliesCallback(Callback):
     ) -> None:
         showing = self.showings[-1]
         for logger in trainer.loggers:
-            logger.log_metrics({f"replies/{name}": share for name, share in showing.shares.items()}, showing.step)
+            logger.log_metrics({reply_tag(name): share for name, share in showing.shares.items()}, showing.step)
         if writer := tensorboard_writer(trainer):
             passed = [", ".join(word for word, is_so in marks(found) if is_so) for found in judged]
             prompts, wanted = zip(*((pair.prompt, pair.chosen) for pair in self.pairs), strict=True)

@@ -1,32 +1,16 @@
 """What TensorBoard shows beyond single scalars: chosen charts, hyperparameters beside results, histograms."""
 
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dpo_lightning.callbacks.context import find_callback, tensorboard_writer
+from dpo_lightning.callbacks.curves import CHARTS, judged_charts
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.judging.judge import Judge
-from dpo_lightning.judging.quantities import reply_charts, results
+from dpo_lightning.judging.quantities import reply_tag, results
 
-# Group -> title of a chart -> regular expressions of its tags, for TensorBoard's "custom scalars" tab.
-CHARTS = {
-    "learning": {
-        "loss": ["(train|val)/loss$"],
-        "margins": ["(train|val)/rewards/margins$"],
-        "accuracy": ["(train|val)/rewards/accuracies$"],
-        "rewards": ["(train|val)/rewards/(chosen|rejected)$"],
-    },
-    "replies": {"Replies: length": ["replies/reply/length$"]},
-    "diagnostics": {
-        "KL": ["(train|val)/kl$"],
-        "displaced": ["(train|val)/rewards/(first_)?displaced$"],
-        "gradient left in the loss": ["train/gradient_weight$"],
-        "gradient norm": ["train/grad_norm$"],
-        "learning rate": ["train/learning_rate$"],
-        "pairs per second": ["train/pairs_per_second$"],
-    },
-}
 # Listed beside the hyperparameters, each with its last value in the run, and so are the verdicts of judges.
 RESULTS = (
     "val/loss",
@@ -35,15 +19,22 @@ RESULTS = (
     "val/kl",
     "train/pairs_per_second",
 )
+# Listed for every run; other settings only where they are not the default.
+ALWAYS = "name_or_path loss_type beta learning_rate train_dataset batch_size max_epochs max_steps precision".split()
+# Never listed: how a run computes, not what it learns.
+NEVER = (
+    "tokenizer num_workers trust_remote_code generation max_new_tokens eval_batch_size attn_implementation "
+    "val_dataset test_dataset predict_dataset on_bad_row"
+).split()
 
 
 class StoryboardCallback(Callback):
     """Completes the TensorBoard log of a run, if it has one:
 
-    - custom scalars: `CHARTS`, and a chart for each judge of the run;
-    - hparams: all settings, with the metrics of `RESULTS` and the verdicts of the run's judges. Those of a function of
-      the user's own are not among them, since TensorBoard needs their names before the first reply is judged: they are
-      in the charts, and in `validate`'s log;
+    - custom scalars: the report's charts, under the same titles;
+    - hparams: the settings that matter or are not the default, with the metrics of `RESULTS` and the verdicts of the
+      run's judges. Those of a function of the user's own are not among them, since TensorBoard needs their names before
+      the first reply is judged: they are in the charts, and in `validate`'s log;
     - histograms: the margins of all pairs at each validation, from all ranks.
     """
 
@@ -59,19 +50,21 @@ class StoryboardCallback(Callback):
             return
         from torch.utils.tensorboard.summary import hparams
 
-        layout = {
-            group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in CHARTS.items()
-        }
         replies = find_callback(trainer, RepliesCallback)
         judges: dict[str, Judge] = replies.judges if replies else {}
         names = [f"{name}/{verdict}" for name, judge in judges.items() for verdict in judge.verdicts]
-        charts = {title: [f"replies/{name}$" for name in words] for title, words in reply_charts(names).items()}
-        charts |= {name: [f"replies/{name}/"] for name, judge in judges.items() if not judge.verdicts}
-        layout["replies"] |= {title: ["Multiline", tags] for title, tags in charts.items()}
+        layout: dict[str, dict[str, Any]] = {}
+        for chart in (*judged_charts(map(reply_tag, names)), *CHARTS):
+            if "train/reference_point" in chart.curves and not pl_module.loss.needs_kl:
+                continue
+            layout.setdefault(chart.group, {})[chart.title] = ["Multiline", [f"{tag}$" for tag in chart.curves]]
+        of_users = {name: ["Multiline", [f"replies/{name}/"]] for name, judge in judges.items() if not judge.verdicts}
+        length = {"Replies: length": ["Multiline", [f"{reply_tag('reply/length')}$"]]}
+        layout["Replies"] = layout.get("Replies", {}) | of_users | length
         writer.add_custom_scalars(layout)
         assert writer.file_writer is not None  # until it is closed
-        metrics = [*RESULTS, *(f"replies/{name}" for name in results(names))]
-        for summary in hparams(settings(trainer, pl_module), dict.fromkeys(metrics, 0.0)):
+        metrics = [*RESULTS, *map(reply_tag, results(names))]
+        for summary in hparams(telling_settings(trainer, pl_module), dict.fromkeys(metrics, 0.0)):
             writer.file_writer.add_summary(summary)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,4 +97,20 @@ def settings(trainer: Trainer, module: LightningModule) -> dict[str, bool | int 
     }
     return {
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in values.items()
+    }
+
+
+def telling_settings(trainer: Trainer, module: LightningModule) -> dict[str, bool | int | float | str]:
+    """The settings to compare runs by: those in `ALWAYS`, and all others that are not the default."""
+    defaults: dict[str, Any] = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "devices": 1}
+    for part in (module, trainer.datamodule):
+        if part is not None:
+            defaults |= {name: one.default for name, one in signature(type(part).__init__).parameters.items()}
+    return {
+        name: value
+        for name, value in settings(trainer, module).items()
+        if name in ALWAYS
+        or name in defaults
+        and name not in NEVER
+        and value not in (defaults[name], str(defaults[name]))
     }

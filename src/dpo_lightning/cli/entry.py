@@ -64,6 +64,7 @@ COMMANDS = {
     "rounds": Command("train on the model's own verified mistakes", "dpo_lightning.cli.rounds", "run_rounds"),
     "sample": Command("a stage of rounds: sample and judge replies", "dpo_lightning.cli.sample", "run_sample"),
     "probe": Command("a stage of --memory: try a few steps", "dpo_lightning.cli.probe", "run_probe"),
+    "report": Command("several runs side by side on one page", "dpo_lightning.cli.report", "run_report"),
     "chat": Command("ask a trained model, beside its reference", "dpo_lightning.cli.chat", "run_chat"),
     "label": Command("choose the better of two replies, in a browser", "dpo_lightning.cli.label", "run_label"),
     "compare": Command(

@@ -6,6 +6,7 @@ Everything comes from the datamodule as in training: its checked rows, its encod
 import math
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.callbacks.context import batch_limit, batches_per_epoch
-from dpo_lightning.callbacks.learning_checks import about_data
 from dpo_lightning.callbacks.times import duration
 from dpo_lightning.cli.memory import bytes_of, chosen, of_a_run, size
+from dpo_lightning.cli.doctor import examine
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
 from dpo_lightning.data.columns import context_keys, id_counts, numeric_column, thumbs
@@ -75,7 +76,7 @@ def run_inspect(args: Sequence[str]) -> None:
     trainer.strategy.connect(cli.model)  # for the number of positions, which limits the pairs
     data.generates = False
     data.setup("fit")
-    for line in inspect(data, cli.config.rows):
+    for line in chain(inspect(data), examine(data, cli.model.loss), decoded_pairs(data, cli.config.rows)):
         print(visible(line))
     print("\n" + run_line(data, trainer) + "; " + time_line(data, trainer, measured(cli) if cli.config.time else None))
     if cli.model.scoring is not None:  # the model was loaded to measure the time
@@ -143,8 +144,8 @@ def time_line(data: PreferenceDataModule, trainer: Trainer, seconds_per_token: f
     )
 
 
-def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
-    """Describes a datamodule that is set up for "fit": rows, lengths, batches, and the first `rows` pairs, decoded."""
+def inspect(data: PreferenceDataModule) -> Iterator[str]:
+    """Describes a datamodule that is set up for "fit": rows, lengths and batches."""
     for account in data.accounts.values():
         yield from account_lines(account)
     for name in data.not_generated:
@@ -168,11 +169,7 @@ def inspect(data: PreferenceDataModule, rows: int) -> Iterator[str]:
         yield f"{cut.replace('_', 's ')} to fit data.max_length = {data.max_length}: {share}"
     share = f"{padding(data):.1%} of their tokens, none if they are packed (model.attn_implementation)"
     yield f"padding in the first epoch's training batches: {share}"
-    yield from (f"warning: {warning}" for warning in about_data(data))
-    if rows:
-        yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"
-    for position in range(min(rows, len(train))):
-        yield from decoded_pair(data, position)
+    yield ""
 
 
 def account_lines(account: RowAccount) -> Iterator[str]:
@@ -205,6 +202,14 @@ def padding(data: PreferenceDataModule) -> float:
     world = sampler.num_replicas
     batches = [batch[rank::world] for batch in sampler.global_batches() for rank in range(world)]
     return 1 - lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches)
+
+
+def decoded_pairs(data: PreferenceDataModule, rows: int) -> Iterator[str]:
+    """The first training pairs, decoded."""
+    if rows:
+        yield "\nas trained, with ⟦ ⟧ around the tokens that are learnt (chosen) or unlearnt (rejected):"
+    for position in range(min(rows, len(data.datasets["train"]))):
+        yield from decoded_pair(data, position)
 
 
 def decoded_pair(data: PreferenceDataModule, position: int) -> Iterator[str]:

@@ -32,6 +32,18 @@ def thumbs(data: "Dataset") -> tuple[int, int]:
     return int((rejected == 0).sum()), int((chosen == 0).sum())
 
 
+def distinct(data: "Dataset") -> np.ndarray:
+    """The positions of a selection's rows, ascending, each row once however often it was selected."""
+    return np.unique(selected(data, np.arange(data.data.num_rows)), return_index=True)[1]
+
+
+def id_lists(data: "Dataset", name: str, positions: np.ndarray) -> list[np.ndarray]:
+    """A column's lists of token ids at some positions, int32 [tokens] each."""
+    (column,) = data.select_columns(name).with_format("arrow")[positions].columns
+    column = column.combine_chunks()
+    return np.split(column.flatten().to_numpy(), np.cumsum(column.value_lengths().to_numpy())[:-1])
+
+
 def with_column(data: "Dataset", name: str, values: pa.ChunkedArray) -> "Dataset":
     """The data set with one more column.
 

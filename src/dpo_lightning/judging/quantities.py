@@ -29,6 +29,22 @@ def quantity(name: str) -> Quantity:
     return QUANTITIES.get(name) or Quantity(name, verdict)
 
 
+def reply_tag(name: str) -> str:
+    """The tag of a verdict's mean among the logged curves: "sql/valid" -> "replies/sql/valid".
+
+    The verdicts on any reply are directly there: "reply/length" -> "replies/length".
+    """
+    return f"replies/{name.removeprefix('reply/')}"
+
+
+def verdict_of(tag: str) -> str | None:
+    """The verdict whose mean has a tag, None for other tags. Older runs have tags such as "replies/reply/length"."""
+    prefix, _, name = tag.partition("/")
+    if prefix != "replies":
+        return None
+    return name if "/" in name else f"reply/{name}"
+
+
 def results(names: Iterable[str]) -> list[str]:
     """The names that say how good a run's replies are, in the given order."""
     return [name for name in names if quantity(name).better]
@@ -41,6 +57,15 @@ def reply_charts(names: Iterable[str]) -> dict[str, dict[str, str]]:
         judge, _, verdict = name.partition("/")
         charts.setdefault(judge, {})[name] = quantity(name).word or verdict
     return {f"{TITLES.get(judge, judge)}: {', '.join(words.values())}": words for judge, words in charts.items()}
+
+
+def what_is_good(names: Iterable[str]) -> str:
+    """A sentence on where means should go: "Should rise: ended. Should stay low: repetition."."""
+    words: dict[str, list[str]] = {"higher": [], "lower": []}
+    for name in results(names):
+        words[str(quantity(name).better)].append(quantity(name).word or name.rpartition("/")[2])
+    parts = [("Should rise", words["higher"]), ("Should stay low", words["lower"])]
+    return " ".join(f"{verb}: {', '.join(those)}." for verb, those in parts if those)
 
 
 def marks(verdicts: Mapping[str, bool | float | None]) -> list[tuple[str, bool]]:

@@ -77,6 +77,14 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
+def short_name(name: str) -> str:
+    """A hub id without its owner; of a folder or file the last name, with the folder's where that says too little."""
+    path = Path(name)
+    if looks_local(name) and path.name in ("model", "huggingface"):
+        return "/".join(path.parts[-2:])
+    return path.name or name
+
+
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path: hub ids are `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name

@@ -14,7 +14,7 @@ from dpo_lightning.callbacks.report.history import Curve
 from dpo_lightning.callbacks.report.outcome import percent
 from dpo_lightning.callbacks.report.page import charts
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.quantities import quantity, results
+from dpo_lightning.judging.quantities import quantity, reply_tag, results, verdict_of
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.page.run_files import (
     LARGEST_REPORT,
@@ -134,8 +134,8 @@ class Runs:
 
 def figures(curves: dict[str, Curve]) -> list[Figure]:
     """The results of a run so far, first → last: of its replies, then of its validations."""
-    names = results(name.removeprefix("replies/") for name in curves if name.startswith("replies/"))
-    labels = {f"replies/{name}": (quantity(name).label, quantity(name).share) for name in names}
+    names = results(name for tag in curves if (name := verdict_of(tag)))
+    labels = {reply_tag(name): (quantity(name).label, quantity(name).share) for name in names}
     labels |= {name: (label, name.endswith("accuracies")) for name, label in RESULTS.items()}
     found = []
     for name, (label, share) in labels.items():
@@ -149,14 +149,15 @@ def figures(curves: dict[str, Curve]) -> list[Figure]:
 def plots(curves: dict[str, Curve]) -> list[dict[str, Any]]:
     """The charts of a run in SVG coordinates, as JSON: see `callbacks.report.charts.Plot`."""
     found = []
-    for title, series, share in charts(curves)[:MOST_CHARTS]:
-        if plot := line_plot(series, share):
-            lines = [
-                {**line, "name": visible(line["name"]), "colour": number % SERIES_COLOURS}
-                for number, line in enumerate(plot.series)
-            ]
+    for chart, series in charts(curves)[:MOST_CHARTS]:
+        if plot := line_plot(series, chart.share):
+            colours = {line["name"]: number % SERIES_COLOURS for number, line in enumerate(plot.series)}
+            lines, ends = (
+                [{**line, "name": visible(line["name"]), "colour": colours[line["name"]]} for line in lines]
+                for lines in (plot.series, plot.ends)
+            )
             size = {name: getattr(plot, name) for name in ("width", "height", "left", "right", "x_labels", "y_labels")}
-            found.append({"title": visible(title), **size, "series": lines})
+            found.append({"title": visible(chart.title), "good": visible(chart.good), **size, "series": lines, "ends": ends})
     return found
 
 

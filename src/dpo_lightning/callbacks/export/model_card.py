@@ -1,6 +1,7 @@
 """The README.md of an exported model: its origin and training, how to prompt it, and how it replies."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,16 +12,21 @@ import transformers
 from lightning.pytorch import Trainer
 
 from dpo_lightning.callbacks.context import find_callback, optimized_by
+from dpo_lightning.callbacks.methods import method_name, methods
 from dpo_lightning.callbacks.replies import RepliesCallback
+from dpo_lightning.callbacks.report.outcome import changes
 from dpo_lightning.data.prompt_format import PromptFormat
 from dpo_lightning.data.splits import dataset_weights
-from dpo_lightning.judging.views import markdown_table, markdown_text, visible
-from dpo_lightning.models.hub import looks_local
+from dpo_lightning.models.hub import looks_local, short_name
+from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
     from dpo_lightning.dpo.module import DPOModule
 
 REPLIES = 3  # in the card
+TAGS = ["preference-optimization", "dpo-lightning"]
+# Nothing that markdown or HTML would interpret, also in a table: no emphasis (a _b_), link or address.
+PLAIN = re.compile(r"(?!.*www\.)(?!.* .*_)(?!.*_.* )-?[^\W_](?:[\w ./,=+%→()-]*[\w).%])?", re.IGNORECASE)
 SETTINGS = (
     "loss_type loss_weights loss_options beta label_smoothing lora quantization sync_ref_model"
 ).split()  # of the module, left out if they are unset
@@ -32,8 +38,9 @@ DATA = (
 
 USAGE = """from transformers import pipeline
 
-generate = pipeline("text-generation", "PATH OF THIS FOLDER")
-print(generate({prompt}, max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
+{prompt}
+generate = pipeline("text-generation", ".")  # this folder, or its name on the hub
+print(generate(prompt, max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
 EXAMPLE = {
     "context": "CREATE TABLE singer (name VARCHAR, age INTEGER)",
     "question": "How many singers are there?",
@@ -58,60 +65,65 @@ def model_card(
         has_chat_template: whether the exported tokenizer has one.
     """
     h = module.hparams
-    base = public_name(h.name_or_path)
+    base, short = public_name(h.name_or_path), short_name(h.name_or_path)
     replies = trainer and find_callback(trainer, RepliesCallback)
     example = replies.pairs[0].prompt if replies and replies.pairs else None
     if prompt_format and prompt_format.prompt_template is not None:
         example = example or prompt_format.prompt_template.format_map(EXAMPLE)
-    prompt = (
-        [{"role": "user", "content": EXAMPLE["question"]}]
-        if prompt_format and prompt_format.chat
-        else example or "your prompt"
-    )
     kind = "An adapter for" if adapter else "A model trained from"
+    datasets = dataset_weights(data.get("train_dataset"))
+    trained_on = f" on {', '.join(_name(public_name(name)) for name in datasets)}" if datasets else ""
     parts = [
-        _metadata(base, dataset_weights(data.get("train_dataset")), adapter),
-        f"# {markdown_text(Path(base).name)}, DPO",
-        f"{kind} {markdown_text(base)} with Direct Preference Optimization "
-        "([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) by dpo-lightning.",
-        f"```python\n{USAGE.format(prompt=_literal(prompt))}\n```",
-        *([how_to_ask(prompt_format, has_chat_template, example)] if prompt_format else []),
-        "## Data\n\n" + _settings({name: data.get(name) for name in DATA}),
-        "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer, module)),
+        _metadata(base, h.loss_type, datasets, adapter),
+        f"# {_name(short)}, trained with {_name(method_name(h.loss_type))}",
+        f"{kind} {_name(base if '/' in base else short)}{trained_on} with {_cited(h.loss_type)}, by dpo-lightning.",
+        "## How to ask\n\n" + how_to_ask(prompt_format, has_chat_template, example),
     ]
+    if replies and (results := changes(replies.showings)):
+        rows = [(change.label, change.values, change.where) for change in results]
+        parts.append("## Results\n\n" + _table(("replies", "before → after training", "measured"), rows))
     if metrics := _metrics(trainer):
-        parts.append("## Metrics\n\n" + markdown_table(("metric", "value"), metrics))
+        parts.append(_table(("metric of the pairs", "value"), metrics))
     if replies and replies.showings:
         parts.append("## Replies\n\nGreedy, to prompts that were not trained on.\n\n" + _replies(replies))
+    parts += [
+        "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer, module)),
+        "## Data\n\n" + _settings({name: data.get(name) for name in DATA}),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
-def how_to_ask(prompt_format: PromptFormat, has_chat_template: bool, example: str | None) -> str:
-    """The section on how to prompt the model from any other program.
+def how_to_ask(prompt_format: PromptFormat | None, has_chat_template: bool, example: str | None) -> str:
+    """How to prompt the model from any other program, with code that runs in its folder.
 
     Args:
         example: a prompt with its template filled in.
     """
-    parts = ["## How to ask"]
-    if prompt_format.chat:
-        parts.append("It was trained on conversations as the tokenizer's chat template renders them: ask through it.")
-    elif prompt_format.prompt_template is not None:
-        parts += [
+    template = prompt_format and prompt_format.prompt_template
+    if prompt_format and prompt_format.chat:
+        said = ["It was trained on conversations as the tokenizer's chat template renders them: ask through it."]
+        code = f"prompt = {_literal([{'role': 'user', 'content': EXAMPLE['question']}])}"
+    elif template is not None:
+        said = [
             "It was trained on prompts that are this template, filled in, with nothing before or after it:",
-            _fenced(prompt_format.prompt_template),
-            "In Python, exactly:",
-            f"```python\ntemplate = {_literal(prompt_format.prompt_template)}\n```",
+            _fenced(template),
         ]
+        values = ", ".join(f"{name}={EXAMPLE[name]!r}" for name in EXAMPLE)
+        code = f"template = {_literal(template)}\nprompt = template.format({values})"
     else:
-        parts.append("It was trained on prompts as they stand in its data: give it yours without anything around it.")
+        as_is = "It was trained on prompts as they stand in its data: give it yours without anything around it."
+        said = [as_is] if prompt_format else []
+        code = f"prompt = {_literal(example or 'Your prompt')}"
+    said.append(f"```python\n{USAGE.format(prompt=code)}\n```")
     if example:
-        parts += ["A prompt that is filled in:", _fenced(example)]
-    if has_chat_template and not prompt_format.chat:
-        parts.append("The tokenizer has a chat template, with which the model was **not** trained: do not use it.")
-    parts_of_reply = {"begins with": prompt_format.completion_start, "ends with the token": prompt_format.end_token}
-    if words := " and ".join(f"{verb} `{_literal(text)}`" for verb, text in parts_of_reply.items() if text):
-        parts.append(f"A reply {words}.")
-    return "\n\n".join(parts)
+        said += ["A prompt of its data:", _fenced(example)]
+    if has_chat_template and prompt_format and not prompt_format.chat:
+        said.append("The tokenizer has a chat template, with which the model was **not** trained: do not use it.")
+    if prompt_format:
+        parts = {"begins with": prompt_format.completion_start, "ends with the token": prompt_format.end_token}
+        if words := " and ".join(f"{verb} {_code(repr(text))}" for verb, text in parts.items() if text):
+            said.append(f"A reply {words}.")
+    return "\n\n".join(said)
 
 
 def public_name(name: str) -> str:
@@ -120,11 +132,11 @@ def public_name(name: str) -> str:
     return Path(name).expanduser().resolve().name if local else name
 
 
-def _metadata(base: str, datasets: Iterable[str], adapter: bool) -> str:
+def _metadata(base: str, loss_type: str | Sequence[str], datasets: Iterable[str], adapter: bool) -> str:
     fields: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["dpo", "preference-optimization", "dpo-lightning"],
+        "tags": [*(method.name.lower().replace(" ", "-") for method in methods(loss_type)), *TAGS],
     }
     if "/" in base:
         fields["base_model"] = base
@@ -132,6 +144,35 @@ def _metadata(base: str, datasets: Iterable[str], adapter: bool) -> str:
         fields["datasets"] = on_hub
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]  # JSON is YAML
     return "\n".join(["---", *lines, "---"])
+
+
+def _cited(loss_type: str | Sequence[str]) -> str:
+    """The losses with their papers, linked."""
+    return " + ".join(
+        f"{_name(method.name)} ([{method.authors}](https://arxiv.org/abs/{method.arxiv}))"
+        if method.arxiv
+        else _name(method.name)
+        for method in methods(loss_type)
+    )
+
+
+def _name(text: str) -> str:
+    """A name in running text: as it is, or as code if it has characters that markdown could interpret."""
+    return text if PLAIN.fullmatch(text) else _code(text)
+
+
+def _code(text: str) -> str:
+    """Text as inline code, in which nothing is interpreted."""
+    text = visible(text).replace("\n", "\\n")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text[:1] in ("`", " ", "") or text[-1:] in ("`", " ") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table; names and values that are not plain words become code."""
+    lines = [header, ["---"] * len(header), *([_name(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _literal(value: Any) -> str:
@@ -150,7 +191,7 @@ def _settings(values: Mapping[str, Any]) -> str:
         for name, value in values.items()
         if value not in (None, False)
     ]
-    return markdown_table(("setting", "value"), rows)
+    return _table(("setting", "value"), rows)
 
 
 def _run(trainer: Trainer | None, module: "DPOModule") -> dict[str, Any]:
@@ -161,6 +202,8 @@ def _run(trainer: Trainer | None, module: "DPOModule") -> dict[str, Any]:
         "optimizer": optimized_by(trainer, module),
         "weight decay": trainer.optimizers[0].defaults.get("weight_decay") if trainer.optimizers else None,
         "optimizer steps": trainer.global_step,
+        "epochs": trainer.max_epochs if trainer.max_steps < 0 else None,
+        "seed of everything": os.environ.get("PL_GLOBAL_SEED"),
         "batches per step": trainer.accumulate_grad_batches,
         "devices": trainer.world_size,
         "precision": trainer.precision,
@@ -175,8 +218,8 @@ def _metrics(trainer: Trainer | None) -> Sequence[tuple[str, str]]:
 
 def _replies(replies: RepliesCallback) -> str:
     first, last = replies.showings[0], replies.showings[-1]
-    rows = [
-        (pair.prompt, before, after, pair.chosen)
-        for pair, before, after in zip(replies.pairs, first.texts, last.texts, strict=False)
-    ]
-    return markdown_table(("prompt", "before training", "after training", "wanted"), rows[:REPLIES])
+    parts = []
+    for pair, before, after in list(zip(replies.pairs, first.texts, last.texts, strict=False))[:REPLIES]:
+        texts = {"Prompt": pair.prompt, "Before training": before, "After training": after, "Wanted": pair.chosen}
+        parts += [f"{name}:\n\n{_fenced(text.strip())}" for name, text in texts.items()]
+    return "\n\n".join(parts)

@@ -1,31 +1,29 @@
-"""Collects what happens during `fit` and writes `report.html` in the run's folder, however the run ends."""
+"""Collects what happens during `fit` and writes `report.html` in the run's folder, however the run ends.
 
-import math
-import platform
+`report.json` beside it has the same contents, for the command `report` and for programs.
+"""
+
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoints import newest_checkpoint
-from dpo_lightning.callbacks.context import batch_limit, find_callback, optimized_by, preference_data, run_folder
+from dpo_lightning.callbacks.context import find_callback, preference_data, run_folder
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import REMEMBERED, RepliesCallback
+from dpo_lightning.callbacks.report.facts import again, commit, costs, facts, title_of
 from dpo_lightning.callbacks.report.history import Curve, History
 from dpo_lightning.callbacks.report.outcome import closing_lines
 from dpo_lightning.callbacks.report.page import Run, render
+from dpo_lightning.callbacks.report.saved import as_json
 from dpo_lightning.callbacks.storyboard import settings
 from dpo_lightning.callbacks.times import RunTimes, duration
-from dpo_lightning.data.columns import numeric_column
-from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import Stopped
-from dpo_lightning.models.hardware import device_name, peak_memory
+from dpo_lightning.judging.quantities import reply_tag, verdict_of
 from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.states import check_amount, check_state
 
@@ -71,6 +69,7 @@ class ReportCallback(Callback):
         self._history = History(trainer.default_root_dir)
         self._history.curves = self._curves
         trainer.loggers.append(self._history)
+        self._commit = commit() if trainer.is_global_zero else None  # before anybody changes the files
         self._began = time.perf_counter()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,7 +100,10 @@ class ReportCallback(Callback):
         check_state(state_dict, STATE, "the report")
         for name in ("val_pairs", "seconds"):
             check_amount(state_dict.get(name, 0), f"the report's {name}")
-        self._curves, self._margins = state_dict["curves"], state_dict["margins"]
+        curves, self._margins = state_dict["curves"], state_dict["margins"]
+        self._curves = {
+            reply_tag(verdict) if (verdict := verdict_of(tag)) else tag: curve for tag, curve in curves.items()
+        }
         self._val_pairs = state_dict.get("val_pairs", 0)  # missing in older checkpoints
         self._warnings = state_dict["warnings"] + [w for w in self._warnings if w not in state_dict["warnings"]]
         self._earlier_seconds = state_dict["seconds"]
@@ -140,8 +142,10 @@ class ReportCallback(Callback):
             path = self._folder / "report.html"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path) as partial:
-                    partial.write_text(render(self._run(trainer, module, outcome)), encoding="utf-8")
+                run = self._run(trainer, module, outcome)
+                for name, text in (("report.json", as_json(run)), ("report.html", render(run))):
+                    with atomic_file(self._folder / name) as partial:
+                        partial.write_text(text, encoding="utf-8")
                 paths["report"] = path
             except OSError as error:  # must not hide the trained model, or the error that stopped the run
                 rank_zero_warn(f"the report cannot be written to {path}: {error.strerror}")
@@ -149,60 +153,21 @@ class ReportCallback(Callback):
         return paths
 
     def _run(self, trainer: Trainer, module: LightningModule, outcome: str) -> Run:
-        data, h = trainer.datamodule, module.hparams
-        replies = find_callback(trainer, RepliesCallback)
-        sizes = ", ".join(f"{len(pairs)} {name}" for name, pairs in data.datasets.items())
-        train = data.datasets["train"]
-        cut = [int(numeric_column(train, column).sum()) for column in ("prompt_cut", "completion_cut")]
-        step, accumulated = trainer.global_step, trainer.accumulate_grad_batches
-        epochs = step / math.ceil(len(data.train_dataloader()) / accumulated)
-        loss = h.loss_type if isinstance(h.loss_type, str) else " + ".join(h.loss_type)
-        trained_on = " + ".join(
-            name if weight == 1 else f"{weight:g} × {name}"
-            for name, weight in dataset_weights(data.hparams.train_dataset).items()
-        )
+        replies, step = find_callback(trainer, RepliesCallback), trainer.global_step
         return Run(
-            title=f"{h.name_or_path} on {trained_on}",
+            title=title_of(module, trainer.datamodule),
             outcome=f"{outcome} after {step} steps and {duration(self._seconds())}, {time.strftime('%Y-%m-%d %H:%M')}.",
-            facts={
-                "model": h.name_or_path,
-                "weights": module.size,
-                "data": trained_on,
-                "pairs": f"{sizes}; rejected completions: {data.hparams.rejected}",
-                "cut to fit": f"{cut[0]} prompts, {cut[1]} completions of training pairs ({data.max_length} tokens)",
-                "loss": f"{loss}, beta {h.beta}",
-                "optimizer": optimized_by(trainer, module),
-                "batches": f"{batch_limit(data)} × {accumulated} accumulated × {trainer.world_size} devices",
-                "length": f"{step} steps, {epochs:.2g} passes over the training pairs",
-                "precision": str(trainer.precision)
-                + (f", steps skipped for overflow: {module.skipped.total}" if module.skipped.total else ""),
-            },
+            facts=facts(trainer, module),
             settings=settings(trainer, module),
             curves=self._curves,
             margins={f"step {step}": values for step, values in self._margins.items()},
             pairs=replies.pairs[:REMEMBERED] if replies else [],
             showings=replies.showings if replies else [],
-            costs=self._costs(trainer, replies),
+            costs=costs(trainer, self._device, self._seconds(), self._curves),
             warnings=self._warnings,
             val_pairs=self._val_pairs,
+            again=again(trainer.datamodule, self._commit),
         )
-
-    def _costs(self, trainer: Trainer, replies: RepliesCallback | None) -> dict[str, str]:
-        seconds = self._seconds()
-        speed = [value for _, value in self._curves.get("train/pairs_per_second", [])]
-        costs = {"time": duration(seconds)}
-        if isinstance(trainer.profiler, RunTimes):
-            costs["with its start"] = str(trainer.profiler)
-        elif replies:
-            costs["of it for replies"] = f"{duration(replies.seconds)} ({replies.seconds / seconds:.1%})"
-        if speed:
-            costs["speed"] = f"{sum(speed) / len(speed):.3g} pairs per second, without validation and replies"
-        if (peak := peak_memory(self._device)) is not None:
-            of = "of the process" if self._device.type == "cpu" else "on the GPU"
-            costs["peak memory"] = f"{peak / 2**30:.2f} GiB {of}"
-        versions = [f"{module.__name__} {module.__version__}" for module in (torch, lightning, transformers)]
-        python = f"Python {platform.python_version()}"
-        return costs | {"machine": device_name(self._device), "versions": ", ".join([*versions, python])}
 
 
 def _model_path(trainer: Trainer) -> dict[str, Path]:

@@ -12,19 +12,29 @@ import numpy as np
 from dpo_lightning.callbacks.report.templates import filled
 
 WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot; wide labels enlarge the left one
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot; wide labels enlarge the left and the right one
 CHARACTER = 9  # largest width of a character in a tick label
-SERIES_COLOURS = 4
+LINE = 15  # height of a label
+LONGEST_LABEL = 14  # characters of a name that is written at its line's end; longer ones are in a legend
+SERIES_COLOURS = 6
+DASHES = ("", "8 5", "2 4", "10 4 2 4")  # lines one under another are seen through the gaps
+FEW_POINTS = 12  # of a line, up to which each is marked
 MAX_POINTS = 300  # of a line; more would only make the file larger
 LARGEST = 1e100  # values from here on, NaN and infinity are not drawn: differences would overflow
 
 Points = Sequence[tuple[float, float]]
 
 
-def line_chart(title: str, series: Mapping[str, Points], share: bool = False) -> str:
-    """The figure of `line_plot`; "" if there is no point to draw."""
+def line_chart(title: str, series: Mapping[str, Points], share: bool = False, good: str = "") -> str:
+    """The figure of `line_plot`; "" if there is no point to draw.
+
+    Args:
+        good: a sentence on what good looks like.
+    """
     plot = line_plot(series, share)
-    return filled("chart.html.jinja", title=title, plot=plot) if plot else ""
+    if plot is None:
+        return ""
+    return filled("chart.html.jinja", title=title, plot=plot, good=good, axis="step", legend=len(plot.series) > 1)
 
 
 def line_plot(series: Mapping[str, Points], share: bool = False) -> "Plot | None":
@@ -39,17 +49,20 @@ def line_plot(series: Mapping[str, Points], share: bool = False) -> "Plot | None
         return None
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    plot = Plot(ticks(min(xs), max(xs)), ticks(0, 1) if share else ticks(min(ys), max(ys)))
-    for number, (name, points) in enumerate(series.items()):
-        width = max(1.5, 4 - number)  # keeps a line visible under another with the same values
+    at_the_end = len(series) > 1 and max(map(len, series)) <= LONGEST_LABEL
+    space = RIGHT + 8 * max(map(len, series)) if at_the_end else RIGHT
+    plot = Plot(ticks(min(xs), max(xs)), ticks(0, 1) if share else ticks(min(ys), max(ys)), space)
+    for name, points in series.items():
         marks = [
             {"x": plot.x(x), "y": plot.y(y), "label": f"step {number_text(x)}: {number_text(y)}"} for x, y in points
         ]
-        plot.add(name, width=width, points=marks)
+        plot.add(name, points=marks)
+    if at_the_end:
+        plot.label_ends()
     return plot
 
 
-def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30) -> str:
+def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30, good: str = "") -> str:
     """A figure with the distribution of each named series over the same bins; "" if there is no value to draw."""
     series = {name: [v for v in values if abs(v) < LARGEST] for name, values in series.items()}
     series = {name: values for name, values in series.items() if values}
@@ -61,7 +74,7 @@ def histogram(title: str, series: Mapping[str, Sequence[float]], bins: int = 30)
     for name, (heights, edges) in counts.items():
         bars = zip(edges[:-1].tolist(), edges[1:].tolist(), heights.tolist(), strict=True)
         plot.add(name, bars=[plot.bar(*bar) for bar in bars if bar[-1]])
-    return filled("chart.html.jinja", title=title, plot=plot)
+    return filled("chart.html.jinja", title=title, plot=plot, good=good, axis="", legend=True)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -77,8 +90,8 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def number_text(value: float) -> str:
-    """A short form of a number for an axis: 0.000025 -> 2.5e-5, 12000 -> 12000, 0.69314 -> 0.693."""
-    if value == int(value) and abs(value) < 1e6:
+    """A short form of a number for an axis: 0.000025 -> 2.5e-5, 12000 -> 12000, 3412.7 -> 3413, 0.69314 -> 0.693."""
+    if (value == int(value) or abs(value) >= 1000) and abs(value) < 1e6:
         return f"{value:.0f}"
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
 
@@ -86,20 +99,47 @@ def number_text(value: float) -> str:
 class Plot:
     """A chart in SVG coordinates, for the template: axes, which span their ticks, and series."""
 
-    width, height, right = WIDTH, HEIGHT, WIDTH - RIGHT
+    width, height = WIDTH, HEIGHT
 
-    def __init__(self, x_ticks: list[float], y_ticks: list[float]) -> None:
+    def __init__(self, x_ticks: list[float], y_ticks: list[float], right: float = RIGHT) -> None:
         self._x_ticks, self._y_ticks = x_ticks, y_ticks
         labels = [number_text(value) for value in y_ticks]
-        self.left = max(LEFT, 12 + CHARACTER * max(map(len, labels)))
+        self.left, self.right = max(LEFT, 12 + CHARACTER * max(map(len, labels))), WIDTH - right
         self.x_labels = [(self.x(value), number_text(value)) for value in x_ticks]
         self.y_labels = [(self.y(value), label) for value, label in zip(y_ticks, labels, strict=True)]
         self.series: list[dict[str, Any]] = []
+        self.ends: list[dict[str, Any]] = []  # names beside the ends of their lines
 
-    def add(self, name: str, width: float = 0, points: Sequence[Any] = (), bars: Sequence[Any] = ()) -> None:
-        """Adds a line of the given width through `points`, or `bars`, in the next colour."""
-        colour = f"var(--series-{len(self.series) % SERIES_COLOURS})"
-        self.series.append({"name": name, "colour": colour, "width": width, "points": points, "bars": bars})
+    def add(self, name: str, points: Sequence[Any] = (), bars: Sequence[Any] = ()) -> None:
+        """Adds a line through `points`, or `bars`, in the next colour and dash pattern.
+
+        An earlier line is wider than a later one, which may have the same values.
+        """
+        number = len(self.series)
+        self.series.append(
+            {
+                "name": name,
+                "colour": f"var(--series-{number % SERIES_COLOURS})",
+                "dash": DASHES[number % len(DASHES)],
+                "width": max(1.8, 3.2 - 0.7 * number),
+                "points": points,
+                "bars": bars,
+                "radius": 5 if len(points) == 1 else 3.5 if len(points) <= FEW_POINTS else 0,
+            }
+        )
+
+    def label_ends(self) -> None:
+        """Puts the series' names at the ends of their lines, without overlaps."""
+        ends = sorted(self.series, key=lambda series: series["points"][-1]["y"])
+        lowest = TOP + 4.0
+        for series in ends:
+            lowest = max(lowest, series["points"][-1]["y"])
+            self.ends.append({"name": series["name"], "colour": series["colour"], "y": lowest})
+            lowest += LINE
+        highest = float(HEIGHT - BOTTOM)
+        for end in reversed(self.ends):
+            end["y"] = round(min(end["y"], highest), 1)
+            highest = end["y"] - LINE
 
     def x(self, value: float) -> float:
         """The SVG coordinate of a value on the x axis."""

@@ -6,17 +6,21 @@ barrier the page's content security policy forbids to load or run anything.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
+from dpo_lightning.callbacks.curves import CHARTS, Chart, judged_charts
 from dpo_lightning.callbacks.replies import Showing
 from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
 from dpo_lightning.callbacks.report.history import Curve
 from dpo_lightning.callbacks.report.outcome import Change, changes, percent
 from dpo_lightning.callbacks.report.templates import filled
 from dpo_lightning.data.pair import PreferencePair
-from dpo_lightning.judging.quantities import marks, quantity, reply_charts
+from dpo_lightning.judging.quantities import marks
 
 REPLIES = 5  # to each prompt: the first, the last, and some between
+SHORT = 110  # characters of a prompt's end that stand for it
+MARGINS = "Before training every margin is 0. Pairs should move to the right, and few stay below 0."
 
 
 class Run(NamedTuple):
@@ -33,6 +37,7 @@ class Run(NamedTuple):
     costs: Mapping[str, str]
     warnings: Sequence[str]
     val_pairs: int = 0  # pairs in each validation
+    again: Mapping[str, str] = {}  # what it takes to run this again: command, commit, seeds
 
 
 def render(run: Run) -> str:
@@ -41,31 +46,29 @@ def render(run: Run) -> str:
         "page.html.jinja",
         title=run.title,
         run=run,
-        tiles=_tiles(run),
-        charts=[line_chart(*chart) for chart in charts(run.curves)],
-        margins=histogram("Margins of pairs", run.margins),
+        tiles=tiles(run),
+        groups=_charts(run),
         forgetting=_forgetting(run.curves),
         prompts=[prompt for number in range(len(run.pairs)) if (prompt := _prompt(run, number))],
     )
     return str(page)  # no longer Markup, which another template would not escape
 
 
-def _tiles(run: Run) -> list[Change]:
+def tiles(run: Run) -> list[Change]:
     """The most important results: of the replies before and after training, then of the validations."""
-    tiles = changes(run.showings)
+    found = changes(run.showings)
     for name, label, as_text in (
         ("val/rewards/accuracies", "pairs with a positive margin", percent),
         ("val/loss", "validation loss", number_text),
     ):
-        # Lightning counts steps from 0.
-        points = [(step + 1, value) for step, value in run.curves.get(name, []) if math.isfinite(value)]
+        points = [(step, value) for step, value in points_of(run.curves, name) if math.isfinite(value)]
         if points:
             ends = points[:1] + points[1:][-1:]
             when = " and ".join(str(step) for step, _ in ends)
             of = f"of {run.val_pairs} validation pairs, " if run.val_pairs else ""
             where = f"{of}after {when} step{'s' * (when != '1')}"
-            tiles.append(Change(label, " → ".join(as_text(value) for _, value in ends), where))
-    return tiles
+            found.append(Change(label, " → ".join(as_text(value) for _, value in ends), where))
+    return found
 
 
 def _forgetting(curves: Mapping[str, Curve]) -> dict[str, str]:
@@ -80,34 +83,29 @@ def _forgetting(curves: Mapping[str, Curve]) -> dict[str, str]:
     return rows if perplexity else {}
 
 
-def charts(curves: Mapping[str, Curve]) -> list[tuple[str, dict[str, Curve], bool]]:
-    """The charts of a run: a title, the curves by their names in the chart, and whether all of them are shares."""
+def points_of(curves: Mapping[str, Curve], tag: str) -> Curve:
+    """A curve by the number of steps that were made: Lightning counts from 0, the callback for replies does not."""
+    later = 0 if tag.startswith("replies/") else 1
+    return [(step + later, value) for step, value in curves.get(tag, [])]
 
-    def both(metric: str) -> dict[str, str]:
-        return {f"train/{metric}": "training", f"val/{metric}": "validation"}
 
-    judged = reply_charts(name.removeprefix("replies/") for name in curves if name.startswith("replies/"))
-    shares = {title for title, words in judged.items() if all(quantity(name).share for name in words)}
-    metrics = {title: {f"replies/{name}": word for name, word in words.items()} for title, words in judged.items()} | {
-        "Loss": both("loss"),
-        "Accuracy: pairs with a positive margin": both("rewards/accuracies"),
-        "Margin, chosen − rejected reward": both("rewards/margins"),
-        "Rewards in training": {"train/rewards/chosen": "chosen", "train/rewards/rejected": "rejected"},
-        "KL from the reference": both("kl"),
-        "Reference point of kto": {"train/reference_point": "training"},
-        "Displaced: chosen less likely than before": both("rewards/displaced"),
-        "Displaced first token of chosen": both("rewards/first_displaced"),
-        "Gradient left in the loss": {"train/gradient_weight": "training"},
-        "Learning rate": {"train/learning_rate": "learning rate"},
-        "Gradient norm": {"train/grad_norm": "before clipping"},
-        "Pairs per second": {"train/pairs_per_second": "training"},
-    }
-    shares |= {"Accuracy: pairs with a positive margin", "Displaced: chosen less likely than before"}
-    shares |= {"Displaced first token of chosen"}
+def charts(curves: Mapping[str, Curve]) -> list[tuple[Chart, dict[str, Curve]]]:
+    """The charts of a run, each with its curves by their words in it; a curve may be empty."""
     return [
-        (title, {label: curves.get(name, []) for name, label in names.items()}, title in shares)
-        for title, names in metrics.items()
+        (chart, {word: points_of(curves, tag) for tag, word in chart.curves.items()})
+        for chart in (*judged_charts(curves), *CHARTS)
     ]
+
+
+def _charts(run: Run) -> dict[str, list[str]]:
+    """The charts that have a curve, by their group."""
+    groups: dict[str, list[str]] = {}
+    for chart, series in charts(run.curves):
+        if figure := line_chart(chart.title, series, chart.share, chart.good):
+            groups.setdefault(chart.group, []).append(figure)
+    if margins := histogram("Margins of validation pairs", run.margins, good=MARGINS):
+        groups.setdefault("Learning", []).append(margins)
+    return groups
 
 
 def _prompt(run: Run, number: int) -> dict[str, object] | None:
@@ -115,15 +113,34 @@ def _prompt(run: Run, number: int) -> dict[str, object] | None:
     answered = [showing for showing in run.showings if number < len(showing.texts)]
     if not answered:
         return None
-    last = len(answered) - 1
+    same = groupby(answered, lambda showing: (showing.texts[number], showing.judged[number]))
+    groups = [list(showings) for _, showings in same]  # of steps with the same reply
+    last = len(groups) - 1
     picked = sorted({round(i * last / (REPLIES - 1)) for i in range(REPLIES)})
     replies = [
         {
-            "when": "before" if showing.step == 0 else f"step {showing.step}",
-            "text": showing.texts[number].strip(),
-            "judged": marks(showing.judged[number]),
+            "when": _when(groups[i]),
+            "text": groups[i][0].texts[number].strip(),
+            "judged": marks(groups[i][0].judged[number]),
         }
-        for showing in (answered[i] for i in picked)
+        for i in picked
     ]
     pair = run.pairs[number]
-    return {"text": pair.prompt, "replies": replies, "wanted": pair.chosen.strip()}
+    return {"text": pair.prompt, "short": shortened(pair.prompt), "replies": replies, "wanted": pair.chosen.strip()}
+
+
+def shortened(prompt: str) -> str:
+    """The last lines of a prompt, as many as fit, or the end of the last one."""
+    kept = ""
+    for line in reversed(prompt.split("\n")):
+        if len(longer := f"{' '.join(line.split())} {kept}".strip()) > SHORT:
+            return f"… {kept or longer[-SHORT:]}"
+        kept = longer
+    return kept
+
+
+def _when(showings: Sequence[Showing]) -> str:
+    first, last = showings[0].step, showings[-1].step
+    if first == last:
+        return f"step {first}" if first else "before"
+    return f"step {first} to {last}" if first else f"before, and to step {last}"

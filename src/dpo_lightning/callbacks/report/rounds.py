@@ -126,6 +126,7 @@ def page(models: Sequence[Model], settings: dict[str, Any]) -> str:
             "rounds.html.jinja",
             title="Verified rounds",
             models=models,
+            names=[model.name for model in models],
             rows=rows,
             training=training,
             kinds={kind: [str(model.mistakes.get(kind, 0)) for model in models] for kind in kinds},

@@ -25,8 +25,10 @@ const t = withWords({
   "training loss": ["training loss", "训练损失"],
   Loss: ["Loss", "损失"],
   "Accuracy: pairs with a positive margin": ["Accuracy: pairs with a positive margin", "准确率：差距为正的偏好对"],
-  "Margin, chosen − rejected reward": ["Margin, chosen − rejected reward", "差距：优选 − 落选奖励"],
+  "Margin: chosen − rejected reward": ["Margin: chosen − rejected reward", "差距：优选 − 落选奖励"],
   "Rewards in training": ["Rewards in training", "训练中的奖励"],
+  "Log-probs: chosen and rejected": ["Log-probs: chosen and rejected", "优选与落选的对数概率"],
+  "Reference point of kto": ["Reference point of kto", "kto 的参考点"],
   "KL from the reference": ["KL from the reference", "与参考模型的 KL"],
   "Displaced: chosen less likely than before": ["Displaced: chosen less likely than before", "优选概率低于训练前的比例"],
   "Displaced first token of chosen": ["Displaced first token of chosen", "优选首词元概率下降的比例"],
@@ -38,6 +40,9 @@ const t = withWords({
   validation: ["validation", "验证"],
   chosen: ["chosen", "优选"],
   rejected: ["rejected", "落选"],
+  "chosen (val)": ["chosen (val)", "优选（验证）"],
+  "rejected (val)": ["rejected (val)", "落选（验证）"],
+  "before clipping": ["before clipping", "裁剪前"],
 });
 
 const EVERY = 3000; // milliseconds between two looks at the folder
@@ -170,16 +175,20 @@ function chart(plot) {
     ...plot.x_labels.map(([x, label]) => svg("text", { x, y: height - 8, "text-anchor": "middle" }, label)),
     ...plot.series.flatMap((line) => [
       svg("polyline", {
-        points: line.points.map(({ x, y }) => `${x},${y}`).join(" "), class: `series-${line.colour}`, "stroke-width": line.width,
+        points: line.points.map(({ x, y }) => `${x},${y}`).join(" "), class: `series-${line.colour}`,
+        "stroke-width": line.width, "stroke-dasharray": line.dash,
       }),
       ...line.points.map(({ x, y, label }) => titled(
-        svg("circle", { cx: x, cy: y, r: line.width / 2 + 1, class: `series-${line.colour}` }), `${t(line.name)}, ${label}`,
+        svg("circle", { cx: x, cy: y, r: line.radius || 2, class: `series-${line.colour}` }), `${t(line.name)}, ${label}`,
       )),
     ]),
+    ...plot.ends.map(({ y, name, colour }) => svg("text", { x: right + 8, y, dy: 4, class: `end-${colour}` }, t(name))),
   );
+  const legend = plot.ends.length ? [] : plot.series;
   return el(
     "figure", {},
-    el("figcaption", {}, el("strong", {}, t(plot.title)), ...plot.series.map((line) => el("span", { class: "legend" }, el("i", { class: `series-${line.colour}` }), t(line.name)))),
+    el("figcaption", {}, el("strong", {}, t(plot.title)), ...legend.map((line) => el("span", { class: "legend" }, el("i", { class: `series-${line.colour}` }), t(line.name)))),
     drawing,
+    el("p", { class: "dim small" }, t(plot.good)),
   );
 }
