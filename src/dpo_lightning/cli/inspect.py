@@ -17,8 +17,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.callbacks.context import batch_limit, batches_per_epoch
 from dpo_lightning.callbacks.times import duration
-from dpo_lightning.cli.memory import bytes_of, chosen, of_a_run, size
 from dpo_lightning.cli.doctor import examine
+from dpo_lightning.cli.memory import bytes_of, chosen, of_a_run, size
 from dpo_lightning.cli.trainer import DPOCLI, configured
 from dpo_lightning.data.batching import PADDING, PairBatch, collate_columns, to_pairs
 from dpo_lightning.data.columns import context_keys, id_counts, numeric_column, thumbs

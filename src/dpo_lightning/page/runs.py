@@ -157,7 +157,9 @@ def plots(curves: dict[str, Curve]) -> list[dict[str, Any]]:
                 for lines in (plot.series, plot.ends)
             )
             size = {name: getattr(plot, name) for name in ("width", "height", "left", "right", "x_labels", "y_labels")}
-            found.append({"title": visible(chart.title), "good": visible(chart.good), **size, "series": lines, "ends": ends})
+            found.append(
+                {"title": visible(chart.title), "good": visible(chart.good), **size, "series": lines, "ends": ends}
+            )
     return found
 
 
