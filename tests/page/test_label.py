@@ -12,6 +12,7 @@ from dpo_lightning.data.sources import open_source
 from dpo_lightning.errors import UserError
 from dpo_lightning.page import clicks as clicks_file
 from dpo_lightning.page.clicks import Clicks
+from dpo_lightning.page.label import differing
 from dpo_lightning.page.server import page
 from dpo_lightning.page.tasks import Task, disagreement
 from page_server import labelling, prompts, reply, two_replies
@@ -234,6 +235,15 @@ def test_a_full_disk_is_said_and_the_click_can_be_sent_again(path, monkeypatch):
     monkeypatch.undo()
     assert tab.call("click", click="a2", task=task, choice="first")["refused"] is None
     assert len(lines(path)) == 2
+
+
+def test_the_words_that_differ_are_marked():
+    assert differing("SELECT a FROM t", "SELECT b FROM t WHERE x") == [
+        [("SELECT ", False), ("a", True), (" FROM t", False)],
+        [("SELECT ", False), ("b", True), (" FROM t", False), (" WHERE x", True)],
+    ]
+    assert differing("one thing", "or a different matter") == [None, None]
+    assert differing("one") == [None] and differing("x" * 9000, "x" * 9000) == [None, None]
 
 
 HOSTILE = {

@@ -1,5 +1,8 @@
 """The view Label: two replies, of which people choose the better one, or one that they find good or bad."""
 
+import difflib
+import functools
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -13,6 +16,7 @@ from dpo_lightning.page.prompts import Prompt
 from dpo_lightning.page.tasks import Candidate, Task, Tasks
 from dpo_lightning.page.view import View, shown
 
+MOST_COMPARED = 300  # words and blanks of a reply that is compared with the other one
 LONGEST_NAME = 100  # of tabs, clicks and tasks, which the browser makes up
 
 
@@ -150,15 +154,33 @@ def now() -> str:
 
 def asked(task: Task) -> dict[str, Any]:
     """A task as the page shows it: which model gave which reply is not told."""
+    texts = [shown(reply.text.strip()) for reply in task.replies]
     return {
         "name": task.name,
         "question": shown(task.prompt.question),
         "context": shown(task.prompt.context),
         "replies": [
-            {"text": shown(reply.text.strip()), "stopped": reply.stopped, "marks": marks(judged(reply))}
-            for reply in task.replies
+            {"text": text, "parts": parts, "stopped": reply.stopped, "marks": marks(judged(reply))}
+            for reply, text, parts in zip(task.replies, texts, differing(*texts), strict=True)
         ],
     }
+
+
+@functools.lru_cache(64)
+def differing(*texts: str) -> list[list[tuple[str, bool]] | None]:
+    """Two texts in parts, each with whether the other text lacks it; None for texts that have less than half in common,
+    for a single one, and for long ones, where the comparison would take too long."""
+    words = [re.findall(r"\w+|\s+|.", text[: 10 * MOST_COMPARED]) for text in texts]
+    if len(texts) < 2 or max(map(len, words)) > MOST_COMPARED or max(map(len, texts)) > 10 * MOST_COMPARED:
+        return [None] * len(texts)
+    compared = difflib.SequenceMatcher(a=words[0], b=words[1], autojunk=False)
+    if compared.ratio() < 0.5:
+        return [None, None]
+    parts: list[list[tuple[str, bool]] | None] = []
+    for side, own in enumerate(words):
+        spans = [(code[0] != "equal", code[1 + 2 * side], code[2 + 2 * side]) for code in compared.get_opcodes()]
+        parts.append([("".join(own[start:end]), differs) for differs, start, end in spans if start < end])
+    return parts
 
 
 def judged(reply: Candidate) -> dict[str, Any]:

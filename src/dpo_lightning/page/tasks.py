@@ -19,7 +19,7 @@ from dpo_lightning.page.prompts import Prompt
 from dpo_lightning.page.work import Work
 
 MORE = 4  # samples if the first two replies are the same
-WORDS = 500  # of each reply that are compared
+WORDS = 300  # of each reply that are compared
 
 
 class Candidate(NamedTuple):

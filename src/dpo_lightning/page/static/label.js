@@ -32,6 +32,13 @@ export function long(text, attributes) {
   return box;
 }
 
+// A reply, with the words marked that the other one does not have.
+export function said(reply, attributes) {
+  if (!reply.parts) return long(reply.text, attributes);
+  return el("div", attributes,
+    reply.parts.map(([text, differs]) => (differs ? el("mark", { class: "differs" }, text) : text)));
+}
+
 export function button(key, words, onclick, attributes = {}) {
   return el("button", { type: "button", onclick, "data-key": key, ...attributes }, el("kbd", {}, key), el("span", {}, words));
 }
@@ -177,13 +184,12 @@ class Label {
     const { counts, left, same, labeller, output } = this.state;
     const done = Object.values(counts).reduce((sum, count) => sum + count, 0);
     const rows = done - (counts.tie ?? 0) - (counts.skip ?? 0);
-    const facts = [t("rows", { count: rows, output }), t("left", { count: left })];
-    if (counts.tie) facts.push(t("ties", { count: counts.tie }));
-    if (counts.skip) facts.push(t("skips", { count: counts.skip }));
-    if (same) facts.push(t("same", { count: same }));
+    const more = [["ties", counts.tie], ["skips", counts.skip], ["same", same]].filter(([, count]) => count);
     return el("div", { class: "status dim small" },
       el("progress", { max: Math.max(1, done + left), value: done, "aria-label": t("progress") }),
-      el("p", {}, facts.join(" · ")), el("p", {}, t("by", { labeller })));
+      el("p", {}, [t("rows", { count: rows, output }), t("left", { count: left })].join(" · "),
+        el("span", { class: "more" }, more.map(([word, count]) => ` · ${t(word, { count })}`))),
+      el("p", { class: "more" }, t("by", { labeller })));
   }
 
   drawPause() {
@@ -221,7 +227,7 @@ class Label {
     const label = pairs ? t("reply", { number: number + 1 }) : t("the reply");
     const editing = this.editing === number;
     const content = editing ? this.drawEditor(reply, style) : [
-      long(reply.text, { class: `${style} said`, tabindex: 0, role: "region", "aria-label": label }),
+      said(reply, { class: `${style} said`, tabindex: 0, role: "region", "aria-label": label }),
       reply.text ? null : el("p", { class: "dim" }, t("empty")),
       marksOf(reply),
       pairs
