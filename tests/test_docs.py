@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 import dpo_lightning
 from conftest import REPO
 from dpo_lightning import DPOModule, PreferenceDataModule
+from dpo_lightning.cli.compare import compare
 from dpo_lightning.cli.download import DownloadCLI
 from dpo_lightning.cli.inspect import InspectCLI
 from dpo_lightning.cli.label import label
@@ -76,8 +77,11 @@ def check_cli(command, args):
         assert args[:1] == ["--runs"] and len(args) >= 3
     elif command == "chat":
         assert set(args[::2]) <= {"--model", "--reference"}
-    elif command == "label":
-        assert set(args[::2]) <= {f"--{name}" for name in inspect.signature(label).parameters}
+    elif command in ("label", "compare"):
+        function = {"label": label, "compare": compare}[command]
+        assert set(args[::2]) <= {f"--{name}" for name in inspect.signature(function).parameters}
+    elif command == "runs":
+        assert args == ["lightning_logs"]
     else:
         parse_only(DPOCLI, [command, *args], run=True)
 

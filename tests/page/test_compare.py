@@ -48,7 +48,7 @@ def prefer_right(comparison, count):
     sides = Counter()
     for _ in range(count):
         item = comparison.next()["item"]
-        side = "left" if item["left"] == "right" else "right"
+        side = "left" if item["left"]["text"] == "right" else "right"
         sides[side] += 1
         comparison.answer(item["id"], side)
     return sides["left"]

@@ -1,6 +1,7 @@
 """The command `compare`: two models' replies to held-out prompts, judged blind by a person, by a judge, or by both."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,54 +74,62 @@ def compare(
     lock = path.with_name(f"{path.name}.lock")
     if not hold(lock):
         raise in_use(f"--output '{output}'", "give another one")
-    comparisons: list[Comparison] = []
-
-    def load(work: Work) -> tuple[list[Speaker], PromptFormat]:
-        score = find_score(judge, "--judge") if judge is not None else None
-        folder = model_folder(model, OPTIONS[0])
-        other = None if model_b == REFERENCE else model_folder(model_b, OPTIONS[1])
-        speakers, prompt_format = load_asked(folder, other, prompt_template, trust_remote_code, OPTIONS)
-        (name_a, a), (name_b, b) = named(speakers, model, model_b)
-        folders = [folder, other or name_b]
-        warn_of_other_prompts(folders[1], prompt_format)
-        asked, repeated = read_prompts(prompts, prompt_format, a.tokenizer)
-        if repeated:
-            note(f"{repeated} prompts are repeated, and asked once")
-        settings: dict[str, Any] = {"weights": [stored_weights(folder, trust_remote_code) for folder in folders]}
-        settings |= {**sampling._asdict(), "seed": seed}
-
-        def replies(prompt: Prompt) -> Replies:
-            pair = prompt.pair
-            seeds = [draw_seed(seed, pair.prompt, pair.chosen)]
-            one, two = (
-                speaker.replies(pair.prompt, sampling, seeds, pair.chat, work.ending.is_set)[0] for speaker in (a, b)
-            )
-            return one, two
-
-        names = (name_a, name_b)
-        comparisons.append(Comparison(names, asked, replies, path, work, settings, seed, score, num_prompts))
-        return speakers, prompt_format
+    comparison: Comparison | None = None
 
     def make_views(work: Work) -> "list[View]":
         from dpo_lightning.page.runs import Runs
 
-        speakers, prompt_format = load(work)
+        nonlocal comparison
+        score = find_score(judge, "--judge") if judge is not None else None
+        folder = model_folder(model, OPTIONS[0])
+        other = None if model_b == REFERENCE else model_folder(model_b, OPTIONS[1])
+        speakers, prompt_format = load_asked(folder, other, prompt_template, trust_remote_code, OPTIONS)
+        both = named(speakers, model, model_b)
+        asked = prompts_for(prompts, prompt_format, speakers[-1], other)
+        weights = [stored_weights(name, trust_remote_code) for name in (folder, other or both[1][0])]
+        settings = {"weights": weights, **sampling._asdict(), "seed": seed}
+        names, models = zip(*both, strict=True)
+        answer = partial(replies, models, sampling, seed, work)
+        comparison = Comparison(names, asked, answer, path, work, settings, seed, score, num_prompts)
         chat = Talk(speakers, prompt_format, work, sampling)
-        return [comparisons[0].view(), chat.view(), Runs(Path(runs)).view()]
+        return [comparison.view(), chat.view(), Runs(Path(runs)).view()]
 
     try:
         if judge_only:
-            load(Work())
-            follow(comparisons[0])
+            make_views(Work())
+            follow(comparison)
         else:
             serve_views(make_views, host, port, token)
     except KeyboardInterrupt:
-        if not comparisons:
+        if comparison is None:
             raise
     finally:
         let_go(lock, remove=True)
-    for line in lines(comparisons[0].state()):
+    for line in lines(comparison.state()):
         print(line)
+
+
+def replies(models: Sequence[Speaker], sampling: Sampling, seed: int, work: Work, prompt: Prompt) -> Replies:
+    """The reply of both models, each with the same random numbers."""
+    pair = prompt.pair
+    seeds = [draw_seed(seed, pair.prompt, pair.chosen)]
+    a, b = (model.replies(pair.prompt, sampling, seeds, pair.chat, work.ending.is_set)[0] for model in models)
+    return a, b
+
+
+def prompts_for(name: str, prompt_format: PromptFormat, speaker: Speaker, other: str | None) -> list[Prompt]:
+    """The different prompts of a data set; notes what the user should know of them.
+
+    Args:
+        other: the folder of B, unless it is a base model.
+    """
+    own = read_prompt_format(other) if other else None
+    if own and (own.chat, own.prompt_template) != (prompt_format.chat, prompt_format.prompt_template):
+        note(f"'{other}' was trained with other prompts than it is asked with here, and may answer worse to them")
+    found, repeated = read_prompts(name, prompt_format, speaker.tokenizer)
+    if repeated:
+        note(f"{repeated} prompts are repeated, and asked once")
+    return found
 
 
 def check_arguments(judge: JudgeSetting | None, judge_only: bool, output: str) -> None:
@@ -129,13 +138,6 @@ def check_arguments(judge: JudgeSetting | None, judge_only: bool, output: str) -
         raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
     if judge_only and judge is None:
         raise UserError("--judge_only needs a judge, such as --judge sql")
-
-
-def warn_of_other_prompts(folder: str, prompt_format: PromptFormat) -> None:
-    """Notes that B was trained with other prompts than it gets here."""
-    own = read_prompt_format(folder)
-    if own and (own.chat, own.prompt_template) != (prompt_format.chat, prompt_format.prompt_template):
-        note(f"'{folder}' was trained with other prompts than it is asked with here, and may answer worse to them")
 
 
 def follow(comparison: Comparison) -> None:

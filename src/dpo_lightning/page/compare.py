@@ -23,6 +23,7 @@ from dpo_lightning.judging.quantities import quantity, results
 from dpo_lightning.judging.win_rate import win_rate
 from dpo_lightning.models.hub import reason_of
 from dpo_lightning.models.reply import Reply
+from dpo_lightning.page.label import differing
 from dpo_lightning.page.prompts import Prompt
 from dpo_lightning.page.view import View, shown
 from dpo_lightning.page.work import Work
@@ -237,7 +238,8 @@ class Comparison:
 
 def _drawn(item: Item) -> dict[str, Any]:
     """An item as the page shows it: whose reply is on which side is not told."""
-    left, right = (shown(text.strip()) for text in item.texts)
+    texts = [shown(text.strip()) for text in item.texts]
+    left, right = ({"text": text, "parts": parts} for text, parts in zip(texts, differing(*texts), strict=True))
     prompt = {"question": shown(item.prompt.question), "context": shown(item.prompt.context)}
     return {"id": item.id, **prompt, "left": left, "right": right}
 

@@ -47,7 +47,7 @@ export async function show(root) {
     "form", { class: "card stack composer", onsubmit: (event) => { event.preventDefault(); asking ? stop() : ask(); } },
     about.schema ? field("schema", t("schema"), schema) : null,
     field("question", t("question"), question),
-    el("div", { class: "row" }, button, el("span", { class: "dim small" }, t("each alone"))),
+    el("div", { class: "row" }, button, el("span", { class: "dim small keys" }, t("each alone"))),
     el("details", {}, el("summary", { class: "dim small" }, t("sampling")), samplingFields()),
   );
   question.addEventListener("keydown", (event) => {

@@ -1,7 +1,7 @@
 // Compare: two models' replies to a prompt, without their names; a key says which is better, and how often each one is.
 
 import { call, el, notice, stream } from "./frame.js";
-import { button, long } from "./label.js";
+import { button, long, said } from "./label.js";
 import { withWords } from "./words.js";
 
 const t = withWords({
@@ -136,15 +136,15 @@ class Compare {
 
   drawItem() {
     const { question, context, left, right } = this.item;
-    const reply = (text, side, number) => el("article", { class: "card reply", "aria-label": t("reply", { number }) },
-      long(text, { class: "text code said", tabindex: 0 }),
-      text ? null : el("p", { class: "dim" }, t("empty")),
+    const card = (reply, side, number) => el("article", { class: "card reply", "aria-label": t("reply", { number }) },
+      said(reply, { class: "text code said", tabindex: 0 }),
+      reply.text ? null : el("p", { class: "dim" }, t("empty")),
       button(number, t("better"), this.doing(() => this.answer(side)), { class: "choose" }));
     return [
       el("div", { class: "question" },
         long(question, { class: "text asked", role: "heading", "aria-level": 1 }),
         context ? long(context, { class: "text context", tabindex: 0 }) : null),
-      el("div", { class: "replies two" }, reply(left, "left", 1), reply(right, "right", 2)),
+      el("div", { class: "replies two" }, card(left, "left", 1), card(right, "right", 2)),
       el("div", { class: "bar" },
         button("=", t("tie"), this.doing(() => this.answer("tie"))),
         button("u", t("undo"), this.doing(() => this.undo()))),

@@ -33,7 +33,7 @@ export function long(text, attributes) {
 }
 
 // A reply, with the words marked that the other one does not have.
-function said(reply, attributes) {
+export function said(reply, attributes) {
   if (!reply.parts) return long(reply.text, attributes);
   return el("div", attributes,
     reply.parts.map(([text, differs]) => (differs ? el("mark", { class: "differs" }, text) : text)));
