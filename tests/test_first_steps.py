@@ -50,7 +50,8 @@ def test_the_page_followed_by_the_letter(tmp_path):
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", wheels], cwd=REPO, check=True)
     folder.mkdir()
     shutil.copytree(PACKAGE / "demo" / "model", folder / "gpt2")
-    others = f"echo '{sysconfig.get_path('purelib')}' > .venv/lib/python*/site-packages/others.pth\n"  # not from PyPI
+    packages = "$(echo .venv/lib/python*/site-packages)"
+    others = f"echo '{sysconfig.get_path('purelib')}' > {packages}/others.pth\n"  # what pip would fetch from PyPI
     install = "pip install dpo-lightning\n"
     script = as_script(PAGE)
     assert install in script and "<<'END'\n/schema" in script

@@ -12,7 +12,7 @@ from conftest import REPO
 pytestmark = pytest.mark.slow
 FEW = {  # what a cell of a notebook's settings says, and what it is here
     "quickstart": ('SETTINGS = ""', 'SETTINGS = "--trainer.max_steps 2 --trainer.limit_val_batches 1"'),
-    "lightning_users": ("STEPS = 40", "STEPS = 2"),
+    "lightning_users": ("STEPS = 40", "STEPS = 5"),
 }
 
 
@@ -53,7 +53,7 @@ def test_the_quickstart_trains_and_asks(executed, tmp_path):
 def test_the_notebook_for_lightning_users(executed):
     text, _ = executed("lightning_users")
     assert re.search(r"chosen: ' SELECT", text) and re.search(r"rejected: ' SELECT", text)
-    assert re.search(r"step +2: margin", text)
+    assert re.search(r"step +5: margin", text)
     assert "'val/rewards/margins'" in text
     assert re.search(r"step +0: loss \d", text)
 
