@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_lightning.errors import UserError
 from dpo_lightning.worker import Worker, WorkerError
 
@@ -125,7 +127,8 @@ class Engine:
 
     def __init__(self, path: Path, context: int) -> None:
         start = "dpo_lightning.models.llama_cpp:server"
-        self._worker = Worker(start, [str(path), context], what="llama.cpp", seconds=ANSWERING, megabytes=MEGABYTES)
+        arguments = [str(path), context, torch.get_num_threads()]
+        self._worker = Worker(start, arguments, what="llama.cpp", seconds=ANSWERING, megabytes=MEGABYTES)
 
     def __enter__(self) -> "Engine":
         return self
@@ -154,12 +157,13 @@ class Engine:
         return self._ask("/apply-template", messages=list(messages))["prompt"]
 
 
-def server(path: str, context: int) -> Callable[[Any], Any]:
+def server(path: str, context: int, threads: int) -> Callable[[Any], Any]:
     """What the engine's process runs: llama.cpp's own server in it -> answers to its requests."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, context, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     running = xllamacpp.Server(params)
     return functools.partial(_request, running, urllib.request.build_opener(urllib.request.ProxyHandler({})))
 

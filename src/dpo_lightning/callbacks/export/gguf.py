@@ -35,17 +35,21 @@ def prepare(folder: Path, prompt_format: PromptFormat) -> None:
     if (template := jinja_template(prompt_format)) is not None:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
-    (ids,) = encode_prompts(tokenizer, ["a"])
-    for path in folder.glob("*.json"):
+    said = {"add_bos_token": adds_bos(tokenizer), "add_eos_token": False}
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            continue
         values.pop("auto_map", None)  # Python code
         if path.name == "tokenizer_config.json":
-            values |= {"add_bos_token": ids[0] == tokenizer.bos_token_id, "add_eos_token": False}
-        if path.name == "config.json" and "n_positions" in values:
+            values |= said
+        elif "n_positions" in values:
             values["n_ctx"] = values["n_positions"]  # its older name, which the converter reads
         path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether prompts begin with BOS, whatever the tokenizer's settings say."""
+    (ids,) = encode_prompts(tokenizer, ["a"])
+    return ids[:1] == [tokenizer.bos_token_id]
 
 
 class Comparison(NamedTuple):
@@ -86,14 +90,16 @@ def compare(
     room = prompt_room(model, limit)
     encoded = encode_prompts(tokenizer, prompts, None, [prompt_format.chat] * len(prompts))
     asked = [(text, ids) for text, ids in zip(prompts, encoded, strict=True) if 0 < len(ids) <= room][:PROMPTS]
+    if not asked:
+        raise UserError(f"the model's positions leave no room for a prompt and a reply of {limit} tokens")
     texts, tokens = [text for text, _ in asked], [ids for _, ids in asked]
     expected = greedy(model, tokenizer, tokens, limit)
     if not engine:
         return Comparison(texts, expected, greedy(load_gguf(file), tokenizer, tokens, limit))
     del model
-    bos = tokenizer.bos_token if encode_prompts(tokenizer, ["a"])[0][0] == tokenizer.bos_token_id else ""
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     given = [text.removeprefix(bos) if prompt_format.chat else text for text in texts]  # llama.cpp adds it, too
-    with Engine(file, max(map(len, tokens), default=0) + limit + SPARE) as llama:
+    with Engine(file, max(map(len, tokens)) + limit + SPARE) as llama:
         same = [llama.tokens(text) == ids for text, ids in zip(given, tokens, strict=True)]
         replies = [llama.reply(text, limit) for text in given]
         by_tokens = None if all(same) else [llama.reply(ids, limit) for ids in tokens]
