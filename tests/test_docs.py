@@ -68,7 +68,9 @@ def check_cli(command, args):
     elif command == "download":
         parse_only(DownloadCLI, args, run=False)
     elif command == "export":
-        assert set(args[::2]) == {"--ckpt_path", "--output_dir"}
+        assert (
+            {"--ckpt_path", "--output_dir"} <= set(args[::2]) <= {"--ckpt_path", "--output_dir", "--format", "--ollama"}
+        )
     elif command in ("inspect", "rounds"):
         parse_only({"inspect": InspectCLI, "rounds": RoundsCLI}[command], args, run=False)
     elif command == "find":

@@ -17,7 +17,7 @@ from dpo_lightning.dpo.losses import LOSSES, Pairs, import_loss, loss
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 from dpo_lightning.errors import UserError
 
-TRAINER, _, LOSS = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "lightning.md").read_text(), re.DOTALL)
+TRAINER, _, LOSS, _ = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "lightning.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,9 @@
 """What `internals/transformers.py` uses is as it was in the version of transformers that is installed."""
 
 import functools
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,3 +74,28 @@ def test_load_balancing_loss():
         real = torch.tensor([[True, True, False]])
         # All tokens to one of three experts: 3 x (share of tokens = 1) x (mean probability = 1).
         assert internals.load_balancing_loss((logits,), 3, 1, real).item() == pytest.approx(3, rel=1e-4)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+    """In a process of its own: there is no way back."""
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}
+    for name in ("tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    code = f"""
+import sys
+from transformers import AutoConfig, AutoTokenizer
+from dpo_lightning.internals.transformers import never_run_remote_code
+if sys.argv[1] == "never":
+    never_run_remote_code()
+for auto in (AutoConfig, AutoTokenizer):
+    try:
+        auto.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+    except Exception:
+        pass
+"""
+    with holds("dynamic_module_utils.get_class_in_module", "no code of a model's folder in llama.cpp's converter"):
+        for how in ("never", "as usual"):
+            subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True)
+            assert ran.exists() is (how == "as usual")

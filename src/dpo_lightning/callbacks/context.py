@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import UserError
@@ -32,9 +32,19 @@ def preference_data(trainer: Trainer, asker: object) -> PreferenceDataModule:
 
 
 def run_folder(trainer: Trainer) -> Path | None:
-    """The folder of the run's files, None in a trial run (`fast_dev_run`). Call it on all ranks."""
-    folder = trainer.log_dir  # a collective call
-    return None if trainer.fast_dev_run else Path(folder or trainer.default_root_dir)
+    """The folder of the run's files, None in a trial run (`fast_dev_run`). Call it on all ranks.
+
+    Loggers other than those of TensorBoard and CSV files have one folder for all runs, or none: their runs get the
+    folder in which Lightning saves their checkpoints.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
+    logger = trainer.logger
+    if logger is not None and not isinstance(logger, TensorBoardLogger | CSVLogger):
+        # Only the first process of a run has its name in Weights & Biases.
+        name, version = trainer.strategy.broadcast((logger.name, logger.version))
+        if version is not None:
+            folder = folder / str(name) / (version if isinstance(version, str) else f"version_{version}")
+    return None if trainer.fast_dev_run else folder
 
 
 def batches_per_epoch(trainer: Trainer, data: PreferenceDataModule) -> int:

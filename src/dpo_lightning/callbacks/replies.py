@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from dpo_lightning.callbacks.context import preference_data, run_folder, tensorboard_writer
@@ -20,6 +21,7 @@ from dpo_lightning.parsing import AtLeast1, Count, check_settings
 from dpo_lightning.storage.jsonl import append_lines, could_be_half, keep_lines, read_lines
 from dpo_lightning.storage.states import check_state
 
+COLUMNS = ("prompt", "policy", "reference", "wanted", "the policy's reply is")  # of the table that loggers get
 REMEMBERED = 6  # prompts whose replies stay in memory and in checkpoints, for the report
 
 
@@ -164,7 +166,7 @@ class RepliesCallback(Callback):
         if trainer.is_global_zero:
             if self.num_shown:
                 self._to_console(texts, before)
-            self._to_tensorboard(trainer, texts, before, judged)
+            self._to_loggers(trainer, texts, before, judged)
             if self._file:
                 append_lines(self._file, self._lines(replies, before, judged))
         self.seconds += time.perf_counter() - began
@@ -181,19 +183,24 @@ class RepliesCallback(Callback):
             next((j.kind.syntax for name, j in self.judges.items() if name in judged and j.kind.syntax), None),
         )
 
-    def _to_tensorboard(
+    def _to_loggers(
         self, trainer: Trainer, texts: list[str], before: list[str], judged: list[dict[str, Verdict]]
     ) -> None:
         showing = self.showings[-1]
         for logger in trainer.loggers:
             logger.log_metrics({reply_tag(name): share for name, share in showing.shares.items()}, showing.step)
+        passed = [", ".join(word for word, is_so in marks(found) if is_so) for found in judged]
+        prompts, wanted = zip(*((pair.prompt, pair.chosen) for pair in self.pairs), strict=True)
+        rows = list(zip(prompts, texts, before, wanted, passed, strict=True))
+        page = markdown_table(COLUMNS, rows)
         if writer := tensorboard_writer(trainer):
-            passed = [", ".join(word for word, is_so in marks(found) if is_so) for found in judged]
-            prompts, wanted = zip(*((pair.prompt, pair.chosen) for pair in self.pairs), strict=True)
-            rows = list(zip(prompts, texts, before, wanted, passed, strict=True))
-            page = markdown_table(("prompt", "policy", "reference", "wanted", "the policy's reply is"), rows)
             writer.add_text("replies", page, showing.step)
             writer.flush()
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("replies/table", list(COLUMNS), [list(row) for row in rows], step=showing.step)
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.log_text(logger.run_id, page, f"replies/step{showing.step}.md")
 
     # ------------------------------------------------------------------ replies.jsonl
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dpo_lightning.callbacks.checkpoint_files import version
+from dpo_lightning.callbacks.context import run_folder
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import ChoosesVersion, is_open, set_version, version_is_open
 from dpo_lightning.models.hub import reason_of
@@ -103,3 +106,18 @@ def with_own_folder(logger: Logger) -> Logger:
     own: Any = kind.__new__(kind)
     vars(own).update(vars(logger), numbered=version_is_open(logger))
     return own
+
+
+class SavedConfig(SaveConfigCallback):
+    """Writes the configuration into the run's folder (`run_folder`), also where the logger has none for each run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As Lightning's, which would replace the configuration of an earlier run, or fail without any folder."""
+        if trainer.logger is None or isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
+            super().setup(trainer, pl_module, stage)
+            return
+        folder = run_folder(trainer)  # a collective call
+        if folder is not None and trainer.is_global_zero and not self.already_saved:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+            self.already_saved = True

@@ -60,7 +60,9 @@ COMMANDS = {
     "download": Command(
         "fetch what a configuration names, for use without a network", "dpo_lightning.cli.download", "run_download"
     ),
-    "export": Command("write a checkpoint's model as a Hugging Face folder", "dpo_lightning.cli.export", "run_export"),
+    "export": Command(
+        "write a checkpoint's model as a Hugging Face folder or GGUF", "dpo_lightning.cli.export", "run_export"
+    ),
     "rounds": Command("train on the model's own verified mistakes", "dpo_lightning.cli.rounds", "run_rounds"),
     "sample": Command("a stage of rounds: sample and judge replies", "dpo_lightning.cli.sample", "run_sample"),
     "probe": Command("a stage of --memory: try a few steps", "dpo_lightning.cli.probe", "run_probe"),

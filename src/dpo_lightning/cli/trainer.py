@@ -41,7 +41,7 @@ from dpo_lightning.callbacks.predictions import ReplyWriter
 from dpo_lightning.callbacks.progress import RunBar
 from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.callbacks.report.callback import ReportCallback
-from dpo_lightning.callbacks.run_folders import with_own_folder
+from dpo_lightning.callbacks.run_folders import SavedConfig, with_own_folder
 from dpo_lightning.callbacks.stopping import StoppingCallback
 from dpo_lightning.callbacks.storyboard import StoryboardCallback
 from dpo_lightning.callbacks.times import RunTimes
@@ -322,6 +322,7 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
             trainer_defaults={"callbacks": [callback() for callback in CALLBACKS]},
             parser_class=OneLineErrorParser,
             parser_kwargs={name: {"description": f"{COMMANDS[name].help}."} for name in cli.subcommands()},
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
         )
     except UserError as error:

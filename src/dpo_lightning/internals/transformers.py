@@ -50,3 +50,17 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], experts: int, chosen:
 
     loss: Any = load_balancing_loss_func(router_logits, experts, chosen, real)
     return loss
+
+
+def never_run_remote_code() -> None:
+    """From now on this process runs no Python code that comes with a model, also where `trust_remote_code` is true.
+
+    Replaces `get_class_in_module`, which all such code is imported by: other programs, such as llama.cpp's converter,
+    give `trust_remote_code=True` themselves.
+    """
+    from transformers import dynamic_module_utils
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("it needs Python code that comes with it, which is not run")
+
+    dynamic_module_utils.get_class_in_module = refuse
