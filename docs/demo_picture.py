@@ -14,7 +14,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-WIDTH, HEIGHT, SCALE = 1080, 1230, 1.5  # CSS pixels, and pixels of the picture for each
+WIDTH, HEIGHT, SCALE = 1080, 1400, 1.5  # CSS pixels, and pixels of the picture for each
 
 
 def main() -> None:

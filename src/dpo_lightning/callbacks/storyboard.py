@@ -24,7 +24,7 @@ ALWAYS = "name_or_path loss_type beta learning_rate train_dataset batch_size max
 # Never listed: how a run computes, not what it learns.
 NEVER = (
     "tokenizer num_workers trust_remote_code generation max_new_tokens eval_batch_size attn_implementation "
-    "val_dataset test_dataset predict_dataset on_bad_row"
+    "val_dataset test_dataset predict_dataset on_bad_row prompt_template completion_template"
 ).split()
 
 

@@ -89,7 +89,8 @@ def examine(data: PreferenceDataModule, loss: PreferenceLoss) -> Iterator[str]:
 
 def _finding(warning: str) -> Finding:
     """A warning or an error of a run, whose remedy follows the first colon or semicolon."""
-    return Finding(*re.split("[:;] ", warning, maxsplit=1))
+    what, *remedy = re.split("[:;] ", warning, maxsplit=1)
+    return Finding(what, "".join(remedy) or "see docs/data.md")
 
 
 def _some(positions: np.ndarray, most: int) -> np.ndarray:
@@ -184,7 +185,7 @@ def foreign_marks(examined: Examined) -> Finding | None:
     """Marks of a chat template, such as <|im_start|>, that are no tokens of this tokenizer and not in its template."""
     tokenizer = examined.data.tokenizer
     known = set(getattr(tokenizer, "get_added_vocab", dict)()) | set(MARKS.findall(str(tokenizer.chat_template)))
-    marks = [{*MARKS.findall(pair.prompt), *MARKS.findall(pair.chosen)} - known for pair in examined.pairs]
+    marks = [{*MARKS.findall("\n".join(pair[:3]))} - known for pair in examined.pairs]
     found = np.array([bool(row) for row in marks])
     if found.mean() < FEW:
         return None

@@ -85,7 +85,9 @@ def model_card(
     if metrics := _metrics(trainer):
         parts.append(_table(("metric of the pairs", "value"), metrics))
     if replies and replies.showings:
-        parts.append("## Replies\n\nGreedy, to prompts that were not trained on.\n\n" + _replies(replies))
+        held_out = trainer is not None and "val" in trainer.datamodule.datasets  # otherwise these are training prompts
+        asked = "prompts that were not trained on" if held_out else "prompts of the training data"
+        parts.append(f"## Replies\n\nGreedy, to {asked}.\n\n" + _replies(replies))
     parts += [
         "## Training\n\n" + _settings({name: h.get(name) for name in SETTINGS} | _run(trainer, module)),
         "## Data\n\n" + _settings({name: data.get(name) for name in DATA}),
