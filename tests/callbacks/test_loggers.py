@@ -150,7 +150,7 @@ def test_a_sweep_with_optuna(model_folder, rows_file, monkeypatch, tmp_path):
     """The script of docs/lightning.md, on a tiny model, twice: the second time it goes on."""
     optuna = pytest.importorskip("optuna", reason="optuna is of the extra loggers, which is not installed")
     monkeypatch.chdir(tmp_path)
-    script = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "lightning.md").read_text(), re.DOTALL)[2]
+    script = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "lightning.md").read_text(), re.DOTALL)[-1]
     for written, small in (
         ('"gpt2", "rows.jsonl"', f'"{model_folder}", "{rows_file}"'),
         ('DPOModule("gpt2"', f'DPOModule("{model_folder}", max_new_tokens=4'),
