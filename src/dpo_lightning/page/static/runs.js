@@ -123,7 +123,8 @@ function card(id) {
     state.className = `state ${run.state}`;
     state.textContent = t(`state ${run.state}`);
     title.textContent = run.title;
-    when.textContent = `${run.name} · ${ago(run.changed)}`;
+    const result = run.figures.slice(0, 1).map(([label, values]) => `${t(label)} ${values}`);
+    when.textContent = [...result, run.name, ago(run.changed)].join(" · ");
     outcome.textContent = run.outcome;
     tiles.replaceChildren(...run.figures.map(([label, values]) => el("div", { class: "tile" }, el("strong", {}, values), el("span", { class: "dim small" }, t(label)))));
     report.hidden = !run.has_report;
