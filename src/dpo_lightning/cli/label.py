@@ -94,7 +94,7 @@ def label(
             note(f"open {address(host, port, token)} in a browser; Ctrl-C ends")
             serve(page(views, allowed_hosts(host), token), listening)
     except KeyboardInterrupt:  # the usual end
-        note(f"{len(clicks.decided)} prompts are labelled in {path}")
+        note(f"{len(clicks.decided)} prompts are labelled; to train on them: fit --data.train_dataset {path}")
     finally:
         work.end()
         let_go(lock, remove=True)
