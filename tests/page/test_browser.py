@@ -62,6 +62,7 @@ def opened(browser, server):
     def open_page(**options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
+        page.set_default_timeout(120_000)  # of a busy machine
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("dialog", lambda dialog: errors.append(f"a dialog: {dialog.message}"))
         page.on("request", lambda request: request.url.startswith(home) or errors.append(request.url))
