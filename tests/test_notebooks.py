@@ -12,7 +12,7 @@ from conftest import REPO
 pytestmark = pytest.mark.slow
 FEW = {  # what a cell of a notebook's settings says, and what it is here
     "quickstart": ('SETTINGS = ""', 'SETTINGS = "--trainer.max_steps 2 --trainer.limit_val_batches 1"'),
-    "lightning_users": ("STEPS = 40", "STEPS = 5"),
+    "lightning_users": ("STEPS = 40", "STEPS = 6"),
 }
 
 
