@@ -53,6 +53,7 @@ def metadata(file):
 def test_a_checkpoint_becomes_a_file_that_answers_as_its_folder(model_folder, tmp_path, monkeypatch, capfd):
     shutil.copytree(trained(model_folder), here := tmp_path / "here")
     monkeypatch.chdir(here)
+    capfd.readouterr()
     command = ["export", "--ckpt_path", str(LAST), "--output_dir", "out", "--format", "gguf", "--ollama"]
     assert main([*command, "--pre_tokenizer", "gpt-2"]) == 0
     said = capfd.readouterr().out.splitlines()
@@ -116,7 +117,7 @@ def test_what_differs_is_shown(folder, capfd):
         convert(converter_script(None), source, folder / "a.gguf", "f32", "a", None)
     convert(converter_script(None), source, file := folder / "a.gguf", "f32", "a", "superbpe")
     found = compare(source, file, prompts, PromptFormat(False), 8, engine=True)
-    assert not any(found.same_tokens) and found.by_tokens == found.expected and found.templates is None
+    assert not all(found.same_tokens) and found.by_tokens == found.expected and found.templates is None
     by_transformers = compare(source, file, prompts, PromptFormat(False), 8, engine=False)
     assert by_transformers.replies == by_transformers.expected and by_transformers.same_tokens is None
     other = compare(source, file, prompts, PromptFormat(False, "Answer: {question}"), 8, engine=True)
@@ -139,11 +140,12 @@ def test_code_in_the_folder_is_not_run(folder, tmp_path, capfd):
     prepare(source, PromptFormat(False))
     shutil.copy(evil / "evil.py", source)
     path = source / "tokenizer_config.json"
-    values = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [f"{evil}--evil.Evil", "evil.Evil"]}}
-    path.write_text(json.dumps(values))
+    known = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [f"{evil}--evil.Evil", "evil.Evil"]}}
+    path.write_text(json.dumps(known | {"tokenizer_class": "Evil"}))
     with pytest.raises(UserError, match="Python code that comes with it, which is not run"):
         convert(converter_script(None), source, folder / "a.gguf", "f16", "a", "gpt-2")
     assert not ran.exists()
+    path.write_text(json.dumps(known))
     prepare(source, PromptFormat(False))
     assert "auto_map" not in path.read_text()
 
@@ -183,7 +185,9 @@ def test_a_missing_converter_is_one_line_that_says_where_to_get_it(monkeypatch):
 
 
 def test_edited_prompt_formats_reach_neither_the_modelfile_nor_the_converter(model_folder, tmp_path, capsys):
-    checkpoint = edited(model_folder, tmp_path / "a.ckpt", dpo_lightning_asking={"chat": False, "prompt_template": 3})
+    checkpoint = edited(
+        model_folder, tmp_path / "given" / "a.ckpt", dpo_lightning_asking={"chat": False, "prompt_template": 3}
+    )
     out = tmp_path / "out"
     assert main(["export", "--ckpt_path", checkpoint, "--output_dir", str(out), "--format", "gguf", "--ollama"]) == 2
     assert "how to ask its model" in error_line(capsys) or missing

@@ -66,10 +66,7 @@ def export(
         )
     if not checkpoint["global_step"]:
         raise UserError(f"--ckpt_path '{ckpt_path}' has 0 optimizer steps: nothing was trained, so no model is written")
-    settings = _model_settings(checkpoint, ckpt_path)
-    loss = {name: settings.pop(name) for name in LOSS}  # not used here, and it can be a function of the user's own
-    module = DPOModule(**settings, trust_remote_code=trust_remote_code)
-    module.hparams.update(loss)  # for the model card
+    module = _module(_model_settings(checkpoint, ckpt_path), trust_remote_code)
     target = export_target(module, output_dir, [Path(ckpt_path).parent])
     target.check()  # before the model is loaded
     data_settings = checkpoint.get(DATA_SETTINGS, {})
@@ -89,6 +86,14 @@ def export(
         export_policy(module, data.tokenizer, partial / FOLDER, True, dtype, "5GB", data_settings, prompt_format)
         gguf.write(partial, module, prompt_format, Path(ckpt_path).parent.parent / "replies.jsonl")
     print(one_line(f"model written to {output_dir}"))
+
+
+def _module(settings: dict[str, Any], trust_remote_code: bool) -> DPOModule:
+    """A module with a checkpoint's settings, before its weights are loaded."""
+    loss = {name: settings.pop(name) for name in LOSS}  # not used here, and it can be a function of the user's own
+    module = DPOModule(**settings, trust_remote_code=trust_remote_code)
+    module.hparams.update(loss)  # for the model card
+    return module
 
 
 def _model_settings(checkpoint: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class GGUF(NamedTuple):
             replies: the run's `replies.jsonl`, whose prompts are asked if it is there.
         """
         source, limit = folder / FOLDER, module.hparams.max_new_tokens
-        title = re.sub(r"[^\w.-]+", "-", public_name(module.hparams.name_or_path))
+        name = public_name(module.hparams.name_or_path).rpartition("/")[2]  # of a hub id without its owner
+        title = re.sub(r"[^\w.-]+", "-", name)
         file = folder / f"{title}-{self.outtype}.gguf"
         prepare(source, prompt_format)
         convert(self.script, source, file, self.outtype, title, self.pre_tokenizer)
