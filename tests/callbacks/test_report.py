@@ -109,7 +109,7 @@ def test_lines_with_the_same_values_can_be_told_apart():
     lines = re.findall(r'<polyline.*stroke-width="([^"]+)" stroke-dasharray="([^"]*)"', chart)
     widths, dashes = zip(*((float(width), dash) for width, dash in lines), strict=True)
     assert list(widths) == sorted(widths, reverse=True) and len(set(dashes)) == 3 and dashes[0] == ""
-    labels = re.findall(r'<text [^>]*y="([^"]+)"[^>]*class="end"[^>]*>(\w+)<', chart)
+    labels = re.findall(r'<text [^>]* y="([^"]+)"[^>]*class="end"[^>]*>(\w+)<', chart)
     heights = sorted(float(y) for y, _ in labels)
     assert {name for _, name in labels} == {"one", "two", "three"}
     assert all(below - above >= 14.8 for above, below in zip(heights, heights[1:], strict=False))

@@ -121,7 +121,7 @@ class Plot:
                 "name": name,
                 "colour": f"var(--series-{number % SERIES_COLOURS})",
                 "dash": DASHES[number % len(DASHES)],
-                "width": max(1.8, 3.2 - 0.7 * number),
+                "width": round(max(1.8, 3.2 - 0.7 * number), 1),
                 "points": points,
                 "bars": bars,
                 "radius": 5 if len(points) == 1 else 3.5 if len(points) <= FEW_POINTS else 0,
