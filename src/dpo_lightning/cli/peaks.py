@@ -97,7 +97,7 @@ def _check_ended(code: int, log: str) -> None:
     lines = [line for line in log.splitlines() if line.strip()]
     if code == USER_ERROR_EXIT:
         error = next(line for line in reversed(lines) if line.startswith("error: ")).removeprefix("error: ")
-        raise UserError(re.sub(r"^\S*\.probe-\S+, line \d+: ", "", error))  # the line of a file that is gone
+        raise UserError(re.sub(r"^.*\.probe-[^,]*, line \d+: ", "", error))  # the line of a file that is gone
     if code > 0:
         raise UserError(f"the steps to measure memory failed: {lines[-1] if lines else 'no reason was given'}")
 
