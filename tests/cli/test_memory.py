@@ -22,6 +22,7 @@ from dpo_lightning.cli.probe import micro_batches
 from dpo_lightning.errors import UserError
 
 GIB = 2**30
+TRIMMED = {"trainer": {"callbacks": [memory.TRIM]}}
 CONFIG = {"model": {"lora": None, "reference": None}, "data": {"batch_size": 16}, "trainer": {}}
 
 
@@ -67,14 +68,14 @@ def test_what_is_no_size_is_refused(text):
 def test_a_run_that_fits_is_not_changed(machine):
     probed = machine(base=1.0)
     choice = chosen(CONFIG, 12 * GIB)
-    assert choice.changes == {} and len(probed) == 1
+    assert choice.changes == TRIMMED and len(probed) == 1
     assert choice.lines == ["memory: about 9 GiB at the peak of the 12 GiB that are allowed, so nothing is changed"]
 
 
 def test_micro_batches_come_first_and_keep_the_pairs_of_a_step(machine):
     probed = machine(base=1.0)
     choice = chosen(merged(CONFIG, {"trainer": {"accumulate_grad_batches": 3}}), 6 * GIB)
-    assert choice.changes == {"data": {"batch_size": 8}, "trainer": {"accumulate_grad_batches": 6}}
+    assert choice.changes == merged(TRIMMED, {"data": {"batch_size": 8}, "trainer": {"accumulate_grad_batches": 6}})
     assert len(probed) == 1  # 16 pairs were expected to take too much, and not tried
     assert choice.lines[0] == "memory: 16 pairs at once would take about 9 GiB of 6 GiB"
     assert "8 pairs at once and 6 such micro-batches per step" in choice.lines[1]
@@ -126,6 +127,15 @@ def test_sizes_of_micro_batches():
     assert micro_batches(lengths, 16, 210) == [(4, 1, 50), (2, 2, 90), (1, 4, 140)]
 
 
+def test_a_users_own_callbacks_stay():
+    own = {"class_path": "lightning.pytorch.callbacks.Timer"}
+    for given in (own, [own]):
+        assert memory.trimming(merged(CONFIG, {"trainer": {"callbacks": given}})) == {
+            "trainer": {"callbacks": [own, memory.TRIM]}
+        }
+    assert memory.trimming(merged(CONFIG, TRIMMED)) == {}
+
+
 def test_a_resumed_run_keeps_its_micro_batches():
     assert as_resumed(CONFIG, {"batch_size": 4})["trainer"] == {"accumulate_grad_batches": 4}
     tokens = merged(CONFIG, {"data": {"batch_tokens": 4096}})
@@ -147,6 +157,7 @@ def test_fit_takes_what_was_chosen_and_a_resumed_fit_takes_it_again(
     assert "memory" not in sent and sent["data"]["batch_size"] == 16
     saved = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text())
     assert (saved["data"]["batch_size"], saved["trainer"]["accumulate_grad_batches"], saved["memory"]) == (8, 2, None)
+    assert [callback["class_path"] for callback in saved["trainer"]["callbacks"]] == [memory.TRIM["class_path"]]
     assert main([*args, "--trainer.max_steps", "3", "--ckpt_path", "last"]) == 0
     assert not probed and "batch_size" not in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from dpo_lightning.errors import UserError
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 MARGIN = 1.1  # between the peak of a probe and that of the run: 4 % more were seen, from batches in more shapes
 ENOUGH_PAIRS = 4  # smaller micro-batches are slow: the next saving is tried before they are taken
+TRIM = {"class_path": "dpo_lightning.callbacks.trimming.TrimMemory"}
 # Keys of `fit` and `inspect` that `probe` does not have.
 OF_A_COMMAND = ("config", "ckpt_path", "weights_only", "memory", "rows", "time")
 
@@ -114,11 +115,21 @@ def keep_within_memory(settings: Namespace, config: Config, resumed: Mapping[str
         choice = chosen(config, limit)
         for line in choice.lines:
             rank_zero_info(line)
-    changes = choice.changes if resumed is None else as_resumed(config, resumed)
+    changes = choice.changes if resumed is None else merged(trimming(config), as_resumed(config, resumed))
     for section, values in changes.items():
         for name, value in values.items():
-            settings[f"{section}.{name}"] = value
+            parsed = (
+                [Namespace(one) if isinstance(one, dict) else one for one in value] if name == "callbacks" else value
+            )
+            settings[f"{section}.{name}"] = parsed
     settings.memory = None  # the run's own configuration has what was chosen
+
+
+def trimming(config: Config) -> Config:
+    """The change that makes the peak of a run that of its largest batch."""
+    own = config["trainer"].get("callbacks") or []
+    own = own if isinstance(own, list) else [own]
+    return {} if TRIM in own else {"trainer": {"callbacks": [*own, TRIM]}}
 
 
 def of_a_run(config: Config) -> Config:
@@ -154,7 +165,8 @@ def chosen(config: Config, limit: int, savings: Sequence[Saving] = SAVINGS, time
         UserError: none fits; or the run cannot be started.
     """
     target, trials = limit / MARGIN, list[Trial]()
-    for trial in _trials(config, target, savings, timed):
+    trimmed = merged(config, trimming(config))
+    for trial in _trials(trimmed, target, savings, timed):
         trials.append(trial)
         best = trial.probe.best(int(target))
         if best and best.pairs >= min(ENOUGH_PAIRS, trial.probe.facts["pairs"]):
@@ -163,7 +175,7 @@ def chosen(config: Config, limit: int, savings: Sequence[Saving] = SAVINGS, time
     for trial, best in sorted(fitting, key=lambda found: -found[1].pairs):
         if proven := _proven(trial, best, target, timed):
             point, probe = proven
-            changes = cut(config, point.parts)
+            changes = merged(trimming(config), cut(config, point.parts))
             for saving in trial.savings:
                 changes = merged(changes, saving.changes)
             return Choice(changes, probe, point, list(_told(config, limit, trials[0].probe, trial.savings, proven)))

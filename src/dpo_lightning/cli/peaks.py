@@ -1,6 +1,7 @@
 """The peaks of a run's memory for micro-batches of several sizes, measured by `probe` in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -95,7 +96,8 @@ def measured(config: Config, limit: float, parts: int = 1, timed: int = 0) -> Pr
 def _check_ended(code: int, log: str) -> None:
     lines = [line for line in log.splitlines() if line.strip()]
     if code == USER_ERROR_EXIT:
-        raise UserError(next(line for line in reversed(lines) if line.startswith("error: ")).removeprefix("error: "))
+        error = next(line for line in reversed(lines) if line.startswith("error: ")).removeprefix("error: ")
+        raise UserError(re.sub(r"^.*\.probe-[^,]*, line \d+: ", "", error))  # the line of a file that is gone
     if code > 0:
         raise UserError(f"the steps to measure memory failed: {lines[-1] if lines else 'no reason was given'}")
 

@@ -259,7 +259,7 @@ def time_line(choice: Choice, settings: dict[str, Any], lengths: np.ndarray) -> 
 def about(seconds: float) -> str:
     """83 -> "1 min 20 s": no more digits than an estimate has."""
     unit = 1 if seconds < 20 else 10 if seconds < 600 else 60
-    return duration(float(max(1, round(seconds / unit) * unit))).replace(".0 s", " s")
+    return duration(float(max(1, round(seconds / unit) * unit))).replace(".0 s", " s").replace("min 0 s", "min")
 
 
 def training_seconds(probe: Probe, tokens: float, steps: float) -> float:
@@ -329,6 +329,7 @@ def trained(folder: Path) -> Path | None:
 
 def train(folder: Path) -> Path | None:
     """Runs `fit` from its last checkpoint, if there is one; the folder of the model."""
-    trainer = run_trainer(["fit", "--config", str(folder / SETTINGS), "--ckpt_path", "last"]).trainer
+    resumed = ["--ckpt_path", "last"] if checkpoint_folders(folder) else []
+    trainer = run_trainer(["fit", "--config", str(folder / SETTINGS), *resumed]).trainer
     run = run_folder(trainer)
     return run / "huggingface" if run and (run / "huggingface").is_dir() else None

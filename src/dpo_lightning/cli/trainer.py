@@ -180,15 +180,16 @@ class DPOCLI(LightningCLI):
             config.model.optimizer = with_run_settings(config.optimizer, config.model)
         if self.subcommand == "fit" and not config.data.val_dataset and not config.data.val_size:
             config.checkpoint.monitor = None  # nothing to rank checkpoints by: keep the last
-        if self.subcommand == "fit" and config.memory:
-            everything = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-            keep_within_memory(config, everything["fit"], self._resumed_data)
         if config.checkpoint.save_last:  # it would take the place of LastCheckpoint's, without the optimizer's state
             config.checkpoint.save_weights_only = False
 
     def instantiate_classes(self) -> None:
-        """Checks that the model exists, before data are read, then does as LightningCLI."""
-        load_config(self.settings.model.name_or_path, self.settings.model.trust_remote_code)
+        """Checks that the model exists, before data are read, makes the run fit, then does as LightningCLI."""
+        settings = self.settings
+        load_config(settings.model.name_or_path, settings.model.trust_remote_code)
+        if self.subcommand == "fit" and settings.memory:
+            everything = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            keep_within_memory(settings, everything["fit"], self._resumed_data)
         try:
             super().instantiate_classes()
         except UserError:
