@@ -11,7 +11,7 @@ help:  ## this list
 demo: $(VENV)/.installed  ## set-up and training on shipped data: SQL in about a minute, no hub, no GPU
 	$(BIN)/python cli.py demo
 
-rounds: $(VENV)/.installed  ## set-up, supervised training on shipped data, then a round on the model's own mistakes
+rounds: $(VENV)/.installed  ## set-up, supervised training on shipped data, then a round on its own replies to unanswered questions
 	$(BIN)/python cli.py rounds --config configs/demo_rounds.yaml
 
 test: $(VENV)/.installed-test  ## set-up and all tests
