@@ -111,6 +111,8 @@ def with_own_folder(logger: Logger) -> Logger:
 class SavedConfig(SaveConfigCallback):
     """Writes the configuration into the run's folder (`run_folder`), also where the logger has none for each run."""
 
+    already_saved: bool
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """As Lightning's, which would replace the configuration of an earlier run, or fail without any folder."""
         if trainer.logger is None or isinstance(trainer.logger, TensorBoardLogger | CSVLogger):

@@ -178,8 +178,8 @@ def differing(*texts: str) -> list[list[tuple[str, bool]] | None]:
         return [None, None]
     parts: list[list[tuple[str, bool]] | None] = []
     for side, own in enumerate(words):
-        spans = [(code[0] != "equal", code[1 + 2 * side], code[2 + 2 * side]) for code in compared.get_opcodes()]
-        parts.append([("".join(own[start:end]), differs) for differs, start, end in spans if start < end])
+        spans = [(code, *((b, b_end) if side else (a, a_end))) for code, a, a_end, b, b_end in compared.get_opcodes()]
+        parts.append([("".join(own[start:end]), code != "equal") for code, start, end in spans if start < end])
     return parts
 
 
