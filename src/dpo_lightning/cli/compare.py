@@ -74,12 +74,11 @@ def compare(
     lock = path.with_name(f"{path.name}.lock")
     if not hold(lock):
         raise in_use(f"--output '{output}'", "give another one")
-    comparison: Comparison | None = None
+    made: list[Comparison] = []
 
     def make_views(work: Work) -> "list[View]":
         from dpo_lightning.page.runs import Runs
 
-        nonlocal comparison
         score = find_score(judge, "--judge") if judge is not None else None
         folder = model_folder(model, OPTIONS[0])
         other = None if model_b == REFERENCE else model_folder(model_b, OPTIONS[1])
@@ -92,20 +91,21 @@ def compare(
         answer = partial(replies, models, sampling, seed, work)
         comparison = Comparison(names, asked, answer, path, work, settings, seed, score, num_prompts)
         chat = Talk(speakers, prompt_format, work, sampling)
+        made.append(comparison)
         return [comparison.view(), chat.view(), Runs(Path(runs)).view()]
 
     try:
         if judge_only:
             make_views(Work())
-            follow(comparison)
+            follow(made[0])
         else:
             serve_views(make_views, host, port, token)
     except KeyboardInterrupt:
-        if comparison is None:
+        if not made:
             raise
     finally:
         let_go(lock, remove=True)
-    for line in lines(comparison.state()):
+    for line in lines(made[0].state()):
         print(line)
 
 

@@ -45,13 +45,18 @@ class Compare {
     this.left = false; // another tab is open
   }
 
-  // Calls an action that returns the next item.
+  // Calls an action that returns the next item, and goes on over prompts with the same reply twice.
   async take(action) {
     this.item = null;
     this.waiting = true;
     this.draw();
     try {
-      Object.assign(this, await call(`compare/${action}`));
+      for (let more = true; more && !this.item && !this.left; action = "next") {
+        const { item, state, more: others } = await call(`compare/${action}`);
+        Object.assign(this, { item, state });
+        more = others;
+        this.draw();
+      }
     } finally {
       this.waiting = false;
       this.draw();
