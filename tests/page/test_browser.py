@@ -62,6 +62,7 @@ def opened(browser, server):
     def open_page(**options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
+        page.set_default_timeout(120_000)  # of a busy machine
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("dialog", lambda dialog: errors.append(f"a dialog: {dialog.message}"))
         page.on("request", lambda request: request.url.startswith(home) or errors.append(request.url))
@@ -92,6 +93,7 @@ def press(page, key):
     page.wait_for_function("before => document.querySelector('.asked')?.textContent !== before", arg=before)
 
 
+@pytest.mark.slow
 def test_labelling_by_keys_goes_on_when_the_server_is_killed(server, opened):
     server.start()
     page = opened()
@@ -142,6 +144,7 @@ def test_every_key_does_what_it_says(server, opened):
     assert page.evaluate("document.activeElement.tagName") in ("A", "BUTTON", "DIV")
 
 
+@pytest.mark.slow
 def test_two_tabs_and_chinese_on_a_phone(server, opened):
     server.start()
     one = opened()
@@ -187,6 +190,7 @@ def hostile(prompt):
     return Task(f"{prompt.key}-1", prompt._replace(question=text), [reply(text, score=1.0), reply("b")])
 
 
+@pytest.mark.slow
 def test_hostile_texts_are_text(server, opened):
     server.options = {"make": hostile, "count": len(HOSTILE)}
     server.start()

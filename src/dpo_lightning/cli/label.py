@@ -100,7 +100,7 @@ def label(
         clicks = Clicks(path)
         serve_views(make_views, host, port, token)
     except KeyboardInterrupt:  # the usual end
-        note(f"{len(clicks.decided)} prompts are labelled in {path}")
+        note(f"{len(clicks.decided)} prompts are labelled; to train on them: fit --data.train_dataset {path}")
     finally:
         let_go(lock, remove=True)
 
