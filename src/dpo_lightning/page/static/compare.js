@@ -132,7 +132,7 @@ class Compare {
     const done = person.wins + person.losses + person.ties;
     const words = t("compared of", { done, total });
     return el("div", { class: "status dim small" },
-      el("progress", { max: total, value: done, "aria-label": words }), el("p", {}, words), el("p", {}, t("kept in", { file })));
+      el("progress", { max: total, value: done, "aria-label": words }), el("p", {}, words), el("p", { class: "more" }, t("kept in", { file })));
   }
 
   drawPause() {
