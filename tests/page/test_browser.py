@@ -93,6 +93,7 @@ def press(page, key):
     page.wait_for_function("before => document.querySelector('.asked')?.textContent !== before", arg=before)
 
 
+@pytest.mark.slow
 def test_labelling_by_keys_goes_on_when_the_server_is_killed(server, opened):
     server.start()
     page = opened()
@@ -143,6 +144,7 @@ def test_every_key_does_what_it_says(server, opened):
     assert page.evaluate("document.activeElement.tagName") in ("A", "BUTTON", "DIV")
 
 
+@pytest.mark.slow
 def test_two_tabs_and_chinese_on_a_phone(server, opened):
     server.start()
     one = opened()
@@ -188,6 +190,7 @@ def hostile(prompt):
     return Task(f"{prompt.key}-1", prompt._replace(question=text), [reply(text, score=1.0), reply("b")])
 
 
+@pytest.mark.slow
 def test_hostile_texts_are_text(server, opened):
     server.options = {"make": hostile, "count": len(HOSTILE)}
     server.start()

@@ -92,6 +92,7 @@ def compare(
         comparison = Comparison(names, asked, answer, path, work, settings, seed, score, num_prompts)
         made.append(comparison)
         chat = Talk(speakers, prompt_format, work, sampling)
+        made.append(comparison)
         return [comparison.view(), chat.view(), Runs(Path(runs)).view()]
 
     try:

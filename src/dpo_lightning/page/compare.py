@@ -95,22 +95,20 @@ class Comparison:
     # ------------------------------------------------------------------ a person's verdicts
 
     def next(self) -> dict[str, Any]:
-        """The next prompt without a verdict and its replies, as `item` with the `state`; None if there is none.
+        """The next prompt without a verdict and its replies, as `item`, with the `state`.
 
-        Where both models gave the same reply, that is a tie about which nobody is asked.
+        Where both models gave the same reply, that is a tie about which nobody is asked: then `item` is None and `more`
+        is true, and there is another call to make.
         """
-        for number, prompt in enumerate(self.prompts):
-            if self._verdict(PERSON, prompt):
-                continue
-            for following in self.prompts[number : number + 1 + AHEAD]:
-                if not self._verdict(PERSON, following):
-                    self._replies_to(following)
-            replies = _result(self._replies_to(prompt))
-            if replies[0].text == replies[1].text:
-                self._write(PERSON, prompt, replies, "tie", same=True)
-                continue
-            return {"item": _drawn(self._item(prompt, replies)), "state": self.state()}
-        return {"item": None, "state": self.state()}
+        left = [prompt for prompt in self.prompts if not self._verdict(PERSON, prompt)]
+        if not left:
+            return {"item": None, "more": False, "state": self.state()}
+        made = [self._replies_to(prompt) for prompt in left[: 1 + AHEAD]]
+        replies = _result(made[0])
+        if replies[0].text == replies[1].text:
+            self._write(PERSON, left[0], replies, "tie", same=True)
+            return {"item": None, "more": True, "state": self.state()}
+        return {"item": _drawn(self._item(left[0], replies)), "more": True, "state": self.state()}
 
     def answer(self, id: str, better: Literal["left", "right", "tie"]) -> dict[str, Any]:
         """Writes a person's verdict on an item, and returns the `state`.

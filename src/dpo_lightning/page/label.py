@@ -176,11 +176,12 @@ def differing(*texts: str) -> list[list[tuple[str, bool]] | None]:
     compared = difflib.SequenceMatcher(a=words[0], b=words[1], autojunk=False)
     if compared.ratio() < 0.5:
         return [None, None]
-    parts: list[list[tuple[str, bool]] | None] = []
-    for side, own in enumerate(words):
-        spans = [(code, *((b, b_end) if side else (a, a_end))) for code, a, a_end, b, b_end in compared.get_opcodes()]
-        parts.append([("".join(own[start:end]), code != "equal") for code, start, end in spans if start < end])
-    return parts
+    blocks = compared.get_opcodes()
+    sides = [(kind, i, j) for kind, i, j, _, _ in blocks], [(kind, i, j) for kind, _, _, i, j in blocks]
+    return [
+        [("".join(own[start:end]), kind != "equal") for kind, start, end in spans if start < end]
+        for own, spans in zip(words, sides, strict=True)
+    ]
 
 
 def judged(reply: Candidate) -> dict[str, Any]:

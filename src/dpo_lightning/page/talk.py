@@ -5,8 +5,10 @@ from contextlib import closing
 from typing import Annotated, Any
 
 from dpo_lightning.data.cells import MAX_CELL
+from dpo_lightning.data.encoding import encode_prompts
 from dpo_lightning.data.prompt_format import PromptFormat
 from dpo_lightning.data.speakers import Sampling, Speaker, side_by_side
+from dpo_lightning.models.generate import prompt_room
 from dpo_lightning.page.view import View, shown
 from dpo_lightning.page.work import Work
 from dpo_lightning.parsing import NotNegative, PositiveShare, Range, Seed
@@ -47,11 +49,13 @@ class Talk:
         max_new_tokens: Length = 64,
         seed: Seed = 0,
     ) -> Iterator[dict[str, Any]]:
-        """The prompt, then pieces of the replies: {"name": the speaker, "text": ...}."""
+        """The prompt and how many of its first tokens are cut, then pieces of replies: {"name": ..., "text": ...}."""
         prompt = self.prompt_format.prompt(question, schema, self.speakers[-1].tokenizer)
-        yield {"prompt": shown(prompt)}
         sampling = Sampling(temperature, top_p, max_new_tokens)
         speakers, chat = self.speakers, self.prompt_format.chat
+        (ids,) = encode_prompts(speakers[-1].tokenizer, [prompt], chat=[chat])
+        room = min(prompt_room(speaker.model, max_new_tokens) for speaker in speakers)
+        yield {"prompt": shown(prompt), "cut": max(0, len(ids) - room)}
         with closing(self.work.stream(lambda: side_by_side(speakers, prompt, sampling, seed, chat))) as pieces:
             for name, text in pieces:
                 yield {"name": name, "text": shown(text)}

@@ -21,6 +21,10 @@ const t = withWords({
   "most tokens": ["Longest reply, in tokens", "回复最长（词元数）"],
   seed: ["Seed", "随机种子"],
   "as asked": ["The prompt as the models got it", "模型收到的完整提示"],
+  "prompt cut": [
+    "The first {cut} tokens of the prompt were cut off so that the reply has room. A shorter longest reply leaves more.",
+    "为给回复留出空间，提示开头的 {cut} 个词元被截去。缩短回复上限可保留更多。",
+  ],
   reference: ["Reference", "参考模型"],
   policy: ["Policy", "策略模型"],
 });
@@ -103,8 +107,10 @@ export async function show(root) {
     drawButton();
     try {
       for await (const piece of stream("chat/ask", { question: text, schema: schema.value, ...kept.sampling }, asking.signal)) {
-        if (piece.prompt !== undefined) prompt.textContent = piece.prompt;
-        else {
+        if (piece.prompt !== undefined) {
+          prompt.textContent = piece.prompt;
+          if (piece.cut) turn.append(el("p", { class: "small" }, t("prompt cut", piece)));
+        } else {
           const column = columns.get(piece.name);
           column.append(column.textContent ? piece.text : piece.text.trimStart());
         }

@@ -45,13 +45,18 @@ class Compare {
     this.left = false; // another tab is open
   }
 
-  // Calls an action that returns the next item.
+  // Calls an action that returns the next item, and goes on over prompts with the same reply twice.
   async take(action) {
     this.item = null;
     this.waiting = true;
     this.draw();
     try {
-      Object.assign(this, await call(`compare/${action}`));
+      for (let more = true; more && !this.item && !this.left; action = "next") {
+        const { item, state, more: others } = await call(`compare/${action}`);
+        Object.assign(this, { item, state });
+        more = others;
+        this.draw();
+      }
     } finally {
       this.waiting = false;
       this.draw();
@@ -127,7 +132,7 @@ class Compare {
     const done = person.wins + person.losses + person.ties;
     const words = t("compared of", { done, total });
     return el("div", { class: "status dim small" },
-      el("progress", { max: total, value: done, "aria-label": words }), el("p", {}, words), el("p", {}, t("kept in", { file })));
+      el("progress", { max: total, value: done, "aria-label": words }), el("p", {}, words), el("p", { class: "more" }, t("kept in", { file })));
   }
 
   drawPause() {
