@@ -119,7 +119,6 @@ class SavedConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
             return
         folder = run_folder(trainer)  # a collective call
-        if folder is not None and trainer.is_global_zero and not self.already_saved:
+        if folder is not None and trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
-            self.already_saved = True

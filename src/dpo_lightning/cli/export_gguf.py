@@ -105,4 +105,4 @@ def _lines(found: Comparison, engine: bool) -> Iterator[str]:
         expected, prompt = map(quoted, found.templates)
         yield f"warning: the file's chat template makes the prompt {prompt}, where the folder's makes {expected}"
     if 2 * len(unequal) > asked:
-        yield "warning: most replies differ: the file does not answer as the trained model"
+        yield "warning: most replies are not those of the trained model"
