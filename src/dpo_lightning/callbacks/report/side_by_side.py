@@ -26,7 +26,8 @@ def render_side_by_side(runs: Mapping[str, Run]) -> str:
     results: dict[str, list[str]] = {}
     for number, run in enumerate(runs.values()):
         for tile in tiles(run):
-            results.setdefault(tile.label, [""] * len(runs))[number] = tile.values
+            only_before = ", before training" if tile.where.endswith("before training") else ""
+            results.setdefault(tile.label, [""] * len(runs))[number] = f"{tile.values}{only_before}"
     about = {
         "run": [run.title for run in runs.values()],
         "ended": [run.outcome for run in runs.values()],
