@@ -163,12 +163,12 @@ def test_fit_takes_what_was_chosen_and_a_resumed_fit_takes_it_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "layers", "batch"), [(64, 2, 96), (256, 4, 48), (512, 8, 32)])
+@pytest.mark.parametrize(("width", "layers", "batch"), [(64, 2, 96), (256, 4, 32), (384, 6, 16)])
 def test_the_peak_of_a_run_stays_below(width, layers, batch, tokenizer, tmp_path):
     """Whole commands, with their interpreter, libraries, replies, checkpoints and export."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=width, n_layer=layers, n_positions=512))
-    model.save_pretrained(tmp_path / "model")
+    sizes = {"n_embd": width, "n_layer": layers, "n_head": width // 64, "n_positions": 512}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
     longer = copy.deepcopy(tokenizer)
     longer.model_max_length = 512
     longer.save_pretrained(tmp_path / "model")
@@ -177,7 +177,7 @@ def test_the_peak_of_a_run_stays_below(width, layers, batch, tokenizer, tmp_path
     config = {
         "model": {"name_or_path": str(tmp_path / "model"), "max_new_tokens": 8},
         "data": {"train_dataset": str(tmp_path / "rows.jsonl"), "batch_size": batch, "val_size": 4, "test_size": 0},
-        "trainer": {"accelerator": "cpu", "max_epochs": 2, "default_root_dir": str(tmp_path)},
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(tmp_path)},
         "replies": {"num_shown": 0, "every_n_steps": 4},
     }
     points = memory.measured(config, 64 * GIB).points
