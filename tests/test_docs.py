@@ -55,7 +55,8 @@ def parse_only(cli_class, args, run):
     return configured(ParseOnly, args, run)
 
 
-READERS = ("json.yaml", "overlap.yaml", "found.yaml")  # files that a page tells its reader to write
+# Files that a page tells its reader to write.
+READERS = ("json.yaml", "overlap.yaml", "found.yaml", "json_rounds.yaml", "overlap_rounds.yaml")
 
 
 def check_cli(command, args):
@@ -101,7 +102,9 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
         elif program == "tensorboard":
             assert args == ["--logdir", "lightning_logs"], line
         elif program == "pip" or args[:2] == ["-m", "pip"]:
-            assert args[-2:] in (["install", "dpo-lightning"], ["install", "jsonschema"]), line
+            extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            known = {"dpo-lightning", "jsonschema", *(f"dpo-lightning[{extra}]" for extra in extras)}
+            assert args[-2] == "install" and args[-1] in known, line
         elif program == "dpo-lightning" or args[0] == "cli.py":
             command, *rest = args if program == "dpo-lightning" else args[1:]
             if "my_losses:" not in line:  # a module that the page's reader writes
