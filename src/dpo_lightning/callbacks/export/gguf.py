@@ -21,7 +21,7 @@ from dpo_lightning.models.llama_cpp import Engine
 from dpo_lightning.models.policy import load_policy, position_count
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 USER = {"role": "user", "content": "How many singers are there?"}
 SYSTEM = {"role": "system", "content": "CREATE TABLE singer (name VARCHAR, age INTEGER)"}
@@ -95,7 +95,7 @@ def compare(
     texts, tokens = [text for text, _ in asked], [ids for _, ids in asked]
     expected = greedy(model, tokenizer, tokens, limit)
     if not engine:
-        return Comparison(texts, expected, greedy(load_gguf(file), tokenizer, tokens, limit))
+        return Comparison(texts, expected, greedy(load_gguf(file, model.config), tokenizer, tokens, limit))
     del model
     bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     given = [text.removeprefix(bos) if prompt_format.chat else text for text in texts]  # llama.cpp adds it, too
@@ -116,8 +116,11 @@ def greedy(
     return [tokenizer.decode(reply.token_ids, skip_special_tokens=True) for reply in replies]
 
 
-def load_gguf(file: Path) -> "PreTrainedModel":
+def load_gguf(file: Path, config: "PretrainedConfig") -> "PreTrainedModel":
     """A GGUF file's model, in float32, by transformers' own loader.
+
+    Args:
+        config: of the folder; what transformers makes of the file's lacks the positions of GPT-2.
 
     Raises:
         UserError: it cannot be loaded.
@@ -125,7 +128,7 @@ def load_gguf(file: Path) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype="float32")
     except Exception as error:  # a damaged or unsupported file can fail in any way
         raise UserError(f"transformers cannot load the GGUF file: {first_line(error)}") from error
 
