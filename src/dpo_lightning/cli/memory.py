@@ -81,8 +81,8 @@ def bytes_of(text: str, name: str = "memory") -> int:
 
 
 def size(number: float) -> str:
-    """3334790113 -> "3.11 GiB"."""
-    return f"{number / 2**30:.3g} GiB"
+    """3334790113 -> "3.11 GiB", 9085440 -> "9 MiB"."""
+    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def merged(config: Config, changes: Config) -> Config:
