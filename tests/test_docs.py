@@ -98,7 +98,8 @@ def test_every_command_of_a_page_parses(page, monkeypatch):
             continue
         assert program == "dpo-lightning" or args[0] == "cli.py", line
         command, *args = args if program == "dpo-lightning" else args[1:]
-        own = [i for i, arg in enumerate(args) if arg in ("json.yaml", "overlap.yaml", "found.yaml")]  # the reader's
+        readers = {f"{name}.yaml" for name in ("json", "overlap", "json_rounds", "overlap_rounds", "found")}
+        own = [i for i, arg in enumerate(args) if arg in readers]
         check_cli(command, [arg for i, arg in enumerate(args) if i not in own and i + 1 not in own])
 
 
