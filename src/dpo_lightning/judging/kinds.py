@@ -88,7 +88,7 @@ def sql(*, ignore_case: bool = False, valid_without_answer: bool = False) -> tup
     result = "execution_ignoring_case" if ignore_case else "execution"
 
     def judging(reply: Reply, pair: PreferencePair) -> dict[str, Verdict]:
-        found = sql_judge.sql(reply, pair, ignore_case)
+        found: dict[str, Verdict] = {**sql_judge.sql(reply, pair, ignore_case)}
         return found | {"right": found[result if pair.chosen.strip() else "valid"]} if found else {}
 
     return (judging, "right") if valid_without_answer else (partial(sql_judge.sql, ignore_case=ignore_case), result)
