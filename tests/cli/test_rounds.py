@@ -192,7 +192,7 @@ def test_rounds_on_prompts_without_answers_learn_from_the_models_own_right_repli
 
 def test_without_a_wrong_reply_there_is_nothing_to_learn(args, in_process, caplog, model_folder):
     assert main([*args, "--rounds.judge", "round_judges:pleased", "--rounds.sft_epochs", "0"]) == 0
-    assert "round 1: no prompt has a wrong reply to learn from" in caplog.text
+    assert "round 1: no prompt gives a pair to learn from (see rounds/round-1/pairs.json)" in caplog.text
     assert f"the model is {model_folder}" in caplog.text
     assert in_process == [("sample", "rounds/round-1")]
 

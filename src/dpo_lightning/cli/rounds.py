@@ -115,8 +115,8 @@ class Loop:
             model = self._model(held_out)
             if not self._make_pairs(samples):
                 rank_zero_info(
-                    f"round {number}: no prompt has a wrong reply to learn from (see {samples}): nothing is left to "
-                    f"learn with these settings; the model is {model}"
+                    f"round {number}: no prompt gives a pair to learn from (see {samples.with_name(ACCOUNT)}): nothing "
+                    f"is left to learn with these settings; the model is {model}"
                 )
                 return
             models = [self._fit(model, number)]
