@@ -14,7 +14,7 @@ import torch
 
 from attacked import error_line
 from conftest import REPO
-from dpo_lightning.cli import chat as chatting
+from dpo_lightning.cli import chat_prompts
 from dpo_lightning.cli.chat import converse, show
 from dpo_lightning.cli.entry import main
 
@@ -199,7 +199,7 @@ def test_a_line_that_never_ends_is_left_out(talk, capsys):
     ],
 )
 def test_a_template_is_checked_before_the_model_is_loaded(template, monkeypatch, capsys):
-    monkeypatch.setattr(chatting, "load_speakers", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(chat_prompts, "load_speakers", lambda *_: pytest.fail("the model was loaded"))
     assert main(["chat", "--model", "anything", "--prompt_template", template]) == 2
     line = error_line(capsys)
     assert "--prompt_template" in line and len(line) < 500

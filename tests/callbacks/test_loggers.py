@@ -91,7 +91,7 @@ def test_each_run_keeps_its_own_files_and_can_be_resumed(name, model_folder, row
 
 def check_csv(folder):
     columns = next(csv.reader((folder / "metrics.csv").open()))
-    assert {"step", "train/loss", "val/loss", "val/rewards/margins", "replies/reply/eos_rate"} <= set(columns)
+    assert {"step", "train/loss", "val/loss", "val/rewards/margins", "replies/eos_rate"} <= set(columns)
 
 
 def check_mlflow(folder):
@@ -100,7 +100,7 @@ def check_mlflow(folder):
     client = MlflowClient("sqlite:///mlflow.db")
     run = client.get_run(folder.name)
     assert run.data.params["beta"] == "0.1"
-    assert {"train/loss", "val/loss", "replies/reply/eos_rate"} <= set(run.data.metrics)
+    assert {"train/loss", "val/loss", "replies/eos_rate"} <= set(run.data.metrics)
     steps = {Path(file.path).name for file in client.list_artifacts(folder.name, "replies")}
     assert steps == {"step0.md", "step2.md"}
 
@@ -110,7 +110,7 @@ def check_wandb(folder):
     tables = [json.loads(path.read_text()) for path in offline.rglob("replies/*.table.json")]
     assert len(tables) == 2 and all(table["columns"][:2] == ["prompt", "policy"] for table in tables)
     (recorded,) = offline.glob("*.wandb")
-    assert all(word in recorded.read_bytes() for word in (b"train/loss", b"replies/reply/eos_rate", b"label_smoothing"))
+    assert all(word in recorded.read_bytes() for word in (b"train/loss", b"replies/eos_rate", b"label_smoothing"))
 
 
 def finish_wandb():
