@@ -193,7 +193,8 @@ def test_what_is_no_number_is_not_judged(own):
 
 def test_every_verdict_of_the_packages_judges_has_its_name():
     pytest.importorskip("jsonschema")
-    judges = find_judges([{"sql": {"ignore_case": True}}, "exact", {"regex": "a"}, {"json_schema": {"schema": {}}}])
+    sql = {"ignore_case": True, "valid_without_answer": True}
+    judges = find_judges([{"sql": sql}, "exact", {"regex": "a"}, {"json_schema": {"schema": {}}}])
     found = verdicts(judges, Reply("SELECT a FROM t", [1], True), PAIR)
     own = {name for name in QUANTITIES if name.partition("/")[0] in JUDGES}
     assert set(found) - {"regex/unjudged", "json_schema/unjudged"} == own and set(TITLES) == set(JUDGES)
