@@ -23,6 +23,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it doe
 
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / "shared"
+CHROMIUM = Path("/usr/bin/chromium")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder ../shared with real rows is not here")
 
 ROWS = [
@@ -107,3 +108,14 @@ def quiet_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**defaults | options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; for tests that are skipped without playwright and `CHROMIUM`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

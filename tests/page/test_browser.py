@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-from pathlib import Path
 
 import pytest
 
@@ -10,10 +9,10 @@ pytest.importorskip("starlette", reason="the page needs the extra `ui`")
 pytest.importorskip("playwright", reason="the browser is driven by playwright")
 from playwright import sync_api as playwright
 
+from conftest import CHROMIUM
 from dpo_lightning.page.server import listen
 from page_server import reply, serve_labelling
 
-CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["page_server"])
@@ -37,14 +36,6 @@ class Server:
     def kill(self):
         self.process.kill()
         self.process.join()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

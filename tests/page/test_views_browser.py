@@ -1,6 +1,5 @@
 """Compare, Chat and Runs in a real browser, driven by keys as a user would."""
 
-import os
 import re
 import threading
 import time
@@ -12,6 +11,7 @@ pytest.importorskip("playwright", reason="drives the browser")
 from playwright import sync_api
 from torch.utils.tensorboard import SummaryWriter
 
+from conftest import CHROMIUM
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.data.prompt_format import PromptFormat
@@ -25,18 +25,9 @@ from dpo_lightning.page.server import listen, page, serve
 from dpo_lightning.page.talk import Talk
 from dpo_lightning.page.work import Work
 
-CHROMIUM = "/usr/bin/chromium"
 HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
 PATIENCE = 60_000  # milliseconds
-pytestmark = pytest.mark.skipif(not os.path.exists(CHROMIUM), reason=f"there is no {CHROMIUM}")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")
 
 
 @pytest.fixture

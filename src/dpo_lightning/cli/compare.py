@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_lightning.cli.chat_prompts import load_asked, model_folder, note
 from dpo_lightning.cli.label import OPTIONS, REFERENCE, named
-from dpo_lightning.cli.page import check_page, serve_views
+from dpo_lightning.cli.page import check_output, check_page, own_output, serve_views
 from dpo_lightning.data.generated import draw_seed, stored_weights
 from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
 from dpo_lightning.data.speakers import Sampling, Speaker
@@ -18,7 +18,6 @@ from dpo_lightning.page.prompts import Prompt, read_prompts
 from dpo_lightning.page.talk import Talk
 from dpo_lightning.page.work import Work
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, Seed, check_settings, run_function
-from dpo_lightning.storage.locks import hold, in_use, let_go
 
 if TYPE_CHECKING:
     from dpo_lightning.page.view import View
@@ -70,10 +69,6 @@ def compare(
     if not judge_only:
         check_page("compare", host, token)
     sampling = Sampling(temperature, top_p, max_new_tokens)
-    path = Path(output).expanduser()
-    lock = path.with_name(f"{path.name}.lock")
-    if not hold(lock):
-        raise in_use(f"--output '{output}'", "give another one")
     made: list[Comparison] = []
 
     def make_views(work: Work) -> "list[View]":
@@ -92,20 +87,18 @@ def compare(
         comparison = Comparison(names, asked, answer, path, work, settings, seed, score, num_prompts)
         made.append(comparison)
         chat = Talk(speakers, prompt_format, work, sampling)
-        made.append(comparison)
         return [comparison.view(), chat.view(), Runs(Path(runs)).view()]
 
-    try:
-        if judge_only:
-            make_views(Work())
-            follow(made[0])
-        else:
-            serve_views(make_views, host, port, token)
-    except KeyboardInterrupt:
-        if not made:
-            raise
-    finally:
-        let_go(lock, remove=True)
+    with own_output(output) as path:
+        try:
+            if judge_only:
+                make_views(Work())
+                follow(made[0])
+            else:
+                serve_views(make_views, host, port, token)
+        except KeyboardInterrupt:
+            if not made:
+                raise
     for line in lines(made[0].state()):
         print(line)
 
@@ -135,8 +128,7 @@ def prompts_for(name: str, prompt_format: PromptFormat, speaker: Speaker, other:
 
 def check_arguments(judge: JudgeSetting | None, judge_only: bool, output: str) -> None:
     """Raises UserError for arguments that do not go together."""
-    if Path(output).suffix != ".jsonl":
-        raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
+    check_output(output)
     if judge_only and judge is None:
         raise UserError("--judge_only needs a judge, such as --judge sql")
 

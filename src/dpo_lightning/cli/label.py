@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dpo_lightning.cli.chat_prompts import load_asked, note
-from dpo_lightning.cli.page import check_page, serve_views
+from dpo_lightning.cli.page import check_output, check_page, own_output, serve_views
 from dpo_lightning.data.speakers import Sampling, Speaker
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import JudgeSetting, find_score
@@ -19,7 +19,6 @@ from dpo_lightning.page.talk import Talk
 from dpo_lightning.page.tasks import TaskMaker, Tasks
 from dpo_lightning.page.work import Work
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, Seed, check_settings, run_function
-from dpo_lightning.storage.locks import hold, in_use, let_go
 
 if TYPE_CHECKING:
     from dpo_lightning.page.view import View
@@ -76,10 +75,6 @@ def label(
     check_settings(label, locals(), "--")
     check_page("label", host, token)
     check_arguments(mode, next, model_b, temperature, output)
-    path = Path(output).expanduser()
-    lock = path.with_name(f"{path.name}.lock")
-    if not hold(lock):
-        raise in_use(f"--output '{output}'", "give another one")
 
     def make_views(work: Work) -> "list[View]":
         from dpo_lightning.page.runs import Runs
@@ -96,13 +91,12 @@ def label(
         labelling = Labelling(tasks, clicks, mode == "pairs", told, code)
         return [labelling.view(), Talk(speakers, prompt_format, work, sampling).view(), Runs(Path(runs)).view()]
 
-    try:
+    with own_output(output) as path:
         clicks = Clicks(path)
-        serve_views(make_views, host, port, token)
-    except KeyboardInterrupt:  # the usual end
-        note(f"{len(clicks.decided)} prompts are labelled; to train on them: fit --data.train_dataset {path}")
-    finally:
-        let_go(lock, remove=True)
+        try:
+            serve_views(make_views, host, port, token)
+        except KeyboardInterrupt:  # the usual end
+            note(f"{len(clicks.decided)} prompts are labelled; to train on them: fit --data.train_dataset {path}")
 
 
 OPTIONS = ("--model", "--model_b")
@@ -110,8 +104,7 @@ OPTIONS = ("--model", "--model_b")
 
 def check_arguments(mode: str, next_: str, model_b: str | None, temperature: float, output: str) -> None:
     """Raises UserError for arguments that do not go together."""
-    if Path(output).suffix != ".jsonl":
-        raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
+    check_output(output)
     if mode == "thumbs" and (next_ == "disagree" or model_b):
         raise UserError("--mode thumbs shows one reply of one model: leave --model_b and --next disagree out")
     if mode == "pairs" and not temperature and not model_b:

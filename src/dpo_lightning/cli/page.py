@@ -1,13 +1,16 @@
 """What the commands that serve a page have in common."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_lightning.cli.chat_prompts import note
 from dpo_lightning.errors import UserError
 from dpo_lightning.page.guard import EVERY, LOOPBACK
 from dpo_lightning.page.work import Work
+from dpo_lightning.storage.locks import hold, in_use, let_go
 
 if TYPE_CHECKING:
     from dpo_lightning.page.view import View
@@ -24,6 +27,29 @@ def check_page(command: str, host: str, token: str | None) -> None:
         raise UserError(f"--host {host}: other machines could use the page, so it needs --token, a secret of yours")
     if token is not None and (len(token) < 16 or not token.isascii() or not token.replace("-", "a").isalnum()):
         raise UserError("--token must have at least 16 characters, which are letters, digits and -")
+
+
+def check_output(output: str) -> None:
+    """Raises UserError for a name that is not that of a file of JSON lines."""
+    if Path(output).suffix != ".jsonl":
+        raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
+
+
+@contextmanager
+def own_output(output: str) -> Iterator[Path]:
+    """The path of a file that no other command writes during the block.
+
+    Raises:
+        UserError: another command is writing it.
+    """
+    path = Path(output).expanduser()
+    lock = path.with_name(f"{path.name}.lock")
+    if not hold(lock):
+        raise in_use(f"--output '{output}'", "give another one")
+    try:
+        yield path
+    finally:
+        let_go(lock, remove=True)
 
 
 def serve_views(make_views: "Callable[[Work], Sequence[View]]", host: str, port: int, token: str | None) -> None:
