@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 
 import pytest
@@ -18,8 +19,11 @@ from conftest import REPO, ROWS
 from dpo_lightning.cli import rounds
 from dpo_lightning.cli.entry import main
 from dpo_lightning.cli.entry import run as run_command
+from dpo_lightning.cli.rounds_settings import Rounds
+from dpo_lightning.cli.sample import write_lines
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.judging.sampling import JudgedReplies
+from dpo_lightning.judging.verified import HeldOut
 
 JUDGES = '''
 def parity(reply, pair):
@@ -202,6 +206,22 @@ def test_the_best_epoch_is_the_one_with_the_best_replies(args, in_process):
     start = json.loads(open("rounds/start/start.json").read())
     assert list(start["means"]) == [f"rounds/start/epoch{number}" for number in range(3)]
     assert start["means"][start["model"]] == max(start["means"].values())
+
+
+@pytest.mark.parametrize(("shares", "better"), [((2, 3, 1), 1), ((3, 1, 1), 0), ((1, 2, 2), None), ((0, 0, 0), None)])
+def test_a_round_that_made_replies_worse_is_named_with_the_model_to_use(tmp_path, shares, better):
+    folders = [tmp_path / name for name in ("start", "round-1", "round-2")]
+    for folder, right in zip(folders, shares, strict=True):
+        folder.mkdir()
+        replies = [HeldOut("p", "w", "r", True, float(number < right), {}) for number in range(4)]
+        write_lines(folder / "held-out.jsonl", (reply._asdict() for reply in replies))
+        (folder / "start.json").write_text(json.dumps({"model": f"{folder.name}/model"}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rounds.Loop(Rounds(folder=str(tmp_path)), {})._conclude("round-2/model")
+    worse = "round 2 is worse than {} (25.0% against 75.0% on the held-out prompts): use {}/model"
+    expected = [] if better is None else [worse.format(["start", "round 1"][better], folders[better].name)]
+    assert [str(warning.message) for warning in caught] == expected
 
 
 # ------------------------------------------------------------------ whole commands

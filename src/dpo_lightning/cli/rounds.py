@@ -22,10 +22,10 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dpo_lightning.callbacks.checkpoint_files import checkpoint_folders
-from dpo_lightning.callbacks.report.rounds import ACCOUNT, REPLIES, SETTINGS
+from dpo_lightning.callbacks.report.rounds import ACCOUNT, REPLIES, SETTINGS, read_models
 from dpo_lightning.callbacks.run_folders import LOCK
 from dpo_lightning.cli.rounds_settings import Rounds
 from dpo_lightning.cli.sample import ROWS, START, write_lines
@@ -35,7 +35,7 @@ from dpo_lightning.data.generated import stored_weights
 from dpo_lightning.data.sources import open_source
 from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.verified import Judged, Pair, is_right, make_pair
+from dpo_lightning.judging.verified import Judged, Pair, is_right, make_pair, mean_score
 from dpo_lightning.models.policy import base_model_name
 from dpo_lightning.parsing import with_location
 from dpo_lightning.storage.atomic import atomic_file
@@ -122,7 +122,20 @@ class Loop:
             models = [self._fit(model, number)]
             held_out = samples.parent
         self._sample(models, held_out, self.rounds.count, None)
-        rank_zero_info(f"model: {models[0]}; report: {self.folder / 'report.html'}")
+        self._conclude(models[0])
+
+    def _conclude(self, model: str) -> None:
+        """Names the last model, and the one to use if that is another: a round can also make replies worse."""
+        rank_zero_info(f"model: {model}; report: {self.folder / 'report.html'}")
+        models = read_models(self.folder)
+        scores = [mean_score(each.held_out) for each in models]
+        best = max(range(len(models)), key=lambda number: (scores[number] is not None, scores[number] or 0.0, number))
+        if best < len(models) - 1:
+            folder = self.folder / (f"round-{best}" if best else "start")
+            rank_zero_warn(
+                f"{models[-1].name} is worse than {models[best].name} ({models[-1].share} against "
+                f"{models[best].share} on the held-out prompts): use {self._model(folder)}"
+            )
 
     # ------------------------------------------------------------------ stages
 
