@@ -11,6 +11,7 @@ from conftest import REPO, ROWS
 from dpo_lightning.callbacks import learning_checks as checks
 from dpo_lightning.cli.entry import main
 from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.data.prompt_format import PromptFormat, write_prompt_format
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 
 GPT2, DEMO = (str(REPO / "configs" / name) for name in ("gpt2.yaml", "demo.yaml"))
@@ -165,6 +166,19 @@ def test_a_run_that_teaches_nothing_says_so_once_and_in_its_report(fit, model_fo
     for text in NOTHING_LEARNT.values():
         assert sum(text in warning for warning in said) == 1, text
         assert text in report
+
+
+def test_a_model_that_an_earlier_run_trained_may_need_few_steps(fit, model_folder, write_rows, tmp_path):
+    import shutil
+
+    model = shutil.copytree(model_folder, tmp_path / "instruct")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    write_prompt_format(model, PromptFormat(False, "{context}\nQuestion: {question}\nAnswer:"))
+    said, _ = fit(model, write_rows(ROWS), "--model.learning_rate", "1e-3")
+    texts = [NOTHING_LEARNT["chat template"], NOTHING_LEARNT["steps"]]
+    assert not [warning for warning in said if any(text in warning for text in texts)]
 
 
 def test_the_founding_data_raise_no_alarm(fit, model_folder, write_rows):

@@ -15,6 +15,7 @@ from dpo_lightning.callbacks.replies import RepliesCallback
 from dpo_lightning.data.columns import thumbs
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.pair import PreferencePair
+from dpo_lightning.data.prompt_format import read_prompt_format
 from dpo_lightning.dpo.metrics import FIRST_FALL
 from dpo_lightning.dpo.preference_loss import PreferenceLoss
 
@@ -28,9 +29,14 @@ AFTER_A_WORD = ",.:;!?)"  # punctuation that a blank follows
 
 
 def before_training(trainer: Trainer) -> Iterator[str]:
-    """Warnings about the training data and the length of the run."""
-    yield from about_data(trainer.datamodule)
+    """Warnings about the training data and the length of the run.
+
+    A model that an earlier run trained, as in `rounds`, knows such prompts and may need few steps.
+    """
+    trained = read_prompt_format(trainer.lightning_module.hparams.name_or_path)
+    yield from about_data(trainer.datamodule, knows_plain_text=trained is not None and not trained.chat)
     by_epochs = trainer.max_steps < 0 and trainer.overfit_batches == 0 and trainer.limit_train_batches == 1.0
+    by_epochs = by_epochs and trained is None
     balance = unbalanced(*thumbs(trainer.datamodule.datasets["train"]), trainer.lightning_module.loss)
     steps = too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs) if by_epochs else None
     yield from filter(None, [balance, steps])
@@ -40,11 +46,11 @@ def before_training(trainer: Trainer) -> Iterator[str]:
             return
 
 
-def about_data(data: PreferenceDataModule) -> Iterator[str]:
+def about_data(data: PreferenceDataModule, knows_plain_text: bool = False) -> Iterator[str]:
     """Warnings about the training data."""
     pairs = data.pairs("train", range(min(CHECKED_PAIRS, len(data.datasets["train"]))))
     special_tokens = set(getattr(data.tokenizer, "get_added_vocab", dict)())
-    chat_model = bool(data.tokenizer.chat_template)
+    chat_model = bool(data.tokenizer.chat_template) and not knows_plain_text
     yield from filter(
         None, [plain_for_a_chat_model(pairs, chat_model, special_tokens), joined(pairs), ends_in_blank(pairs)]
     )
