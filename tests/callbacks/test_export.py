@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -101,6 +102,19 @@ def test_dtype_and_shards_as_chosen(train, tokenizer, tmp_path, lora):
     torch.testing.assert_close(loaded(IDS).logits.float(), module.causal_lm(IDS).logits, rtol=0.1, atol=0.2)
     for name, weight in module.policy.state_dict().items():  # the run goes on with what it had
         assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
+
+
+@torch.no_grad()
+def test_an_adapter_over_16_bits_is_merged_into_the_weights_as_they_were(train, model_folder, tokenizer, tmp_path):
+    module = train(lora={"r": 4}, dtype="bfloat16")
+    export_policy(module, tokenizer, tmp_path / "adapter")
+    export_policy(module, tokenizer, tmp_path / "exact", merge=True, dtype="float32")
+    export_policy(module, tokenizer, tmp_path / "out", merge=True)
+    expected = PeftModel.from_pretrained(load(model_folder), tmp_path / "adapter").merge_and_unload().state_dict()
+    found, rounded = (load(tmp_path / name).state_dict() for name in ("exact", "out"))
+    assert {dtype for dtype, _ in dtypes(tmp_path / "out").values()} == {"BF16"}
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight) and torch.equal(rounded[name], weight.bfloat16())
 
 
 def test_an_unknown_dtype_is_refused_before_anything_is_written(train, tokenizer, tmp_path):

@@ -18,6 +18,7 @@ from dpo_lightning.callbacks.context import run_folder
 from dpo_lightning.callbacks.export.folder import Target
 from dpo_lightning.callbacks.export.model_card import model_card
 from dpo_lightning.data.prompt_format import PromptFormat, prompt_format_of, write_prompt_format
+from dpo_lightning.dpo.half_precision import SIXTEEN_BITS
 from dpo_lightning.dpo.reference import trained_weights
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
@@ -68,10 +69,12 @@ def export_policy(
     policy = gathered_policy(module, merge)
     if policy is None:
         return
-    if dtype and policy.dtype != getattr(torch, dtype):
-        own = policy is module.policy  # it goes on in training: only a copy may change
-        policy = (copy.deepcopy(policy) if own else policy).to(getattr(torch, dtype))
     adapter = hasattr(policy, "get_base_model")
+    in_training = getattr(torch, module.hparams.dtype) if module.hparams.quantization else module.policy.dtype
+    wanted = getattr(torch, dtype) if dtype else policy.dtype if adapter else in_training
+    if policy.dtype != wanted:
+        own = policy is module.policy  # it goes on in training: only a copy may change
+        policy = (copy.deepcopy(policy) if own else policy).to(wanted)
     model = policy.get_base_model() if adapter else policy
     target = folder if isinstance(folder, Target) else export_target(module, folder)
     with target.writing() as partial:
@@ -104,21 +107,23 @@ def export_target(
 def gathered_policy(module: "DPOModule", merge: bool) -> Any:
     """The policy (transformers' or peft's) with all weights, its adapter merged on request; None but on the first rank.
 
-    A sharded policy is gathered into a newly loaded one. So is a quantized one if its adapter is to be merged: rounding
-    the weights again would lose what was trained.
+    A sharded policy is gathered into a newly loaded one. An adapter over quantized or 16-bit weights is merged into
+    these as they were, newly loaded in float32: rounding the sum again would lose much of what was trained.
     """
     policy: Any = module.policy
-    state = None
     merge = merge and hasattr(policy, "get_base_model")
+    rounded = merge and (module.hparams.quantization or policy.dtype in SIXTEEN_BITS)
+    state, trained = None, trained_weights(policy)
     if is_sharded(policy):
         state = gathered_state(policy)
-    elif merge and module.hparams.quantization:
-        state = {name: weight.detach().cpu() for name, weight in trained_weights(policy).items()}
+    elif rounded:
+        state = {name: weight.detach().cpu() for name, weight in trained.items()}
     if module.global_rank != 0:
         return None
     if state is not None:
-        policy = module.load_policy(quantization=None).cpu()
-        policy.load_state_dict(state, strict=False)  # of a quantized policy only the adapter
+        policy = module.load_policy(quantization=None, **({"dtype": "float32"} if rounded else {})).cpu()
+        state = {name: weight for name, weight in state.items() if not rounded or name in trained}
+        policy.load_state_dict(state, strict=False)
     elif merge:
         policy = copy.deepcopy(policy)
     return policy.merge_and_unload() if merge else policy
