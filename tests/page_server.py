@@ -41,7 +41,7 @@ def labelling(path: Path, asked: list[Prompt], make=two_replies, pairs: bool = T
     return Labelling(tasks, clicks, pairs, {"sampling": SAMPLING, "seed": 7, "labeller": "Ada"})
 
 
-def serve_labelling(path: Path, port: int, count: int = 60, make=two_replies) -> None:
+def serve_labelling(path: Path, port: int, count: int = 60, make=two_replies, **options) -> None:
     """What a process of its own runs."""
     with listen("127.0.0.1", port) as listening:
-        serve(page([labelling(path, prompts(count), make).view()]), listening)
+        serve(page([labelling(path, prompts(count), make, **options).view()]), listening)

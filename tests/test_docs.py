@@ -62,7 +62,9 @@ READERS = ("json.yaml", "overlap.yaml", "found.yaml", "json_rounds.yaml", "overl
 def check_cli(command, args):
     own = [i for i, arg in enumerate(args) if arg in READERS]
     args = [arg for i, arg in enumerate(args) if i not in own and i + 1 not in own]
-    if command in ("demo", "configs"):
+    if command == "demo":
+        parse_only(DPOCLI, ["fit", "--config", "configs/demo.yaml", *args], run=True)
+    elif command == "configs":
         assert args in ([], ["--copy", "gpt2"])
     elif command == "start":
         arguments(["start", *args])

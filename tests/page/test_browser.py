@@ -2,6 +2,13 @@
 
 import json
 import multiprocessing
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +18,7 @@ from playwright import sync_api as playwright
 
 from conftest import CHROMIUM
 from dpo_lightning.page.server import listen
+from dpo_lightning.shipped import PACKAGE
 from page_server import reply, serve_labelling
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")
@@ -18,14 +26,17 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["page_server"])
 
 
+def free_port():
+    with listen("127.0.0.1", 0) as free:
+        return free.getsockname()[1]
+
+
 class Server:
     """A server in a process of its own, which can be killed."""
 
     def __init__(self, path, **options):
         self.path, self.options = path, options
-        with listen("127.0.0.1", 0) as free:
-            self.port = free.getsockname()[1]
-        self.process = None
+        self.port, self.process = free_port(), None
 
     def start(self):
         self.process = FORKED.Process(
@@ -34,8 +45,45 @@ class Server:
         self.process.start()
 
     def kill(self):
+        if self.process:
+            self.process.kill()
+            self.process.join()
+
+
+class Command:
+    """A command of the program that serves a page, in the current folder."""
+
+    def __init__(self, *args):
+        self.args, self.port, self.process = args, free_port(), None
+
+    def start(self):
+        command = [sys.executable, "-m", "dpo_lightning", *self.args, "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def kill(self):
         self.process.kill()
-        self.process.join()
+        self.process.communicate()
+
+    def end(self):
+        """Ctrl-C; returns what was printed."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.communicate(timeout=60)[0]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Starts commands in an empty folder, one at a time."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def start(*args):
+        started.append(Command(*args))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
 
 
 @pytest.fixture
@@ -47,18 +95,18 @@ def server(tmp_path):
 
 @pytest.fixture
 def opened(browser, server):
-    """Opens the page in a new window; what a script complains about fails the test."""
+    """Opens the page of `server`, or of another one, in a new window; what a script complains about fails the test."""
     errors, contexts = [], []
 
-    def open_page(**options):
+    def open_page(at=server, **options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(120_000)  # of a busy machine
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("dialog", lambda dialog: errors.append(f"a dialog: {dialog.message}"))
         page.on("request", lambda request: request.url.startswith(home) or errors.append(request.url))
-        home = f"http://127.0.0.1:{server.port}/"
-        for _ in range(200):
+        home = f"http://127.0.0.1:{at.port}/"
+        for _ in range(2000):
             try:
                 page.goto(home)
                 break
@@ -81,7 +129,12 @@ def press(page, key):
     """Presses a key, and waits until another prompt is shown."""
     before = page.inner_text(".asked")
     page.keyboard.press(key)
-    page.wait_for_function("before => document.querySelector('.asked')?.textContent !== before", arg=before)
+    another(page, before)
+
+
+def another(page, before):
+    """Waits until another prompt is shown."""
+    page.wait_for_function("b => ![b, undefined].includes(document.querySelector('.asked')?.textContent)", arg=before)
 
 
 @pytest.mark.slow
@@ -97,7 +150,7 @@ def test_labelling_by_keys_goes_on_when_the_server_is_killed(server, opened):
             if number == 14:
                 before = page.inner_text(".asked")
                 server.start()
-                page.wait_for_function("b => document.querySelector('.asked')?.textContent !== b", arg=before)
+                another(page, before)
             else:
                 server.start()
                 page.wait_for_selector("#notice:not(.error)", state="attached")
@@ -195,3 +248,104 @@ def test_hostile_texts_are_text(server, opened):
     page.wait_for_selector(".pause")
     assert page.evaluate("document.title") == "Label · dpo-lightning"
     assert len(rows(server)) == len(HOSTILE)
+
+
+@pytest.mark.slow
+def test_a_thousand_clicks_at_ten_a_second_from_two_tabs(server, opened):
+    server.options = {"count": 1000, "ahead": 50}
+    server.start()
+    tabs = [opened(), opened()]
+    began = time.monotonic()
+    for number in range(999):
+        tabs[0].wait_for_timeout(max(0, 1000 * (began + number / 10 - time.monotonic())))
+        press(tabs[number % 2], "12="[number % 3])
+    tabs[1].keyboard.press("1")  # what both tabs show now
+    tabs[1].wait_for_selector("text=All prompts are labelled")
+    journal = [json.loads(line) for line in server.path.with_suffix(".clicks.jsonl").read_text().splitlines()]
+    assert len(journal) == len({line["click"] for line in journal}) == len({line["key"] for line in journal}) == 1000
+    assert Counter(line["tab"] for line in journal).most_common(1)[0][1] == 500
+    assert [row["click"] for row in rows(server)] == [line["click"] for line in journal if line["choice"] != "tie"]
+
+
+# ---------------------------------------------------------------------- the whole way, with the demo's model
+
+MODEL, ROWS = "dpo_lightning/demo/model", "dpo_lightning/demo/data/train.jsonl"
+
+
+def answers():
+    """The wanted reply to each question about a table."""
+    found = [json.loads(line) for line in (PACKAGE / "demo" / "data" / "train.jsonl").read_text().splitlines()]
+    return {(row["question"], row["context"]): row["answer"] for row in found}
+
+
+def correct(page, answer, *which):
+    """Types what a reply should have been."""
+    for key in ("e", *which, "Control+A"):
+        page.keyboard.press(key)
+    page.keyboard.insert_text(answer)
+    press(page, "Control+Enter")
+
+
+def fit(*args):
+    """Trains from the command line on the demo's settings; returns the last replies of the run."""
+    settings = ("--config", "demo", "--replies.num_prompts", "16", "--trainer.enable_progress_bar", "false", *args)
+    subprocess.run([sys.executable, "-m", "dpo_lightning", "fit", *settings], check=True)
+    lines = [json.loads(line) for line in Path("lightning_logs/version_0/replies.jsonl").read_text().splitlines()]
+    return [line["reply"] for line in lines if line["step"] == lines[-1]["step"]]
+
+
+@pytest.mark.slow
+def test_the_whole_way_from_clicks_over_training_to_a_win_rate(opened, command):
+    label = command("label", "--model", MODEL, "--prompts", ROWS, "--max_new_tokens", "48")
+    page, wanted = opened(label), answers()
+    for number in range(20):
+        if number in (7, 14):
+            label.kill()
+            page.keyboard.press("1")
+            page.wait_for_selector("text=Your click is kept")
+            before = page.inner_text(".asked")
+            label.start()
+            another(page, before)
+        elif number % 5 == 4:
+            press(page, "2")
+        else:
+            correct(page, wanted[page.inner_text(".asked"), page.inner_text(".context")], "1")
+    assert page.inner_text(".status p").startswith("20 labels in labels.jsonl")
+    label.end()
+    assert len(Path("labels.jsonl").read_text().splitlines()) == 20
+
+    fit("--data.train_dataset", "labels.jsonl", "--trainer.max_epochs", "10")
+
+    models = ("--model", "lightning_logs/version_0", "--model_b", MODEL)
+    held_out = ("--prompts", "dpo_lightning/demo/data/test.jsonl", "--num_prompts", "12", "--max_new_tokens", "48")
+    compare = command("compare", *models, *held_out)
+    page = opened(compare)
+    while page.locator(".reply").count():
+        left, right = (text.startswith("SELECT") for text in page.locator(".said").all_inner_texts())
+        done = page.locator("progress").get_attribute("value")
+        page.keyboard.press("=" if left == right else "1" if left else "2")
+        page.wait_for_function("done => document.querySelector('progress').value > done", arg=int(done))
+        page.wait_for_selector(".reply, h2:text('All prompts are compared.')")
+    shown, printed = page.inner_text(".results"), compare.end()
+    rate = int(page.inner_text(".results .big").rstrip("%"))
+    assert f"win rate of lightning_logs/version_0 against {MODEL}" in shown
+    low, high = map(int, re.search(r"95% interval (\d+)% to (\d+)%", shown).groups())
+    assert low < rate < high and rate > 80 and "More than chance: lightning_logs/version_0 is better" in shown
+    assert re.search(rf"by hand, .* against .*\n    win rate {rate}\.\d%, 95% interval", printed)
+
+
+@pytest.mark.slow
+def test_thumbs_by_keys_are_trained_on_with_kto(opened, command):
+    label = command("label", "--model", MODEL, "--prompts", ROWS, "--mode", "thumbs", "--output", "thumbs.jsonl")
+    page, wanted = opened(label), answers()
+    for number in range(24):
+        if number % 2:
+            press(page, "2")
+        else:
+            correct(page, wanted[page.inner_text(".asked"), page.inner_text(".context")])
+    label.end()
+    thumbs = [json.loads(line) for line in Path("thumbs.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in thumbs] == [True, False] * 12
+    kto = ("--model.loss_type", "kto", "--model.loss_weights", "null", "--model.learning_rate", "5e-4")
+    replies = fit("--data.train_dataset", "thumbs.jsonl", "--trainer.max_epochs", "10", *kto)
+    assert sum(reply.startswith(" SELECT") for reply in replies) > len(replies) / 2

@@ -8,6 +8,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from dpo_lightning.callbacks.report.page import Run, render
+from dpo_lightning.callbacks.report.saved import as_json
 from dpo_lightning.callbacks.run_folders import LOCK
 from dpo_lightning.page.runs import Runs, figures, plots
 from dpo_lightning.storage.locks import hold, is_held, let_go
@@ -27,8 +28,9 @@ def events(folder, **values):
 
 def report(folder, title="m on d", outcome="Finished after 3 steps and 2 s, 2026-01-01 10:00."):
     folder.mkdir(parents=True, exist_ok=True)
-    page = render(Run(title, outcome, {}, {}, {}, {}, [], [], {}, []))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    run = Run(title, outcome, {}, {}, {}, {}, [], [], {}, [])
+    (folder / "report.json").write_text(as_json(run))
+    (folder / "report.html").write_text(render(run), encoding="utf-8")
 
 
 def aged(path, seconds):
@@ -105,12 +107,14 @@ def test_only_plain_files_of_the_folder_are_read(runs, tmp_path):
     for folder in (linked, piped):
         folder.mkdir(parents=True)
         events(folder, train__loss=[1.0]).close()
+    report(away)
     (linked / "report.html").symlink_to(tmp_path / "secret")
+    (linked / "report.json").symlink_to(away / "report.json")
     (linked / "config.yaml").symlink_to(tmp_path / "secret")
     os.mkfifo(piped / "report.html")
+    os.mkfifo(piped / "report.json")
     os.mkfifo(piped / "events.out.tfevents.2")
     os.mkfifo(piped / LOCK)
-    report(away)
     (tmp_path / "runs" / "link").symlink_to(away)
     runs = Runs(tmp_path / "runs")
     found = {run.name: run for run in runs.newest()[0]}
@@ -120,12 +124,24 @@ def test_only_plain_files_of_the_folder_are_read(runs, tmp_path):
     assert runs.curves(found["piped"]) == {} and runs.find("../away") is None and runs.report("../away") is None
 
 
-def test_what_is_no_report_and_no_curve_is_still_a_run(runs, tmp_path):
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b'{"title": "' + b"x" * 100_000,
+        b'{"title": "\xff", "outcome": ""}',
+        b'{"title": "\\q", "outcome": ""}',
+        b"[1]",
+        b"",
+    ],
+    ids=len,
+)
+def test_what_is_no_report_and_no_curve_is_still_a_run(runs, tmp_path, contents):
     (tmp_path / "report.html").write_bytes(b"\xff<title>" + b"x" * 100_000)
+    (tmp_path / "report.json").write_bytes(contents)
     (tmp_path / "events.out.tfevents.1").write_bytes(b"\x00" * 500)
     (tmp_path / "config.yaml").write_text("a: &a [1]\nmodel: *a\ndata: 3\n")
     (run,), _ = runs.newest()
-    assert run.state == "ended" and len(run.title) <= 300
+    assert run.state == "ended" and run.title == run.name
     assert runs.curves(run) == {} and figures({}) == [] and plots({}) == []
 
 

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from conftest import CHROMIUM
 from dpo_lightning.callbacks.report.page import Run, render
+from dpo_lightning.callbacks.report.saved import as_json
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.data.prompt_format import PromptFormat
 from dpo_lightning.data.speakers import Sampling, load_speakers
@@ -127,8 +128,9 @@ def test_runs_are_listed_and_their_curves_grow(visit, tmp_path):
         writer.add_scalar("train/loss", 0.7 - step / 10, step)
     writer.flush()
     title = f"model on {HOSTILE}"
-    report = render(Run(title, "Finished after 3 steps.", {}, {}, {}, {}, [], [], {}, []))
-    (folder / "report.html").write_text(report + "<script>window.opener.hacked=1</script>", encoding="utf-8")
+    run = Run(title, "Finished after 3 steps.", {}, {}, {}, {}, [], [], {}, [])
+    (folder / "report.json").write_text(as_json(run))
+    (folder / "report.html").write_text(render(run) + "<script>window.opener.hacked=1</script>", encoding="utf-8")
     tab = visit([Runs(tmp_path / "logs").view()], color_scheme="dark")
     line = tab.locator(".run polyline").first
     line.wait_for()

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_lightning.cli.chat_prompts import load_asked, model_folder, note
 from dpo_lightning.cli.label import OPTIONS, REFERENCE, named
-from dpo_lightning.cli.page import check_output, check_page, own_output, serve_views
+from dpo_lightning.cli.page import check_output, own_output, serve_views
 from dpo_lightning.data.generated import draw_seed, stored_weights
 from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
 from dpo_lightning.data.speakers import Sampling, Speaker
@@ -16,11 +15,9 @@ from dpo_lightning.judging.judge import JudgeSetting, find_score
 from dpo_lightning.page.compare import Comparison, Replies
 from dpo_lightning.page.prompts import Prompt, read_prompts
 from dpo_lightning.page.talk import Talk
+from dpo_lightning.page.view import View
 from dpo_lightning.page.work import Work
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, Seed, check_settings, run_function
-
-if TYPE_CHECKING:
-    from dpo_lightning.page.view import View
 
 
 def compare(
@@ -36,18 +33,14 @@ def compare(
     max_new_tokens: AtLeast1 = 128,
     seed: Seed = 42,
     prompt_template: str | None = None,
-    runs: str = "lightning_logs",
-    host: str = "127.0.0.1",
-    port: AtLeast1 = 7865,
-    token: str | None = None,
     trust_remote_code: bool = False,
+    **page: Any,
 ) -> None:
     """Says how often one model's replies are better than another's: by you, on a page of this machine, or by a judge.
 
     Args:
         model: A, whose win rate it is: folder of a run, folder that `fit` or `export` wrote, or a hub id.
-        prompts: data set with prompts on which neither was trained, as for `fit`, or a .txt file with a question a
-            line.
+        prompts: data set on which neither was trained, as for `fit`, or a .txt file with a question a line.
         model_b: B; `reference` for the base model of an adapter.
         judge: compares the same replies, such as sql; see docs/judges.md.
         judge_only: prints what the judge finds, without a page.
@@ -58,36 +51,26 @@ def compare(
         max_new_tokens: length limit of a reply.
         seed: of the order of the prompts, of which reply is on which side, and of the samples.
         prompt_template: the prompt, from {context} and {question}; by default that of the training of A.
-        runs: folder of runs, for the page's list of them.
-        host: address at which the page is served; any but this machine's own (127.0.0.1) needs a token.
-        port: of the page.
-        token: a secret that must be in the page's address.
         trust_remote_code: run a hub model's own Python code.
+        page: where the page is served; see `serve_views`.
     """
     check_settings(compare, locals(), "--")
     check_arguments(judge, judge_only, output)
-    if not judge_only:
-        check_page("compare", host, token)
     sampling = Sampling(temperature, top_p, max_new_tokens)
     made: list[Comparison] = []
 
-    def make_views(work: Work) -> "list[View]":
-        from dpo_lightning.page.runs import Runs
-
+    def make_views(work: Work) -> list[View]:
         score = find_score(judge, "--judge") if judge is not None else None
         folder = model_folder(model, OPTIONS[0])
         other = None if model_b == REFERENCE else model_folder(model_b, OPTIONS[1])
         speakers, prompt_format = load_asked(folder, other, prompt_template, trust_remote_code, OPTIONS)
-        both = named(speakers, model, model_b)
+        names, models = zip(*named(speakers, model, model_b), strict=True)
         asked = prompts_for(prompts, prompt_format, speakers[-1], other)
-        weights = [stored_weights(name, trust_remote_code) for name in (folder, other or both[1][0])]
+        weights = [stored_weights(name, trust_remote_code) for name in (folder, other or names[1])]
         settings = {"weights": weights, **sampling._asdict(), "seed": seed}
-        names, models = zip(*both, strict=True)
         answer = partial(replies, models, sampling, seed, work)
-        comparison = Comparison(names, asked, answer, path, work, settings, seed, score, num_prompts)
-        made.append(comparison)
-        chat = Talk(speakers, prompt_format, work, sampling)
-        return [comparison.view(), chat.view(), Runs(Path(runs)).view()]
+        made.append(Comparison(names, asked, answer, path, work, settings, seed, score, num_prompts))
+        return [made[0].view(), Talk(speakers, prompt_format, work, sampling).view()]
 
     with own_output(output) as path:
         try:
@@ -95,7 +78,7 @@ def compare(
                 make_views(Work())
                 follow(made[0])
             else:
-                serve_views(make_views, host, port, token)
+                serve_views(make_views, **page)
         except KeyboardInterrupt:
             if not made:
                 raise

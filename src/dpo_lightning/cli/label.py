@@ -3,11 +3,10 @@
 import getpass
 import random
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from dpo_lightning.cli.chat_prompts import load_asked, note
-from dpo_lightning.cli.page import check_output, check_page, own_output, serve_views
+from dpo_lightning.cli.page import check_output, own_output, serve_views
 from dpo_lightning.data.speakers import Sampling, Speaker
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import JudgeSetting, find_score
@@ -17,11 +16,9 @@ from dpo_lightning.page.label import Labelling
 from dpo_lightning.page.prompts import Prompt, read_prompts
 from dpo_lightning.page.talk import Talk
 from dpo_lightning.page.tasks import TaskMaker, Tasks
+from dpo_lightning.page.view import View
 from dpo_lightning.page.work import Work
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, Seed, check_settings, run_function
-
-if TYPE_CHECKING:
-    from dpo_lightning.page.view import View
 
 REFERENCE = "reference"  # as --model_b: the base model of an adapter
 AHEAD, CHOICE = 4, 16  # prompts with replies ready: to read next, or to find the greatest disagreement among
@@ -41,19 +38,15 @@ def label(
     seed: Seed = 42,
     labeller: str | None = None,
     prompt_template: str | None = None,
-    runs: str = "lightning_logs",
-    host: str = "127.0.0.1",
-    port: AtLeast1 = 7865,
-    token: str | None = None,
     trust_remote_code: bool = False,
+    **page: Any,
 ) -> None:
     """Serves a page on this machine, on which you say which of two replies is better, and writes a data set of it.
 
     Args:
         model: folder of a run, folder that `fit` or `export` wrote, or a hub id.
         prompts: data set with prompts, as for `fit`, or a .txt file with a question a line.
-        model_b: the model of the second replies; `reference` for the base model of an adapter; by default both are
-            samples of `model`.
+        model_b: of the second replies; `reference` is an adapter's base model; by default both are samples of `model`.
         output: file to write, which `fit` trains on; an existing one is continued.
         mode: `pairs` to choose the better of two replies, `thumbs` to find one reply good or bad.
         next: which prompt comes next, one drawn at random or, of 16, the one on whose replies the judge's verdicts, or
@@ -66,19 +59,13 @@ def label(
         labeller: your name in the file; by default that of your account.
         prompt_template: the prompt, from {context} and {question}; by default that of the model's training or, if its
             folder does not have it, the tokenizer's chat template, else the default of training.
-        runs: folder of runs, for the page's list of them.
-        host: address at which the page is served; any but this machine's own (127.0.0.1) needs a token.
-        port: of the page.
-        token: a secret that must be in the page's address.
         trust_remote_code: run a hub model's own Python code.
+        page: where the page is served; see `serve_views`.
     """
     check_settings(label, locals(), "--")
-    check_page("label", host, token)
     check_arguments(mode, next, model_b, temperature, output)
 
-    def make_views(work: Work) -> "list[View]":
-        from dpo_lightning.page.runs import Runs
-
+    def make_views(work: Work) -> list[View]:
         score = None if judge is None else find_score(judge, "--judge")
         other = None if model_b == REFERENCE else model_b
         speakers, prompt_format = load_asked(model, other, prompt_template, trust_remote_code, OPTIONS)
@@ -89,12 +76,12 @@ def label(
         told = {"sampling": sampling._asdict(), "seed": seed, "labeller": labeller or account()}
         code = score is not None and any(one.kind.syntax for one in score.judges.values())
         labelling = Labelling(tasks, clicks, mode == "pairs", told, code)
-        return [labelling.view(), Talk(speakers, prompt_format, work, sampling).view(), Runs(Path(runs)).view()]
+        return [labelling.view(), Talk(speakers, prompt_format, work, sampling).view()]
 
     with own_output(output) as path:
         clicks = Clicks(path)
         try:
-            serve_views(make_views, host, port, token)
+            serve_views(make_views, **page)
         except KeyboardInterrupt:  # the usual end
             note(f"{len(clicks.decided)} prompts are labelled; to train on them: fit --data.train_dataset {path}")
 

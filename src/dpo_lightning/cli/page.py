@@ -4,24 +4,22 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo_lightning.cli.chat_prompts import note
 from dpo_lightning.errors import UserError
 from dpo_lightning.page.guard import EVERY, LOOPBACK
+from dpo_lightning.page.view import View
 from dpo_lightning.page.work import Work
+from dpo_lightning.parsing import AtLeast1, check_settings
 from dpo_lightning.storage.locks import hold, in_use, let_go
 
-if TYPE_CHECKING:
-    from dpo_lightning.page.view import View
 
-
-def check_page(command: str, host: str, token: str | None) -> None:
+def check_page(host: str, token: str | None) -> None:
     """Raises UserError for a missing package, a host that needs a token and has none, and a token that is too short."""
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"{command} needs the package {package}, which is not installed: pip install starlette uvicorn"
+                f"the page needs the package {package}, which is not installed: pip install starlette uvicorn"
             )
     if token is None and host not in LOOPBACK:
         raise UserError(f"--host {host}: other machines could use the page, so it needs --token, a secret of yours")
@@ -52,18 +50,31 @@ def own_output(output: str) -> Iterator[Path]:
         let_go(lock, remove=True)
 
 
-def serve_views(make_views: "Callable[[Work], Sequence[View]]", host: str, port: int, token: str | None) -> None:
-    """Serves a page until Ctrl-C, which is raised again.
+def serve_views(
+    make_views: Callable[[Work], Sequence[View]],
+    runs: str = "lightning_logs",
+    host: str = "127.0.0.1",
+    port: AtLeast1 = 7865,
+    token: str | None = None,
+) -> None:
+    """Serves a page until Ctrl-C, which is raised again. Its last view is Runs.
 
     Args:
-        make_views: may load models; called when the address is known to be free.
+        make_views: the other views; may load models; called when the address is known to be free.
+        runs: folder of runs, for the page's list of them.
+        host: address at which the page is served; any but this machine's own (127.0.0.1) needs a token.
+        port: of the page.
+        token: a secret that must be in the page's address.
     """
+    check_settings(serve_views, {"runs": runs, "host": host, "port": port, "token": token}, "--")
+    check_page(host, token)
+    from dpo_lightning.page.runs import Runs
     from dpo_lightning.page.server import allowed_hosts, listen, page, serve
 
     work = Work()
     try:
         with listen(host, port) as listening:
-            views = make_views(work)
+            views = [*make_views(work), Runs(Path(runs).expanduser()).view()]
             note(f"open {address(host, port, token)} in a browser; Ctrl-C ends")
             serve(page(views, allowed_hosts(host), token), listening)
     finally:

@@ -2,41 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from dpo_lightning.cli.page import check_page, serve_views
+from dpo_lightning.cli.page import serve_views
 from dpo_lightning.errors import UserError
-from dpo_lightning.parsing import AtLeast1, check_settings, run_function
-
-if TYPE_CHECKING:
-    from dpo_lightning.page.view import View
-    from dpo_lightning.page.work import Work
+from dpo_lightning.parsing import check_settings, run_function
 
 
-def runs(
-    folder: str = "lightning_logs", host: str = "127.0.0.1", port: AtLeast1 = 7865, token: str | None = None
-) -> None:
+def runs(folder: str = "lightning_logs", **page: Any) -> None:
     """Serves a page on this machine with the runs in a folder: results, curves that grow with the fit, and reports.
 
     Args:
         folder: in which the runs are, at any depth.
-        host: address at which the page is served; any but this machine's own (127.0.0.1) needs a token.
-        port: of the page.
-        token: a secret that must be in the page's address.
+        page: where the page is served; see `serve_views`.
     """
     check_settings(runs, locals(), "--")
-    check_page("runs", host, token)
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    if not Path(folder).expanduser().is_dir():
         raise UserError(f"--folder '{folder}' is no folder: give the one that has the runs, such as lightning_logs")
-
-    def make_views(work: "Work") -> "list[View]":
-        from dpo_lightning.page.runs import Runs
-
-        return [Runs(path).view()]
-
     try:
-        serve_views(make_views, host, port, token)
+        serve_views(lambda work: [], folder, **page)
     except KeyboardInterrupt:  # the usual end
         pass
 

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import yaml
 
+from dpo_lightning.callbacks.report.saved import LARGEST, title_and_outcome
 from dpo_lightning.callbacks.run_folders import LOCK
 from dpo_lightning.parsing import setting
 from dpo_lightning.storage.locks import is_held
@@ -21,14 +21,14 @@ from dpo_lightning.visible import one_line
 
 DEEPEST = 6  # levels of folders that are searched
 MOST_FOLDERS = 20_000  # that are searched
-LARGEST_HEAD = 65_536  # bytes of a report in which its title and outcome are looked for
+HEAD = 65_536  # bytes of a report.json in which its title and outcome are looked for
 LARGEST_SETTINGS = 100_000  # bytes of a config.yaml
-LARGEST_REPORT = 100_000_000  # bytes
+LARGEST_REPORT = 100_000_000  # bytes of a report.html
 LATER = 10.0  # seconds after its report in which a run may still write its curves
 LONGEST = 300  # characters of a title, or of an outcome
 INNER = {"checkpoints", "huggingface"}  # folders of a run in which there are no runs
 EVENTS = "tfevents"  # in the names of TensorBoard's files
-REPORT, SETTINGS = "report.html", "config.yaml"
+REPORT, CONTENTS, SETTINGS = "report.html", "report.json", "config.yaml"
 State = Literal["running", "finished", "stopped", "failed", "ended"]  # ended: without a report, so it was killed
 
 
@@ -49,8 +49,8 @@ def run_at(folder: Path, root: Path) -> Run:
     """The run of a folder, somewhere in `root`, as it is now."""
     within = folder.relative_to(root)
     name = one_line(str(within) if within.parts else root.resolve().name)
-    head = content(folder / REPORT, LARGEST_REPORT, LARGEST_HEAD)
-    title, outcome = _Head.read(head) if head is not None else ("", "")
+    head = title_and_outcome(content(folder / CONTENTS, LARGEST, HEAD) or b"")
+    title, outcome = (one_line(" ".join(text.split())[:LONGEST]) for text in head)
     return Run(
         id=sha256(os.fsencode(folder)).hexdigest()[:16],
         folder=folder,
@@ -59,7 +59,7 @@ def run_at(folder: Path, root: Path) -> Run:
         state=_state(folder, outcome),
         outcome=outcome,
         changed=last_change(folder),
-        has_report=head is not None,
+        has_report=content(folder / REPORT, LARGEST_REPORT, 0) is not None,
     )
 
 
@@ -133,34 +133,3 @@ def _configured_title(folder: Path) -> str:
     nodes = [key for key, _ in data[1].value] if weighted else data[1].value
     names = [str(node.value) for node in nodes] if isinstance(nodes, list) else [nodes]
     return one_line(f"{model[1].value} on {' + '.join(names)}"[:LONGEST])
-
-
-class _Head(HTMLParser):
-    """The title of a report, and its first paragraph, which says how the run ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts = {"title": "", "p": ""}
-        self._tag = ""
-        self._seen: set[str] = set()
-
-    @staticmethod
-    def read(html: bytes) -> tuple[str, str]:
-        """Title and outcome; "" for what the report does not have."""
-        parser = _Head()
-        parser.feed(html.decode("utf-8", "replace"))
-        title, outcome = (one_line(" ".join(text.split())[:LONGEST]) for text in parser.texts.values())
-        return title, outcome
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag in self.texts and tag not in self._seen:
-            self._tag = tag
-            self._seen.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._tag:
-            self._tag = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._tag:
-            self.texts[self._tag] += data

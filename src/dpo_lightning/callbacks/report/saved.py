@@ -1,6 +1,7 @@
 """`report.json`: the contents of a report -> JSON, and back."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.storage.states import check_amount, check_state
 
 LARGEST = 200_000_000  # bytes of the file
+HEAD = re.compile(rb'\{"title": ("(?:[^"\\]|\\.)*"), "outcome": ("(?:[^"\\]|\\.)*")')  # what `as_json` begins with
 TEXTS = {str: str}
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("title", "outcome"), str),
@@ -32,6 +34,15 @@ def as_json(run: Run) -> str:
 
 def _filled(showing: Showing) -> Showing:
     return showing._replace(counts=showing.counts or {})
+
+
+def title_and_outcome(head: bytes) -> tuple[str, str]:
+    """Of a report, from the first bytes of its `report.json`; "" for both if they are something else."""
+    try:
+        title, outcome = (json.loads(text) for text in HEAD.match(head).groups())  # type: ignore[union-attr]
+    except (AttributeError, ValueError):
+        return "", ""
+    return title, outcome
 
 
 def read_run(folder: Path) -> Run:
