@@ -12,9 +12,9 @@ import sysconfig
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from dpo_lightning.shipped import PACKAGE
 from dpo_lightning.visible import visible
 
 MESSAGES = (  # of Lightning's log, by how they begin
@@ -40,7 +40,7 @@ WARNINGS = (  # of libraries about themselves, as regular expressions
 )
 OF_NO_USE = re.compile(rf"(\[rank: \d+\] )?({'|'.join(MESSAGES)})")
 BY = r"(lightning|peft|torch|torchmetrics|transformers)\."  # the same warning about the user's own code is not hidden
-LIBRARIES = (str(PACKAGE), *map(sysconfig.get_path, ("purelib", "platlib", "stdlib")))
+LIBRARIES = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("purelib", "platlib", "stdlib")))
 SECONDS_BEFORE_BARS = 2.0  # of transformers, for loading and writing weights
 
 
