@@ -198,7 +198,7 @@ def _verdict(name: Any, value: Any) -> Verdict:
     "Replies",
     eos_rate=Quantity("replies that end by themselves", "ended", share=True),
     length=Quantity("tokens of a reply", better=None),
-    repetition=Quantity("4-grams that came before in the reply", share=True, better="lower"),
+    repetition=Quantity("repeated 4-grams", share=True, better="lower"),
 )
 def reply() -> tuple[JudgeFunction, str]:
     """Any reply, whatever it is about: whether it ended with EOS, its tokens, and how much it repeats itself."""
