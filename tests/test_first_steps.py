@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
-from dpo_lightning.shipped import PACKAGE
+from dpo_lightning.models.hub import PACKAGE
 
 PAGE, CHINESE = (REPO / "docs" / name / "first-steps.md" for name in ("", "zh"))
 BLOCK = re.compile(r"^((?:    [^\n]+\n)+)|^```text\n(.*?)^```", re.M | re.S)

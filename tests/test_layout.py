@@ -15,7 +15,7 @@ FLOORS = (
     ("data",),
     ("storage",),
     ("models",),
-    ("errors", "visible", "parsing", "worker", "shipped"),  # files directly in the package
+    ("errors", "visible", "parsing", "worker"),  # files directly in the package
     ("internals",),
 )
 FLOOR = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}

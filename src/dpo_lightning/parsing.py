@@ -16,7 +16,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dpo_lightning.errors import UserError, did_you_mean
 from dpo_lightning.internals.argparse import PlainTypes, arrange_help, option_names
-from dpo_lightning.shipped import shipped_configs
 
 KINDS = {
     "int": "a whole number",
@@ -113,6 +112,14 @@ def _mismatch(value: Any, kind: Any) -> str:
 
 
 # ---------------------------------------------------------------------- the command line
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that ship with the package, by name: "gpt2", "lora", "loggers/csv"."""
+    package = Path(__file__).parent
+    places = (package / "configs", package.parents[1] / "configs")  # in the wheel; at a checkout's top
+    folder = next((path for path in places if path.is_dir()), places[0])
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def run_function(function: Callable[..., Any], args: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.export.callback import ExportCallback
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
 from dpo_lightning.callbacks.report.callback import ReportCallback
-from dpo_lightning.callbacks.report.outcome import closing_lines, percent
+from dpo_lightning.callbacks.report.outcome import closing_lines
+from dpo_lightning.judging.quantities import percent
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_before_and_after_training(fit, tokenizer, lora, caplog):
     assert before == pytest.approx(perplexity(start, tokenizer), rel=1e-4)
     assert curves["forgetting/reference_perplexity"] == {4: pytest.approx(before, rel=1e-5)}
     assert curves["forgetting/kl"][4] > 1e-4
-    assert f"perplexity on other text {before:.4g} → {last:.4g}; KL " in caplog.text
+    assert f"perplexity on other text {before:.4g} → {last:.4g} (a rise is bad), KL " in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{"reference": "cached"}, {"loss_type": "simpo"}])
@@ -135,7 +135,7 @@ def test_the_report_and_the_test_command_have_it(tmp_path, monkeypatch, model_fo
     report = (folder / "report.html").read_text()
     assert "perplexity of the policy" in report and "nats a token" in report
     number = r"(\d\S*)"
-    said = re.search(f"other text {number} → {number}; KL {number} nats", caplog.text)
+    said = re.search(rf"other text {number} → {number} \(a rise is bad\), KL {number} nats", caplog.text)
     run("test", "--ckpt_path", str(folder / "checkpoints" / "last.ckpt"))
     metrics = json.loads((tmp_path / "lightning_logs" / "version_1" / "metrics.json").read_text())["metrics"]
     for name, value in zip(("reference_perplexity", "perplexity", "kl"), said.groups(), strict=True):

@@ -107,7 +107,14 @@ def test_shown_replies_cannot_style_the_console(capsys):
     show_replies("now", ["p"], {"before": ["[red]x[/red]\x1b[31m"], "wanted": ["w"]}, {"sql/valid": 0.5})
     printed = capsys.readouterr().out
     assert "[red]x[/red]\\x1b[31m" in "".join(printed.split()).replace("│", "")
-    assert "\x1b" not in printed and "sql/valid 0.5" in printed
+    assert "\x1b" not in printed and "valid SQL 50%" in printed and "All " not in printed
+
+
+def test_a_caption_says_of_how_many_replies_its_means_are(capsys):
+    means = {"sql/valid": 0.001, "sql/unjudged": 0.0, "regex/unjudged": 0.25, "reply/length": 9.5, "mine/score": 1234.5}
+    show_replies("now", ["p"], {"before": ["a", "b", "c"]}, means)
+    caption = " ".join(capsys.readouterr().out.split("┘")[1].split())
+    assert caption == "All 3 replies: valid SQL <1%, replies on which regex failed 25%, mine/score 1234"
 
 
 def test_long_text_is_folded():

@@ -11,12 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from dpo_lightning import DPOModule, PreferenceDataModule
 from dpo_lightning.callbacks.replies import RepliesCallback, Showing
 from dpo_lightning.callbacks.report.callback import ReportCallback
-from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text, ticks
+from dpo_lightning.callbacks.report.charts import histogram, line_chart, ticks
 from dpo_lightning.callbacks.report.facts import commit
 from dpo_lightning.callbacks.report.page import Run, render
 from dpo_lightning.callbacks.report.saved import read_run
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
+from dpo_lightning.judging.quantities import number_text
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://127.0.0.1/x.png" onerror=alert(1)>\x1b[31m\x00\u202e&amp;'
 

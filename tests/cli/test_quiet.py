@@ -82,6 +82,17 @@ def test_a_warning_names_the_line_of_the_users_own_code_alone():
     assert own == "warning: /home/me/my_judge.py:7: old\n"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_lines_break_between_words_in_a_terminal(terminal, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "model: tiny, all of it is trained\n/a/path/that/is/longer/than/20 is-not-broken\nfits\n"
+    wrapped = "model: tiny, all of\nit is trained\n/a/path/that/is/longer/than/20\nis-not-broken\nfits\n"
+    assert console.wrapped(text) == (wrapped if terminal else text)
+    record = logging.makeLogRecord({"msg": "%s", "args": (text,)})
+    assert console.Wrapping().format(record) == (wrapped if terminal else text)
+
+
 def test_bars_of_transformers_are_drawn_where_there_is_something_to_wait_for(said, monkeypatch, capsys):
     assert list(tqdm([1, 2], desc="Loading weights")) == [1, 2]
     assert capsys.readouterr().err == ""

@@ -135,7 +135,10 @@ def test_a_tables_own_texts_are_lower_case_too():
 )
 def test_without_an_answer_valid_sql_can_be_enough(reply, wanted, right, ignore_case):
     options = {"valid_without_answer": True, "ignore_case": ignore_case}
-    assert judged({"sql": options}, reply, wanted, PLAYERS)[1] == right
+    found, score = judged({"sql": options}, reply, wanted, PLAYERS)
+    assert score == right
+    listed = [f"sql/{verdict}" for verdict in find_score({"sql": options}).judges["sql"].verdicts]
+    assert sorted(listed) == sorted(name for name in found if name.startswith("sql/")), "for the charts of TensorBoard"
     assert judged({"sql": options}, reply, wanted)[1] is None  # nor tables to be valid for
     assert judged("sql", reply, "", PLAYERS)[1] is None
 

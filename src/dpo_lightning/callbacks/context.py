@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 C = TypeVar("C", bound=Callback)
+NUMBERING = TensorBoardLogger | CSVLogger  # they give each run a folder of its own, version_N
 
 
 def preference_data(trainer: Trainer, asker: object) -> PreferenceDataModule:
@@ -34,12 +35,12 @@ def preference_data(trainer: Trainer, asker: object) -> PreferenceDataModule:
 def run_folder(trainer: Trainer) -> Path | None:
     """The folder of the run's files, None in a trial run (`fast_dev_run`). Call it on all ranks.
 
-    Loggers other than those of TensorBoard and CSV files have one folder for all runs, or none: their runs get the
+    Loggers that do not number their runs (`NUMBERING`) have one folder for all of them, or none: their runs get the
     folder in which Lightning saves their checkpoints.
     """
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
     logger = trainer.logger
-    if logger is not None and not isinstance(logger, TensorBoardLogger | CSVLogger):
+    if logger is not None and not isinstance(logger, NUMBERING):
         # Only the first process of a run has its name in Weights & Biases.
         name, version = trainer.strategy.broadcast((logger.name, logger.version))
         if version is not None:

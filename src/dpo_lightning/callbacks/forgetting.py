@@ -60,8 +60,8 @@ class ForgettingCallback(Callback):
             found.setdefault("reference_perplexity", self._before)
         self._log(trainer, found)
         before = f"{self._before:.4g} → " if self._before is not None else ""
-        kl = f"KL {found['kl']:.2g} nats a token" if "kl" in found else no_kl(pl_module)
-        rank_zero_info(f"forgetting: perplexity on other text {before}{found['perplexity']:.4g}; {kl}")
+        kl = f"KL {found['kl']:.2g} nats" if "kl" in found else no_kl(pl_module)
+        rank_zero_info(f"forgetting: perplexity on other text {before}{found['perplexity']:.4g} (a rise is bad), {kl}")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the tested policy, and the reference if the loss has one."""

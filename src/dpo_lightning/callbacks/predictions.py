@@ -14,6 +14,7 @@ from dpo_lightning.data.batching import PromptBatch
 from dpo_lightning.data.encoding import tokenizer_fingerprint
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import JudgeSetting, VerdictMeans, check_round, find_judges, verdicts
+from dpo_lightning.judging.quantities import means_text
 from dpo_lightning.models.reply import Reply
 from dpo_lightning.parsing import check_settings
 from dpo_lightning.storage.digests import key_digest, weights_digest
@@ -152,7 +153,7 @@ class ReplyWriter(BasePredictionWriter):
             means.update(
                 {name: line[name] for name in line if "/" in name} for line in read_lines(Path(self.output)).objects
             )
-            rank_zero_info(", ".join(f"{name} {mean:.3g}" for name, mean in means.compute().items()))
+            rank_zero_info(means_text(means.compute()))
             check_round(self.judges, means)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:

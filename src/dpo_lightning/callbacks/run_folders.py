@@ -15,7 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from dpo_lightning.callbacks.checkpoint_files import version
-from dpo_lightning.callbacks.context import run_folder
+from dpo_lightning.callbacks.context import NUMBERING, run_folder
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import ChoosesVersion, is_open, set_version, version_is_open
 from dpo_lightning.models.hub import reason_of
@@ -115,7 +115,7 @@ class SavedConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """As Lightning's, which would replace the configuration of an earlier run, or fail without any folder."""
-        if trainer.logger is None or isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
+        if trainer.logger is None or isinstance(trainer.logger, NUMBERING):
             super().setup(trainer, pl_module, stage)
             return
         folder = run_folder(trainer)  # a collective call

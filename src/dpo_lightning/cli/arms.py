@@ -9,9 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_lightning.callbacks.guards import DISPLACED
-from dpo_lightning.callbacks.report.outcome import percent
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.quantities import quantity, results
+from dpo_lightning.judging.quantities import percent, quantity, results
 from dpo_lightning.parsing import AtLeast1, Positive, check_settings
 from dpo_lightning.storage.states import check_state
 from dpo_lightning.visible import visible

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpo_lightning.cli.entry import program
 from dpo_lightning.errors import UserError, did_you_mean
-from dpo_lightning.shipped import shipped_configs
+from dpo_lightning.parsing import shipped_configs
 
 HINT = """
 Train with one: fit --config gpt2; add overlays after it: fit --config gpt2 --config lora.

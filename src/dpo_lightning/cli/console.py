@@ -7,14 +7,16 @@ memory, what a callback of the user's own logs, and whatever a new version of a 
 import logging
 import os
 import re
+import shutil
 import sys
 import sysconfig
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from dpo_lightning.shipped import PACKAGE
 from dpo_lightning.visible import visible
 
 MESSAGES = (  # of Lightning's log, by how they begin
@@ -40,7 +42,7 @@ WARNINGS = (  # of libraries about themselves, as regular expressions
 )
 OF_NO_USE = re.compile(rf"(\[rank: \d+\] )?({'|'.join(MESSAGES)})")
 BY = r"(lightning|peft|torch|torchmetrics|transformers)\."  # the same warning about the user's own code is not hidden
-LIBRARIES = (str(PACKAGE), *map(sysconfig.get_path, ("purelib", "platlib", "stdlib")))
+LIBRARIES = (str(Path(__file__).parents[1]), *map(sysconfig.get_path, ("purelib", "platlib", "stdlib")))
 SECONDS_BEFORE_BARS = 2.0  # of transformers, for loading and writing weights
 
 
@@ -61,6 +63,7 @@ def keep_imported_quiet() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:  # a filter of a logger does not see those of its children
             handler.addFilter(is_of_use)
+            handler.setFormatter(Wrapping())
     warnings.formatwarning = warning_line
     if "transformers" in sys.modules:
         from transformers.utils.logging import set_tqdm_hook
@@ -76,6 +79,23 @@ def thread_error(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
+class Wrapping(logging.Formatter):
+    """Log messages that a terminal breaks between words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, `wrapped`."""
+        return wrapped(super().format(record))
+
+
+def wrapped(text: str) -> str:
+    """Text whose lines fit the terminal, unless a single word does not; unchanged where stderr is none."""
+    if not sys.stderr.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    fitting = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+    return "\n".join(fitting.fill(line) if len(line) > columns else line for line in text.split("\n"))
+
+
 def is_of_use(record: logging.LogRecord) -> bool:
     """Whether a log message stays on the console."""
     return record.levelno > logging.INFO or not OF_NO_USE.match(record.getMessage())
@@ -84,10 +104,10 @@ def is_of_use(record: logging.LogRecord) -> bool:
 def warning_line(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning as one line, with the line of code that it comes from only where that is the user's own."""
+    """A warning on its own, with the line of code that it comes from only where that is the user's own."""
     of_a_library = filename.startswith(LIBRARIES) or "site-packages" in filename
     where = "" if of_a_library else f"{filename}:{lineno}: "
-    return f"warning: {where}{message}\n"
+    return wrapped(f"warning: {where}{message}\n")
 
 
 def late_bar(bar: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> Any:

@@ -1,13 +1,15 @@
 """The command `demo`: `fit` with the configuration, model and rows that ship with the package."""
 
 import argparse
+import os
+import sys
 import webbrowser
 from collections.abc import Sequence
 
 from dpo_lightning.callbacks.context import run_folder
 from dpo_lightning.cli.entry import program
 from dpo_lightning.cli.trainer import run_trainer
-from dpo_lightning.shipped import shipped_configs
+from dpo_lightning.parsing import shipped_configs
 
 NEXT = """
 The questions are about tables that were not trained on; SQL is valid if it
@@ -26,7 +28,12 @@ def run_demo(args: Sequence[str]) -> None:
         epilog="Any setting of `fit` can be given as well, such as --trainer.max_steps 40.",
         allow_abbrev=False,
     )
-    parser.add_argument("--open", action="store_true", help="open the report in a browser at the end")
+    parser.add_argument(
+        "--open",
+        action=argparse.BooleanOptionalAction,
+        default=sys.stdout.isatty() and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))),
+        help="open the report in a browser at the end; without either, done on a desktop",
+    )
     given, settings = parser.parse_known_args(args[1:])
     trainer = run_trainer(["fit", "--config", str(shipped_configs()["demo"]), *settings]).trainer
     folder = run_folder(trainer)

@@ -19,7 +19,7 @@ from dpo_lightning.data.chat import ChatTemplate, template_source, with_template
 from dpo_lightning.data.columns import with_column
 from dpo_lightning.data.encoding import MAX_LENGTH, SHORTEST, EncodedPair, check_tokenizer, load_tokenizer, pair_length
 from dpo_lightning.data.formats import RowOptions, check_templates, no_chat_template
-from dpo_lightning.data.generated import RejectedGenerator, generation_from, log_generated
+from dpo_lightning.data.generated import RejectedGenerator, generation_from
 from dpo_lightning.data.loaders import IndexedRows, make_loader
 from dpo_lightning.data.origins import Origin, check_fits, check_ids, cuts, row_numbers
 from dpo_lightning.data.pair import PreferencePair
@@ -251,14 +251,11 @@ class PreferenceDataModule(LightningDataModule):
         """A model's replies, from disk or made now; None if they are not on disk and should not be made."""
         generation = generation_from(self.hparams.generation, self.max_length)
         generator = RejectedGenerator(generation, self.tokenizer, self.max_length, self.hparams.seed)
-        result = (
-            generator.make(pairs, name, self.eval_batch_size, self.trainer) if self.generates else generator.find(pairs)
-        )
-        if result is None:
+        if self.generates:
+            return generator.make(pairs, name, self.eval_batch_size, self.trainer)
+        replies = generator.find(pairs, name)
+        if replies is None:
             self.not_generated.append(name)
-            return None
-        replies, note = result
-        log_generated(name, note, len(replies))
         return replies
 
     @functools.cached_property

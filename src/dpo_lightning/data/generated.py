@@ -158,17 +158,16 @@ class ReplyGenerator:
 class RejectedGenerator(ReplyGenerator):
     """Makes and finds one reply to each prompt, to be its rejected completion."""
 
-    def find(self, pairs: "Dataset") -> tuple["Dataset", dict[str, Any]] | None:
-        """The replies to a data set (`COLUMNS`, a row per pair) and a note on them, if they are on disk."""
-        return find_dataset(key_digest(self.key(pairs)))
+    def find(self, pairs: "Dataset", name: str) -> "Dataset | None":
+        """The replies to a data set (`COLUMNS`, a row per pair), if they are on disk."""
+        found = find_dataset(key_digest(self.key(pairs)))
+        return None if found is None else logged(name, *found)
 
-    def make(
-        self, pairs: "Dataset", name: str, batch_size: int, trainer: "Trainer | None" = None
-    ) -> tuple["Dataset", dict[str, Any]]:
+    def make(self, pairs: "Dataset", name: str, batch_size: int, trainer: "Trainer | None" = None) -> "Dataset":
         """The same, made if they are not on disk. To be called on all ranks, which share the work.
 
         Args:
-            name: of the data set, for the progress bar.
+            name: of the data set, for messages.
             batch_size: prompts to answer at a time.
             trainer: its devices and precision are used; without one, this process's GPU if it has one.
 
@@ -194,7 +193,7 @@ class RejectedGenerator(ReplyGenerator):
             unknown=f"{name}: the reply to pair {{row}} was not saved: check the disk, and start the run again",
             setting="data.rejected is generated",
         )
-        return run_shared_pass(task, batch_size, f"Rejected, {name}", strategy)
+        return logged(name, *run_shared_pass(task, batch_size, f"Rejected, {name}", strategy))
 
     def lines(self, model: "PreTrainedModel", pairs: "Dataset", positions: list[int]) -> list[dict[str, Any]]:
         """A reply to each pair, another one than its chosen completion if `ATTEMPTS` find one."""
@@ -224,9 +223,9 @@ class RejectedGenerator(ReplyGenerator):
         return lines
 
 
-def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
-    """Logs what the replies to a data set are, and warns of replies that equal the chosen completion."""
-    key = note["key"]
+def logged(name: str, replies: "Dataset", note: dict[str, Any]) -> "Dataset":
+    """Logs what the replies to a data set are, and warns of those that equal the chosen completion."""
+    key, pairs = note["key"], len(replies)
     rank_zero_info(
         f"{name}: the rejected completions of its {pairs} pairs are replies of {note['model']} (temperature "
         f"{key['temperature']}, top_p {key['top_p']}); {note['cut']} of them were cut off at "
@@ -237,6 +236,7 @@ def log_generated(name: str, note: dict[str, Any], pairs: int) -> None:
             f"{name}: {note['same']} of {pairs} pairs teach nothing but are kept: {ATTEMPTS} times the model gave the "
             "chosen completion itself"
         )
+    return replies
 
 
 def draw_seed(*parts: Any) -> int:

@@ -71,8 +71,8 @@ class Judge:
         except ValueError as error:
             raise UserError(f"{self.where}: {error}") from error
         self.name: str = options.get("name") or (own["function"].rpartition(":")[2] if kind == "python" else kind)
-        self.verdicts = [verdict for verdict in self.kind.verdicts if verdict not in self.kind.optional]
-        self.verdicts += [self.decides] if self.decides in self.kind.optional else []
+        unasked = {verdict for verdict, option in self.kind.optional.items() if not own.get(option)}
+        self.verdicts = [verdict for verdict in self.kind.verdicts if verdict not in unasked]
         self.margin = own.get("margin", 0.0)
         self.failure = ""
         self._failed = self._judged = 0

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dpo_lightning.data.pair import PreferencePair
@@ -37,14 +38,14 @@ class Kind(NamedTuple):
         contained: it runs in a process of its own, because a reply, or a function of the user's, may make it hang.
         syntax: of the replies, for the console.
         verdicts: the names of those that are known beforehand.
-        optional: verdicts that only an option adds, and which then decide.
+        optional: verdicts that only an option adds -> that option.
     """
 
     make: Callable[..., tuple[JudgeFunction, str]]
     contained: bool
     syntax: str | None
     verdicts: Sequence[str]
-    optional: Sequence[str]
+    optional: Mapping[str, str]
 
 
 JUDGES: dict[str, Kind] = {}
@@ -54,7 +55,7 @@ def judge(
     title: str,
     contained: bool = False,
     syntax: str | None = None,
-    optional: Sequence[str] = (),
+    optional: Mapping[str, str] = MappingProxyType({}),
     **quantities: Quantity,
 ) -> Callable:
     """Registers a function as a kind of judge, with the title of its charts and the words for its verdicts."""
@@ -71,7 +72,7 @@ def judge(
 @judge(
     "SQL",
     syntax="sql",
-    optional=["execution_ignoring_case", "right"],
+    optional={"execution_ignoring_case": "ignore_case", "right": "valid_without_answer"},
     valid=Quantity("valid SQL", "valid", share=True),
     exact=Quantity("exactly the wanted SQL", "exact", share=True),
     execution=Quantity("same result as wanted", "same result", share=True),
@@ -197,7 +198,7 @@ def _verdict(name: Any, value: Any) -> Verdict:
     "Replies",
     eos_rate=Quantity("replies that end by themselves", "ended", share=True),
     length=Quantity("tokens of a reply", better=None),
-    repetition=Quantity("4-grams that came before in the reply", share=True, better="lower"),
+    repetition=Quantity("repeated 4-grams", share=True, better="lower"),
 )
 def reply() -> tuple[JudgeFunction, str]:
     """Any reply, whatever it is about: whether it ended with EOS, its tokens, and how much it repeats itself."""

@@ -45,6 +45,33 @@ def verdict_of(tag: str) -> str | None:
     return name if "/" in name else f"reply/{name}"
 
 
+def percent(share: float) -> str:
+    """0.857 -> "86%"; "0%" and "100%" are exact: 0.001 -> "<1%", 0.999 -> ">99%"."""
+    if 0 < share < 0.005:
+        return "<1%"
+    return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
+
+
+def number_text(value: float) -> str:
+    """A short form of a number: 0.000025 -> 2.5e-5, 12000 -> 12000, 3412.7 -> 3413, 0.69314 -> 0.693."""
+    if (value == int(value) or abs(value) >= 1000) and abs(value) < 1e6:
+        return f"{value:.0f}"
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def mean_text(name: str, mean: float) -> str:
+    """The mean of a verdict for people: "86%" of a share, otherwise a number, "23.8"; "unknown" for nan."""
+    if mean != mean:
+        return "unknown"
+    return percent(mean) if quantity(name).share else number_text(mean)
+
+
+def means_text(means: Mapping[str, float]) -> str:
+    """The results among some means, and shares of failures above 0: "valid SQL 86%, exactly the wanted SQL 84%"."""
+    told = [name for name, mean in means.items() if quantity(name).better or quantity(name).share and mean > 0]
+    return ", ".join(f"{quantity(name).label} {mean_text(name, means[name])}" for name in told)
+
+
 def results(names: Iterable[str]) -> list[str]:
     """The names that say how good a run's replies are, in the given order."""
     return [name for name in names if quantity(name).better]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dpo_lightning.judging.quantities import means_text
 from dpo_lightning.visible import visible
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def show_replies(
 
     Args:
         columns: title -> a text per prompt; there may be more texts than prompts.
-        means: of the verdicts, for the caption.
+        means: of the verdicts on all texts, for the caption.
         syntax: the language, such as "sql", in which the columns are highlighted.
     """
     from rich import get_console
@@ -37,7 +38,8 @@ def show_replies(
     from rich.text import Text
     from tqdm import tqdm
 
-    caption = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+    asked = max(map(len, columns.values()))
+    caption = f"All {asked} replies: " * (asked > len(prompts)) + means_text(means)
     table = Table(title=f"Replies, {title}", show_lines=True, caption=Text(visible(caption)))
     for name in ("prompt", *columns):
         table.add_column(name, overflow="fold", ratio=1)

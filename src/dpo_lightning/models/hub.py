@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.datasets import go_offline, hub_endpoint
-from dpo_lightning.shipped import shipped_file
 from dpo_lightning.visible import one_line
 
+PACKAGE = Path(__file__).parents[1]
 PROBE_SECONDS = 5.0
 T = TypeVar("T")
 
@@ -66,7 +66,8 @@ def local_path(name: str) -> Path:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return shipped_file(name) or path
+        shipped = PACKAGE.parent / name  # the demo's files, from any working directory: "dpo_lightning/demo/model"
+        return shipped if path.parts[:2] == (PACKAGE.name, "demo") and shipped.exists() else path
     except (OSError, ValueError) as error:  # too long, NUL, no permission, a loop of links
         raise UserError(f"'{one_line(name[:200])}' cannot be looked up: {reason_of(error)}") from error
     return path

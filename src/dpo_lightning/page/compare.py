@@ -15,11 +15,9 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dpo_lightning.callbacks.report.charts import number_text
-from dpo_lightning.callbacks.report.outcome import percent
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import Score, VerdictMeans, verdicts
-from dpo_lightning.judging.quantities import quantity, results
+from dpo_lightning.judging.quantities import mean_text, quantity, results
 from dpo_lightning.judging.win_rate import win_rate
 from dpo_lightning.models.hub import reason_of
 from dpo_lightning.models.reply import Reply
@@ -256,11 +254,8 @@ def _means(lines: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         both.update(line[side] for line in lines)
         means.append(both.compute())
     a, b = means
-    texts = {name: percent if quantity(name).share else number_text for name in results(a)}
-    known = {
-        name: text for name, text in texts.items() if a[name] == a[name] and b.get(name) == b.get(name) is not None
-    }
-    return [(one_line(quantity(name).label), text(a[name]), text(b[name])) for name, text in known.items()]
+    known = [name for name in results(a) if a[name] == a[name] and b.get(name) == b.get(name) is not None]
+    return [(one_line(quantity(name).label), mean_text(name, a[name]), mean_text(name, b[name])) for name in known]
 
 
 def _result(job: Future) -> Any:

@@ -9,12 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from dpo_lightning.callbacks.report.charts import SERIES_COLOURS, line_plot, number_text
+from dpo_lightning.callbacks.report.charts import SERIES_COLOURS, line_plot
 from dpo_lightning.callbacks.report.history import Curve
-from dpo_lightning.callbacks.report.outcome import percent
 from dpo_lightning.callbacks.report.page import charts
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.quantities import quantity, reply_tag, results, verdict_of
+from dpo_lightning.judging.quantities import number_text, percent, quantity, reply_tag, results, verdict_of
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.page.run_files import (
     LARGEST_REPORT,

@@ -11,7 +11,8 @@ B = TypeVar("B", bound=Sized)
 
 
 def progress(batches: Iterable[B], description: str, total: int | None = None, unit: str = "rows") -> Iterator[B]:
-    """Passes batches on and, on the first rank, shows a bar with the number of rows if that takes over 2 seconds.
+    """Passes batches on and, on the first rank, shows a bar with the number of rows if that takes over 2 seconds, until
+    it is done.
 
     Args:
         batches: each is a list of rows, or columns (a dictionary of lists).
@@ -21,7 +22,12 @@ def progress(batches: Iterable[B], description: str, total: int | None = None, u
     from tqdm.auto import tqdm
 
     with tqdm(
-        desc=one_line(description), total=total, unit=f" {unit}", delay=2, disable=rank_zero_only.rank != 0
+        desc=one_line(description),
+        total=total,
+        unit=f" {unit}",
+        delay=2,
+        leave=False,
+        disable=rank_zero_only.rank != 0,
     ) as bar:
         for batch in batches:
             yield batch

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dpo_lightning.callbacks.report.templates import filled
+from dpo_lightning.judging.quantities import number_text
 
 WIDTH, HEIGHT = 440, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28  # margins around the plot; wide labels enlarge the left and the right one
@@ -87,13 +88,6 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-
-
-def number_text(value: float) -> str:
-    """A short form of a number for an axis: 0.000025 -> 2.5e-5, 12000 -> 12000, 3412.7 -> 3413, 0.69314 -> 0.693."""
-    if (value == int(value) or abs(value) >= 1000) and abs(value) < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 class Plot:

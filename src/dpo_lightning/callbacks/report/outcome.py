@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dpo_lightning.callbacks.replies import Showing
-from dpo_lightning.judging.quantities import quantity, results
+from dpo_lightning.judging.quantities import mean_text, quantity, results
 from dpo_lightning.visible import one_line
 
 ALL = "reply/eos_rate"  # every reply has this verdict, so its count is that of the replies
@@ -19,13 +19,6 @@ class Change(NamedTuple):
     where: str  # "on 96 questions" or "of 8 validation pairs", and when
 
 
-def percent(share: float) -> str:
-    """0.857 -> "86%"; "0%" and "100%" are exact: 0.001 -> "<1%", 0.999 -> ">99%"."""
-    if 0 < share < 0.005:
-        return "<1%"
-    return ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
-
-
 def changes(showings: Sequence[Showing]) -> list[Change]:
     """The change of each result that was judged, those of the last replies first."""
     names = results(dict.fromkeys(name for showing in reversed(showings) for name in showing.shares))
@@ -37,8 +30,7 @@ def _change(showings: Sequence[Showing], name: str) -> Change | None:
     if not known:
         return None
     first, last = known[0], known[-1]
-    text = percent if quantity(name).share else "{:.3g}".format
-    values = list(dict.fromkeys(text(showing.shares[name]) for showing in (first, last)))
+    values = list(dict.fromkeys(mean_text(name, showing.shares[name]) for showing in (first, last)))
     counts = sorted({showing.counts[name] for showing in (first, last) if showing.counts and name in showing.counts})
     where = [f"on {' to '.join(map(str, counts))} question{'s' * (counts != [1])}"] if counts else []
     if first is last:

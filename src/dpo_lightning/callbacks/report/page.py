@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from dpo_lightning.callbacks.curves import CHARTS, Chart, judged_charts
 from dpo_lightning.callbacks.replies import Showing
-from dpo_lightning.callbacks.report.charts import histogram, line_chart, number_text
+from dpo_lightning.callbacks.report.charts import histogram, line_chart
 from dpo_lightning.callbacks.report.history import Curve
-from dpo_lightning.callbacks.report.outcome import Change, changes, percent
+from dpo_lightning.callbacks.report.outcome import Change, changes
 from dpo_lightning.callbacks.report.templates import filled
 from dpo_lightning.data.pair import PreferencePair
-from dpo_lightning.judging.quantities import marks
+from dpo_lightning.judging.quantities import marks, number_text, percent
 
 REPLIES = 5  # to each prompt: the first, the last, and some between
 SHORT = 110  # characters of a prompt's end that stand for it

@@ -19,7 +19,7 @@ const t = withWords({
   "same result as wanted": ["same result as wanted", "结果与期望相同"],
   "exactly the wanted reply": ["exactly the wanted reply", "与期望回复完全一致"],
   "replies that end by themselves": ["replies that end by themselves", "自行结束的回复"],
-  "4-grams that came before in the reply": ["4-grams that came before in the reply", "回复中重复的四元组"],
+  "repeated 4-grams": ["repeated 4-grams", "回复中重复的四元组"],
   "pairs with a positive margin": ["pairs with a positive margin", "差距为正的偏好对"],
   "validation loss": ["validation loss", "验证损失"],
   "training loss": ["training loss", "训练损失"],
