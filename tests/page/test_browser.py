@@ -17,8 +17,8 @@ pytest.importorskip("playwright", reason="the browser is driven by playwright")
 from playwright import sync_api as playwright
 
 from conftest import CHROMIUM
+from dpo_lightning.models.hub import PACKAGE
 from dpo_lightning.page.server import listen
-from dpo_lightning.shipped import PACKAGE
 from page_server import reply, serve_labelling
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")
