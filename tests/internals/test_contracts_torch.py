@@ -1,7 +1,12 @@
 """What `internals/torch.py` and our overrides of `_apply` use is as it was in the installed version of torch."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from contracts import contract
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
@@ -28,6 +33,38 @@ def test_leave_unscaling_to_lightning():
         assert weight.grad.tolist() == [0.25, 0.25]
         scaler.step(optimizer)  # and does not unscale again
         assert weight.tolist() == [0.75, 0.75]
+
+
+GROWTH = """
+import torch
+from dpo_lightning.internals.torch import keep_few_kernels
+linear = torch.nn.Linear(64, 128, bias=False)
+def memory(): return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
+def multiply(rows):
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(torch.randn(rows, 64)).sum().backward()
+keep_few_kernels()
+for rows in range(200, 300): multiply(rows)
+before = memory()
+for rows in range(300, 400): multiply(rows)
+print(memory() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN multiplies in bfloat16 on CPUs with AVX-512, and Linux says how much memory is used",
+)
+def test_keep_few_kernels():
+    environment = {name: value for name, value in os.environ.items() if name not in internals.KERNEL_CACHES}
+
+    def growth(**variables):
+        """MiB of memory that products of 100 shapes keep."""
+        run = subprocess.run([sys.executable, "-c", GROWTH], env=environment | variables, capture_output=True)
+        return float(run.stdout)
+
+    with holds("the variables that limit kernels kept by oneDNN and ideep", "memory that does not grow with the steps"):
+        assert growth() < growth(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024") / 2
 
 
 def test_conversions_go_through_apply():

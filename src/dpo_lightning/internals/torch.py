@@ -1,9 +1,24 @@
 """What we use of torch beyond its documented interface."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+# Enough for all products of a step; of oneDNN, which multiplies in 16 bits on CPUs, and of PyTorch's layer above it.
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "64"}
+
+
+def keep_few_kernels() -> None:
+    """Limits the kernels that are kept for products in 16 bits on a CPU, unless the environment already does.
+
+    By default the last 1,024 shapes each keep one, of about half a MiB. Batches of real tokens alone hardly ever have
+    the same number of rows, so these pile up, and the memory between them can no longer be used for large tensors.
+    The variables are read at the first product of a process; later calls change nothing.
+    """
+    for name, capacity in KERNEL_CACHES.items():
+        os.environ.setdefault(name, capacity)
 
 
 def leave_unscaling_to_lightning(optimizer: torch.optim.Optimizer) -> None:
