@@ -14,9 +14,9 @@ demo: $(VENV)/.installed  ## set-up and training on shipped data: SQL in about a
 rounds: $(VENV)/.installed  ## set-up, supervised training on shipped data, then a round on its own replies to unanswered questions
 	$(BIN)/python cli.py rounds --config configs/demo_rounds.yaml
 
-test: $(VENV)/.installed-test  ## set-up and all tests
+test: $(VENV)/.installed-test  ## set-up and all tests, a file at a time on each core
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 slow: $(VENV)/.installed-test  ## checks on a real model, where its files can be had, and of whole commands in several processes
 	$(BIN)/python -m pytest -m slow
