@@ -1,5 +1,6 @@
 """Two processes train as one does: DDP and FSDP2 on the CPU, and torchrun over two hosts."""
 
+import copy
 import csv
 import os
 import shutil
@@ -9,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_logps import make_batch, make_model
 from transformers import AutoModelForCausalLM
 
 from conftest import REPO, ROWS
 from dpo_lightning.cli.entry import main
+from dpo_lightning.dpo.logps import FAST, compute_pair_logps, pair_logps
 from dpo_lightning.errors import UserError
-from dpo_lightning.models.sharding import data_parallel_mesh
+from dpo_lightning.models.policy import add_lora
+from dpo_lightning.models.sharding import data_parallel_mesh, gathered, shard
 from ranks import TIMEOUT, run_ranks
 
 DDP = ("--trainer.strategy", "ddp")
@@ -85,14 +89,65 @@ def test_the_same_global_batches_give_the_same_losses(fit, tmp_path, strategy):
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_weights_gathered_in_16_bits_give_the_same_bits_as_autocast(name, lora):
+    model, batch = make_model(name), make_batch()
+    if lora:
+        model = add_lora(model, {"r": 2, "init_lora_weights": False})
+
+    def one_pass(mesh, product_dtype):
+        policy = copy.deepcopy(model)
+        causal_lm = policy.get_base_model() if lora else policy
+        shard(causal_lm, mesh, compute_pair_logps, product_dtype)
+        seen, kept = set(), {}
+        for part in policy.modules():
+            if isinstance(getattr(part, "weight", None), torch.nn.Parameter):
+                part.register_forward_hook(lambda part, *_: seen.add((type(part).__name__, part.weight.dtype)))
+
+        def keep(tensor):  # a copy of a weight would outlive the layer
+            if tensor.dtype == torch.bfloat16 and sorted(tensor.shape) in ([32, 64], [32, 128]):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            logps = pair_logps(causal_lm, batch, FAST)
+        held = sum(storage.size() for storage in kept.values())
+        (logps.sums[:, 1] - logps.sums[:, 0]).sum().backward()
+        gradients = {n: gathered(w.grad) for n, w in policy.named_parameters() if w.grad is not None}
+        return {"": logps.token_logps} | gradients, seen, held
+
+    def rank(number):
+        torch.distributed.init_process_group("gloo")
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        (expected, _, copied), (found, seen, held) = one_pass(mesh, None), one_pass(mesh, torch.bfloat16)
+        equal = {n: torch.equal(found[n], values) for n, values in expected.items()}
+        return equal, seen, copied, held
+
+    for equal, seen, copied, held in run_ranks(2, rank):
+        assert len(equal) > 8 and all(equal.values())
+        assert copied > 0 == held
+        assert (("Conv1D" if name == "gpt2" else "Linear"), torch.bfloat16) in seen
+        assert {dtype for kind, dtype in seen if "Norm" in kind or kind == "Embedding"} == {torch.float32}
+
+
+def test_a_sharded_run_in_mixed_precision_learns_as_one_process_does(fit):
+    options = ("--trainer.precision", "bf16-mixed")
+    alone, together = fit(1, "one", *options), fit(2, "two", *options, strategy=FSDP)
+    assert len(alone) == 4 and together == pytest.approx(alone, abs=0.02)
+
+
 LORA = ("--model.lora", "{r: 4}", "--export.merge", "true")
 MOVING = ("--model.sync_ref_model", "true", "--model.ref_model_sync_steps", "1")
 
 
 @pytest.mark.parametrize(
     ("sharded", "options"),
-    [("false", MOVING), ("true", LORA + MOVING)],
-    ids=["one-file-moving", "a-file-per-rank-lora-moving"],
+    [("false", (*MOVING, "--trainer.precision", "bf16-mixed")), ("true", LORA + MOVING)],
+    ids=["one-file-moving-mixed", "a-file-per-rank-lora-moving"],
 )
 def test_a_sharded_run_resumes_from_its_checkpoint_and_exports(fit, tmp_path, sharded, options):
     args = (

@@ -169,11 +169,16 @@ class PolicyModule(LightningModule):
 
     def _shard(self) -> None:
         mesh = data_parallel_mesh(self.device_mesh)
-        shard(self.causal_lm, mesh, compute_pair_logps)
+        shard(self.causal_lm, mesh, compute_pair_logps, self._gathered_dtype)
         if isinstance(self.reference, FrozenCopy):
-            shard(self.reference.model, mesh, compute_pair_logps)
+            shard(self.reference.model, mesh, compute_pair_logps, self._gathered_dtype)
         elif self.reference is not None:
             self.reference = self.make_reference()  # of the sharded adapter
+
+    @property
+    def _gathered_dtype(self) -> torch.dtype | None:
+        """The dtype that a sharded model's weights of matrix products are gathered in; None for their own."""
+        return None if self.device_mesh is None else AUTOCAST.get(self.trainer.precision)
 
     @functools.cached_property
     def positions(self) -> int | None:
@@ -261,7 +266,8 @@ class PolicyModule(LightningModule):
             return self.scoring
         attention = self.hparams.attn_implementation
         may_pack = attention == "packed" or attention is None and packing_is_faster(*self._hardware)
-        scoring = self.trainer.strategy.broadcast(choose_scoring(self.causal_lm, batch, may_pack=may_pack))
+        chosen = choose_scoring(self.causal_lm, batch, may_pack=may_pack, products=self._gathered_dtype)
+        scoring = self.trainer.strategy.broadcast(chosen)
         if attention == "packed" and not scoring.packed:
             rank_zero_warn("model.attn_implementation is packed, but this model cannot read packed pairs: not packed")
         if not scoring.shared:

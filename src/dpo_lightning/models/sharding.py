@@ -48,7 +48,9 @@ def data_parallel_mesh(mesh: "DeviceMesh") -> "DeviceMesh":
     return mesh["data_parallel"]
 
 
-def shard(model: "PreTrainedModel", mesh: "DeviceMesh", forward: Callable) -> None:
+def shard(
+    model: "PreTrainedModel", mesh: "DeviceMesh", forward: Callable, product_dtype: torch.dtype | None = None
+) -> None:
     """Shards a causal LM in place with `fully_shard`: each block is a unit, and the rest is another one.
 
     A unit's weights are gathered only while it computes.
@@ -56,16 +58,37 @@ def shard(model: "PreTrainedModel", mesh: "DeviceMesh", forward: Callable) -> No
     Args:
         forward: a function of the model that calls its parts instead of the model itself. It becomes the model's method
             `sharded_pair_logps` and is registered as a forward pass.
+        product_dtype: of matrix products under autocast. The parts of a block that do nothing else are then units of
+            their own, whose weights are gathered in it: the same products, with half the bytes to send, and without a
+            converted copy of each weight that the backward pass would keep on every rank.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    policy = MixedPrecisionPolicy(product_dtype, torch.float32, cast_forward_inputs=False)
     blocks = block_classes(model)
     for module in list(model.modules()):
         if type(module).__name__ in blocks:
+            for part in _product_parts(module) if product_dtype else ():
+                fully_shard(part, mesh=mesh, mp_policy=policy)
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.sharded_pair_logps = forward.__get__(model)
     register_fsdp_forward_method(model, "sharded_pair_logps")
+
+
+def _product_parts(block: nn.Module) -> list[nn.Module]:
+    """The parts of a block, such as attention and MLP, whose weights are all those of linear layers.
+
+    None smaller: an expert of a mixture may be used on one rank and not on another, which would wait for it forever.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    def multiplies(part: nn.Module) -> bool:
+        owners = {type(layer) for layer in part.modules() if next(layer.parameters(recurse=False), None) is not None}
+        return bool(owners) and owners <= {nn.Linear, Conv1D}
+
+    containers = (nn.Linear, Conv1D, nn.ModuleList, nn.ModuleDict)  # a layer alone is too little to send
+    return [part for part in block.children() if not isinstance(part, containers) and multiplies(part)]
 
 
 def is_sharded(model: nn.Module) -> bool:
