@@ -65,7 +65,6 @@ from dpo_lightning.dpo.module import NOT_SAVED, DPOModule
 from dpo_lightning.dpo.reference import import_reference
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import configured_section, leave_callbacks_out
-from dpo_lightning.internals.torch import keep_few_kernels
 from dpo_lightning.models.hardware import device_name, fastest_precision
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.policy import load_config, tokenizer_name
@@ -314,7 +313,6 @@ def configured(cli: type[DPOCLI], args: Sequence[str], run: bool) -> DPOCLI:
     # Not as an argument: Lightning starts the processes of further devices with this process's command line.
     args = sys.argv[1:] = with_shipped(args)
     check_config_files(args)
-    keep_few_kernels()  # before anything is computed, such as rejected completions
     try:
         return cli(
             DPOModule,

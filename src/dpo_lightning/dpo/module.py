@@ -31,7 +31,6 @@ from dpo_lightning.dpo.resume import Resume
 from dpo_lightning.dpo.throughput import Throughput
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
-from dpo_lightning.internals.torch import keep_few_kernels
 from dpo_lightning.models.policy import base_model_name
 from dpo_lightning.models.sharding import check_strategy, gathered
 from dpo_lightning.parsing import AtLeast1, NotNegative, PositiveShare, check_settings
@@ -141,12 +140,11 @@ class DPOModule(PolicyModule):
         return [own() for own in OWN_CALLBACKS if not any(isinstance(other, own) for other in self.trainer.callbacks)]
 
     def setup(self, stage: str) -> None:
-        """Checks that the loss can use rows with one completion, if there are any, and bounds memory on CPUs.
+        """Checks that the loss can use rows with one completion, if there are any.
 
         Raises:
             UserError: it cannot, or it needs other rows in each batch and there are none.
         """
-        keep_few_kernels()
         data = self.data
         if data is None or stage == "predict":
             return

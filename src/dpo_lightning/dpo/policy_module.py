@@ -26,6 +26,7 @@ from dpo_lightning.dpo.reference import FIXED, FrozenCopy, MovingReference, Refe
 from dpo_lightning.dpo.shared_prompt import choose_scoring
 from dpo_lightning.errors import UserError
 from dpo_lightning.internals.lightning import attached_trainer
+from dpo_lightning.internals.torch import keep_few_kernels
 from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.hardware import fastest_attention, packing_is_faster
 from dpo_lightning.models.hub import first_line
@@ -50,6 +51,7 @@ class PolicyModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        keep_few_kernels()  # before anything is computed
         self.policy: PreTrainedModel | PeftModel = None
         self.reference: Reference | None = None
         self.scoring: Scoring | None = None  # decided on the first batch
