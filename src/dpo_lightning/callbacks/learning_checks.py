@@ -36,9 +36,8 @@ def before_training(trainer: Trainer) -> Iterator[str]:
     trained = read_prompt_format(trainer.lightning_module.hparams.name_or_path)
     yield from about_data(trainer.datamodule, knows_plain_text=trained is not None and not trained.chat)
     by_epochs = trainer.max_steps < 0 and trainer.overfit_batches == 0 and trainer.limit_train_batches == 1.0
-    by_epochs = by_epochs and trained is None
     balance = unbalanced(*thumbs(trainer.datamodule.datasets["train"]), trainer.lightning_module.loss)
-    steps = too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs) if by_epochs else None
+    steps = too_few_steps(trainer.estimated_stepping_batches, trainer.max_epochs) if by_epochs and not trained else None
     yield from filter(None, [balance, steps])
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_lightning.cli.chat_prompts import load_asked, model_folder, note
 from dpo_lightning.cli.label import OPTIONS, REFERENCE, named
-from dpo_lightning.cli.page import check_output, own_output, serve_views
+from dpo_lightning.cli.page import own_output, serve_views
 from dpo_lightning.data.generated import draw_seed, stored_weights
 from dpo_lightning.data.prompt_format import PromptFormat, read_prompt_format
 from dpo_lightning.data.speakers import Sampling, Speaker
@@ -55,7 +55,7 @@ def compare(
         page: where the page is served; see `serve_views`.
     """
     check_settings(compare, locals(), "--")
-    check_arguments(judge, judge_only, output)
+    check_arguments(judge, judge_only)
     sampling = Sampling(temperature, top_p, max_new_tokens)
     made: list[Comparison] = []
 
@@ -109,9 +109,8 @@ def prompts_for(name: str, prompt_format: PromptFormat, speaker: Speaker, other:
     return found
 
 
-def check_arguments(judge: JudgeSetting | None, judge_only: bool, output: str) -> None:
+def check_arguments(judge: JudgeSetting | None, judge_only: bool) -> None:
     """Raises UserError for arguments that do not go together."""
-    check_output(output)
     if judge_only and judge is None:
         raise UserError("--judge_only needs a judge, such as --judge sql")
 

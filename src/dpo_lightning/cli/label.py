@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from dpo_lightning.cli.chat_prompts import load_asked, note
-from dpo_lightning.cli.page import check_output, own_output, serve_views
+from dpo_lightning.cli.page import own_output, serve_views
 from dpo_lightning.data.speakers import Sampling, Speaker
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.judge import JudgeSetting, find_score
@@ -63,7 +63,7 @@ def label(
         page: where the page is served; see `serve_views`.
     """
     check_settings(label, locals(), "--")
-    check_arguments(mode, next, model_b, temperature, output)
+    check_arguments(mode, next, model_b, temperature)
 
     def make_views(work: Work) -> list[View]:
         score = None if judge is None else find_score(judge, "--judge")
@@ -89,9 +89,8 @@ def label(
 OPTIONS = ("--model", "--model_b")
 
 
-def check_arguments(mode: str, next_: str, model_b: str | None, temperature: float, output: str) -> None:
+def check_arguments(mode: str, next_: str, model_b: str | None, temperature: float) -> None:
     """Raises UserError for arguments that do not go together."""
-    check_output(output)
     if mode == "thumbs" and (next_ == "disagree" or model_b):
         raise UserError("--mode thumbs shows one reply of one model: leave --model_b and --next disagree out")
     if mode == "pairs" and not temperature and not model_b:

@@ -27,20 +27,16 @@ def check_page(host: str, token: str | None) -> None:
         raise UserError("--token must have at least 16 characters, which are letters, digits and -")
 
 
-def check_output(output: str) -> None:
-    """Raises UserError for a name that is not that of a file of JSON lines."""
-    if Path(output).suffix != ".jsonl":
-        raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
-
-
 @contextmanager
 def own_output(output: str) -> Iterator[Path]:
-    """The path of a file that no other command writes during the block.
+    """The path of a file of JSON lines that no other command writes during the block.
 
     Raises:
-        UserError: another command is writing it.
+        UserError: its name is not that of such a file, or another command is writing it.
     """
     path = Path(output).expanduser()
+    if path.suffix != ".jsonl":
+        raise UserError(f"--output '{output}' must end in .jsonl, as it is a file of JSON lines")
     lock = path.with_name(f"{path.name}.lock")
     if not hold(lock):
         raise in_use(f"--output '{output}'", "give another one")

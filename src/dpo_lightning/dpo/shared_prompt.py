@@ -54,7 +54,7 @@ def choose_scoring(
 
     Args:
         products: the dtype that a sharded model's weights are gathered in (`sharding.shard`), in which alone it can be
-            compared; None if they are gathered as they are.
+            compared, under autocast; None if they are gathered as they are.
     """
     scoring = scoring_from_config(model.config)
     sequences = [(pair.prompt_ids, pair.chosen_ids or pair.rejected_ids) for pair in to_pairs(batch)]
