@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 TIMEOUT = 240  # seconds after which a run counts as hanging
 
 
@@ -35,6 +37,8 @@ def run_ranks(count: int, function: Callable[[int], Any]) -> list[Any]:
             "TORCHELASTIC_RUN_ID": "test",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        # A fork replaces torch's thread pool at its first use, and two threads that do so at once abort the process.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             queue.put((rank, function(rank)))
         except BaseException:

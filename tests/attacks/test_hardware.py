@@ -1,5 +1,7 @@
 """Whatever the machine is (Windows, an Apple, a GPU with TF32, several GPUs), it is named right and nothing is lost."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -39,6 +41,7 @@ def fit(quiet_trainer, model_folder, tokenizer, rows_file, tmp_path):
 
 
 def test_a_run_ends_well_where_python_has_no_resource_module(fit, monkeypatch):
+    monkeypatch.setattr(hardware, "LINUX_STATUS", REPO / "nowhere")
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setitem(sys.modules, "psutil", None)
     report = fit()
@@ -51,6 +54,14 @@ def test_a_run_ends_well_where_python_has_no_resource_module(fit, monkeypatch):
 def test_peak_memory_is_that_of_the_process(fit):
     assert hardware.peak_memory(torch.device("cpu")) > 2**25
     assert "GiB of the process" in fit()
+
+
+def test_peak_memory_is_not_that_of_the_process_before():
+    """getrusage's peak outlives the exec of a new program, and is then that of the one which started it."""
+    held = bytearray(os.urandom(2**20)) * 2**10  # 1 GiB, really in memory
+    program = "import torch; from dpo_lightning.models.hardware import peak_memory as m; print(m(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 2**25 < int(done.stdout) < len(held)
 
 
 # ---------------------------------------------------------------------- Apple

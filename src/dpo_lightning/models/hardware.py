@@ -1,12 +1,14 @@
 """What the hardware does best, and how much memory a run has used."""
 
 import platform
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+LINUX_STATUS = Path("/proc/self/status")
 SHORT_ROW = 256  # tokens
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}  # of CPUs that multiply bfloat16 in hardware
 
@@ -66,6 +68,9 @@ def peak_memory(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    with suppress(OSError):  # Linux, where getrusage also counts the program that started this one
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", LINUX_STATUS.read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
