@@ -53,7 +53,7 @@ def table_below(lines, title):
 # How the lines of a fit begin, beside its tables. A line that wraps would have another one below. Whether six steps
 # change a reply hangs on the rounding of the machine.
 LINES = (
-    "precision: ", "data: ", "model: ", "step ", "forgetting: ", "model written to ", "time: ",
+    "precision: ", "data: ", "model: ", "step ", "forgetting: ", "time: ",
     "all 3 replies|.* 3 que", "model: ", "report: ",
 )  # fmt: skip
 
@@ -126,3 +126,10 @@ def test_verbose_shows_what_libraries_say(folder):
     text = "\n".join(seen.lines)
     assert seen.status == 0, text
     assert all(words in text for words in ("Seed set to 42", "GPU available: ", "Total params: ", "Loading weights: "))
+
+
+def test_an_error_breaks_between_words(tmp_path):
+    command = ["fit", "--config", "no such file.yaml"]
+    wide, narrow = (in_terminal(command, tmp_path, columns=columns) for columns in (400, 30))
+    (whole,), lines = ([line.strip() for line in seen.lines if line.strip()] for seen in (wide, narrow))
+    assert wide.status == narrow.status == 2 and len(lines) > 1 and " ".join(lines) == whole

@@ -80,7 +80,7 @@ def test_each_run_keeps_its_own_files_and_can_be_resumed(name, model_folder, row
     files = {"report.html", "replies.jsonl", "config.yaml", "huggingface", "checkpoints"}
     assert files <= {path.name for path in first.iterdir()}
     before = contents(first)
-    assert main([*args, "--trainer.max_steps", "4", "--ckpt_path", str(first / "checkpoints" / "last.ckpt")]) == 0
+    assert main([*args, "--trainer.max_steps", "4", "--ckpt_path", "last"]) == 0
     (second,) = run_folders() - {first}
     assert files <= {path.name for path in second.iterdir()}
     assert {line["step"] for line in map(json.loads, (second / "replies.jsonl").open())} == {4}

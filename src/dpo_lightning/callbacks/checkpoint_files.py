@@ -288,3 +288,9 @@ def checkpoint_folders(root: Path) -> list[Path]:
     """The checkpoint folders of all runs under a folder, the newest run's first."""
     runs = [run for run in (root / "lightning_logs").glob("version_*") if version(run) >= 0]
     return [run / "checkpoints" for run in sorted(runs, key=version, reverse=True)]
+
+
+def written_folders(roots: Iterable[Path]) -> list[Path]:
+    """The checkpoint folders of all runs under some folders, whatever the logger (NAME/VERSION), last written first."""
+    newest = [found[0] for root in roots for folder in root.glob("*/*/checkpoints") if (found := newest_first(folder))]
+    return [path.parent for path in sorted(newest, key=lambda path: path.stat().st_mtime_ns, reverse=True)]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dpo_lightning.cli.console import keep_imported_quiet, keep_quiet
+from dpo_lightning.cli.console import keep_imported_quiet, keep_quiet, wrapped
 from dpo_lightning.errors import Stopped, UserError
 from dpo_lightning.visible import one_line, show_only_visible, visible
 
@@ -136,7 +136,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+        print(wrapped(f"error: {visible(' '.join(str(error).split()))}"), file=sys.stderr)
         return USER_ERROR_EXIT
     except Stopped as stop:
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -159,7 +159,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug or error.errno not in USERS_ERRORS:
             raise
         name = one_line(str(error.filename or "a file of the run"))
-        print(f"error: {name} cannot be used: {error.strerror}", file=sys.stderr)
+        print(wrapped(f"error: {name} cannot be used: {error.strerror}"), file=sys.stderr)
         return USER_ERROR_EXIT
     return 0 if args else USER_ERROR_EXIT
 

@@ -31,6 +31,7 @@ from dpo_lightning.callbacks.checkpoint_files import (
     read_checkpoint,
     restoring,
     version,
+    written_folders,
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
@@ -279,13 +280,17 @@ class DPOCLI(LightningCLI):
             )
 
     def _find_last(self, settings: Namespace) -> str | None:
-        """The newest usable checkpoint of the newest run; "last" if only the run's logger knows its folder."""
+        """The newest usable checkpoint of the newest run."""
+        logger, root = settings.trainer.logger, Path(settings.trainer.default_root_dir or ".")
         if settings.checkpoint.dirpath:
             folders = [Path(settings.checkpoint.dirpath)]
-        elif settings.trainer.logger in (None, True):
-            folders = checkpoint_folders(Path(settings.trainer.default_root_dir or "."))
+        elif logger in (None, True):
+            folders = checkpoint_folders(root)
+        elif logger:
+            first = logger[0] if isinstance(logger, list) else logger  # it decides on the run's folder
+            folders = written_folders({root, Path(first.get("init_args", {}).get("save_dir") or root)})
         else:
-            return "last"
+            folders = [root / "checkpoints"]
         path = newest_undamaged(folders, to_resume=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")

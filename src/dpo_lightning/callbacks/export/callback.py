@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dpo_lightning.callbacks.context import run_folder
 from dpo_lightning.callbacks.export.folder import Target
@@ -197,7 +197,6 @@ class ExportCallback(Callback):
         data = trainer.datamodule
         export_policy(pl_module, data.tokenizer, target, self.merge, self.dtype, self.max_shard_size, data.hparams)
         self.written = target.folder
-        rank_zero_info(f"model written to {target.folder}")
 
     def _target(self, trainer: Trainer, module: "DPOModule") -> Target | None:
         """The folder to export to, None if there is nothing to export. Call it on all ranks."""
