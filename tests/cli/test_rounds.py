@@ -208,9 +208,12 @@ def test_the_best_epoch_is_the_one_with_the_best_replies(args, in_process):
     assert start["means"][start["model"]] == max(start["means"].values())
 
 
-@pytest.mark.parametrize(("shares", "better"), [((2, 3, 1), 1), ((3, 1, 1), 0), ((1, 2, 2), None), ((0, 0, 0), None)])
+@pytest.mark.parametrize(
+    ("shares", "better"), [((2, 3, 1), 1), ((3, 1, 1), 0), ((1, 2, 2), None), ((0, 0, 0), None), ((1, 2, 2, 4), None)]
+)
 def test_a_round_that_made_replies_worse_is_named_with_the_model_to_use(tmp_path, shares, better):
-    folders = [tmp_path / name for name in ("start", "round-1", "round-2")]
+    """Rounds after the last one asked for, which an earlier command made, do not count."""
+    folders = [tmp_path / name for name in ("start", "round-1", "round-2", "round-3")][: len(shares)]
     for folder, right in zip(folders, shares, strict=True):
         folder.mkdir()
         replies = [HeldOut("p", "w", "r", True, float(number < right), {}) for number in range(4)]
@@ -218,7 +221,7 @@ def test_a_round_that_made_replies_worse_is_named_with_the_model_to_use(tmp_path
         (folder / "start.json").write_text(json.dumps({"model": f"{folder.name}/model"}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rounds.Loop(Rounds(folder=str(tmp_path)), {})._conclude("round-2/model")
+        rounds.Loop(Rounds(folder=str(tmp_path), count=2), {})._conclude("round-2/model")
     worse = "round 2 is worse than {} (25.0% against 75.0% on the held-out prompts): use {}/model"
     expected = [] if better is None else [worse.format(["start", "round 1"][better], folders[better].name)]
     assert [str(warning.message) for warning in caught] == expected

@@ -127,7 +127,7 @@ class Loop:
     def _conclude(self, model: str) -> None:
         """Names the last model, and the one to use if that is another: a round can also make replies worse."""
         rank_zero_info(f"model: {model}; report: {self.folder / 'report.html'}")
-        models = read_models(self.folder)
+        models = read_models(self.folder)[: self.rounds.count + 1]  # the folder may have more, of a higher count
         scores = [mean_score(each.held_out) for each in models]
         best = max(range(len(models)), key=lambda number: (scores[number] is not None, scores[number] or 0.0, number))
         if best < len(models) - 1:
