@@ -290,7 +290,14 @@ def checkpoint_folders(root: Path) -> list[Path]:
     return [run / "checkpoints" for run in sorted(runs, key=version, reverse=True)]
 
 
-def written_folders(roots: Iterable[Path]) -> list[Path]:
-    """The checkpoint folders of all runs under some folders, whatever the logger (NAME/VERSION), last written first."""
+def folders_of_logger(logger: Any, root: Path) -> list[Path]:
+    """The checkpoint folders of the runs of a configured logger, or of none, last written first.
+
+    Whatever the logger, a run's folder is SAVE_DIR/NAME/VERSION, in `trainer.default_root_dir` if it has no `save_dir`.
+    """
+    if not logger:
+        return [root / "checkpoints"]
+    first = logger[0] if isinstance(logger, list) else logger  # it decides on the folder
+    roots = {root, Path(first.get("init_args", {}).get("save_dir") or root)}
     newest = [found[0] for root in roots for folder in root.glob("*/*/checkpoints") if (found := newest_first(folder))]
     return [path.parent for path in sorted(newest, key=lambda path: path.stat().st_mtime_ns, reverse=True)]

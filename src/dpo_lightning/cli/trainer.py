@@ -26,12 +26,12 @@ from dpo_lightning.callbacks.checkpoint_files import (
     check_checkpoint,
     check_resumable,
     checkpoint_folders,
+    folders_of_logger,
     newest_resumable,
     newest_undamaged,
     read_checkpoint,
     restoring,
     version,
-    written_folders,
 )
 from dpo_lightning.callbacks.checkpoints import LastCheckpoint
 from dpo_lightning.callbacks.evaluation import EvaluationCallback
@@ -284,13 +284,8 @@ class DPOCLI(LightningCLI):
         logger, root = settings.trainer.logger, Path(settings.trainer.default_root_dir or ".")
         if settings.checkpoint.dirpath:
             folders = [Path(settings.checkpoint.dirpath)]
-        elif logger in (None, True):
-            folders = checkpoint_folders(root)
-        elif logger:
-            first = logger[0] if isinstance(logger, list) else logger  # it decides on the run's folder
-            folders = written_folders({root, Path(first.get("init_args", {}).get("save_dir") or root)})
         else:
-            folders = [root / "checkpoints"]
+            folders = checkpoint_folders(root) if logger in (None, True) else folders_of_logger(logger, root)
         path = newest_undamaged(folders, to_resume=self.config.subcommand == "fit")
         if path is None and self.config.subcommand != "fit":
             raise UserError("--ckpt_path last: there is no checkpoint yet")
