@@ -248,7 +248,7 @@ class DPOCLI(LightningCLI):
         if settings.ckpt_path == "last":
             settings.ckpt_path = self._find_last(settings)
         path = settings.ckpt_path
-        if path in (None, "last", "best", "hpc") or "://" in path:
+        if path in (None, "best", "hpc") or "://" in path:
             return
         check_checkpoint(path)
         checkpoint = read_checkpoint(path, mmap=True)
