@@ -64,10 +64,13 @@ def test_the_closing_lines_says_where_model_and_report_are(parts, quiet_trainer,
     assert "on 3 questions" in result
 
 
-def test_replies_that_did_not_change_are_said_to_be_the_same(parts, quiet_trainer, tmp_path, caplog):
-    callbacks = [RepliesCallback(every_n_steps=0, num_prompts=3, num_shown=0), ReportCallback()]
+@pytest.mark.parametrize(
+    "asked, still", [(3, "all 3 replies are still what they were"), (1, "the only reply is still what it was")]
+)
+def test_replies_that_did_not_change_are_said_to_be_the_same(parts, quiet_trainer, tmp_path, caplog, asked, still):
+    callbacks = [RepliesCallback(every_n_steps=0, num_prompts=asked, num_shown=0), ReportCallback()]
     quiet_trainer(callbacks=callbacks, max_steps=2).fit(*parts(learning_rate=0.0))
-    assert closing(caplog).startswith("all 3 replies are still what they were before training (valid SQL: 0%)")
+    assert closing(caplog).startswith(f"{still} before training (valid SQL: 0%)")
 
 
 def test_data_without_sql_are_told_by_their_ends(parts, quiet_trainer, write_rows, caplog):

@@ -153,7 +153,9 @@ def inspect(data: PreferenceDataModule) -> Iterator[str]:
         yield f"{name}: `fit` will first generate its rejected completions with {model}; here they are empty"
     yield ""
     for name, pairs in data.datasets.items():
-        yield f"{name}: {len(pairs):,} pairs, {len(np.unique(context_keys(pairs))):,} different contexts (or prompts)"
+        count, contexts = len(pairs), len(np.unique(context_keys(pairs)))
+        size = f"{count:,} pair{'s' * (count != 1)}"
+        yield f"{name}: {size}, {contexts:,} different context{'s' * (contexts != 1)} (or prompts)"
         if any(alone := thumbs(pairs)):
             yield f"  {alone[0]:,} of them are a good completion alone, {alone[1]:,} a bad one (column label)"
     train = data.datasets["train"]

@@ -196,7 +196,8 @@ class PreferenceDataModule(LightningDataModule):
                 if "prompt_cut" in data.column_names and (cut := cuts(data, self._origins[name], self.max_length)):
                     rank_zero_warn(f"{name}: {cut}")
         if stage in NEEDED:
-            sizes = [f"{len(self.datasets[name]):,} {name} pairs" for name in NEEDED[stage] if name in self.datasets]
+            counts = {name: len(self.datasets[name]) for name in NEEDED[stage] if name in self.datasets}
+            sizes = [f"{count:,} {name} pair{'s' * (count != 1)}" for name, count in counts.items()]
             rank_zero_info(f"data: {', '.join(sizes)}")
 
     def _load_pairs(self, needed: Sequence[str]) -> None:

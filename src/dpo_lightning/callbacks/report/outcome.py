@@ -58,7 +58,8 @@ def _summary(showings: Sequence[Showing], steps: int) -> str:
     asked = (last.counts or {}).get(ALL)
     if last.changed == 0 and asked:
         since = f"at step {showings[0].step}" if showings[0].step else "before training"
-        return f"all {asked} replies are still what they were {since} ({label}: {values})"
+        still = f"all {asked} replies are still what they were" if asked > 1 else "the only reply is still what it was"
+        return f"{still} {since} ({label}: {values})"
     if "→" in values:
         return f"{label} {values} {where}"
     other = f"; {last.changed} of the {asked} replies have changed" if asked else ""
