@@ -23,6 +23,8 @@ class Rounds:
         samples: replies to each of them.
         temperature: divides the logits.
         top_p: only the likeliest tokens that together have this probability are drawn.
+        vllm: the command of vLLM (https://docs.vllm.ai) to sample with, and more options of its `serve` if you like:
+            "vllm --gpu-memory-utilization 0.8". It may be of another environment. Left out, transformers samples.
         judge: says which replies are right, as `replies.judge` does; the first of several decides.
         margin: left out, that of the judge; if it has none, a score of 1 is right and less is wrong. For a judge of
             other scores: the least difference between chosen and rejected, which then are the best and the worst reply.
@@ -39,6 +41,7 @@ class Rounds:
     samples: AtLeast1 = 4
     temperature: Positive = 1.0
     top_p: PositiveShare = 1.0
+    vllm: str | None = None
     judge: JudgeSetting = "sql"
     margin: NotNegative | None = None
     chosen: Chosen = "data"

@@ -23,7 +23,7 @@ from dpo_lightning.data.columns import text_keys
 from dpo_lightning.data.generated import MODEL_SETTINGS, generation_from
 from dpo_lightning.data.pair import PreferencePair
 from dpo_lightning.errors import UserError
-from dpo_lightning.judging.sampling import JudgedReplies
+from dpo_lightning.judging.sampling import VLLM, JudgedReplies
 from dpo_lightning.judging.verified import HeldOut, mean_score
 from dpo_lightning.storage.atomic import atomic_file
 from dpo_lightning.storage.jsonl import append_lines
@@ -110,10 +110,10 @@ class Answering:
         rounds, data = self.rounds, self.data
         options = {"temperature": rounds.temperature, "top_p": rounds.top_p, "max_new_tokens": self.max_new_tokens}
         generation = generation_from(self.settings | options | {"name_or_path": model}, data.max_length)
-        seed = data.hparams.seed + self.stage.number
-        maker = JudgedReplies(
-            generation, data.tokenizer, data.max_length, seed, samples, rounds.judge, rounds.margin is not None
-        )
+        seed, answers = data.hparams.seed + self.stage.number, rounds.margin is not None
+        # Greedy replies are always those of transformers, as `test` and `predict` give them.
+        vllm = VLLM(rounds.vllm, Path(self.stage.samples or ".").parent) if rounds.vllm and samples else None
+        maker = JudgedReplies(generation, data.tokenizer, data.max_length, seed, samples, rounds.judge, answers, vllm)
         return maker.make(pairs, name, data.eval_batch_size, self.trainer)
 
     def best_model(self) -> str:
