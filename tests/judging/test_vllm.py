@@ -34,6 +34,7 @@ for name in ("command", "model"):
     parser.add_argument(name)
 for name in ("--served-model-name", "--uds", "--dtype", "--max-model-len", "--generation-config", "--trick"):
     parser.add_argument(name)
+parser.add_argument("--no-enable-chunked-prefill", action="store_true")
 given = parser.parse_args()
 print("loading", given.model, flush=True)
 if given.trick == "fails":

@@ -77,7 +77,7 @@ class Server:
         trust_remote_code: bool = False,
     ) -> None:
         program, *options = shlex.split(command) or [""]
-        if (found := shutil.which(program)) is None:
+        if (found := shutil.which(os.path.expanduser(program))) is None:
             raise UserError(
                 f"rounds.vllm: there is no command '{program}': install vLLM, in an environment of its own if it does "
                 "not go together with this one, and give the path of its command"
@@ -88,6 +88,8 @@ class Server:
         self._command = [
             *(found, "serve", model, "--served-model-name", "policy", "--uds", self._socket),
             *("--dtype", dtype, "--max-model-len", str(max_length), "--generation-config", "vllm"),
+            # On a CPU a request with a seed fails if its prompt is read in parts (vLLM 0.32).
+            *(["--no-enable-chunked-prefill"] if gpu is None else []),
             *(["--trust-remote-code"] if trust_remote_code else []),
             *options,
         ]
