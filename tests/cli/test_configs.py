@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from attacked import error_line
 from conftest import REPO
@@ -80,3 +81,12 @@ def test_the_demos_files_are_found_from_anywhere(here):
     assert local_path(name).read_text() == "mine"
     for other in ("dpo_lightning/demo/nothing", "dpo_lightning/errors.py"):
         assert local_path(other) == Path(other)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_demo_that_a_shipped_configuration_names_is_found_from_any_folder(path):
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section in ("model", "data", "rounds"):
+        for name, value in (settings.get(section) or {}).items():
+            if isinstance(value, str) and "dpo_lightning/" in value:
+                assert local_path(value).exists(), f"{section}.{name}: {value}"
