@@ -19,6 +19,7 @@ from dpo_lightning.models.generate import generate, prompt_room
 from dpo_lightning.models.hub import first_line
 from dpo_lightning.models.llama_cpp import Engine
 from dpo_lightning.models.policy import load_policy, position_count
+from dpo_lightning.storage.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,9 +101,14 @@ def compare(
     bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     given = [text.removeprefix(bos) if prompt_format.chat else text for text in texts]  # llama.cpp adds it, too
     with Engine(file, max(map(len, tokens)) + limit + SPARE) as llama:
+
+        def answered(prompts: Sequence[str | list[int]]) -> list[str]:
+            batches = progress([[prompt] for prompt in prompts], "Replies by llama.cpp", len(prompts), "replies")
+            return [llama.reply(prompt, limit) for (prompt,) in batches]
+
         same = [llama.tokens(text) == ids for text, ids in zip(given, tokens, strict=True)]
-        replies = [llama.reply(text, limit) for text in given]
-        by_tokens = None if all(same) else [llama.reply(ids, limit) for ids in tokens]
+        replies = answered(given)
+        by_tokens = None if all(same) else answered(tokens)
         templates = _unlike(llama, tokenizer, prompt_format, bos)
     return Comparison(texts, expected, replies, same, by_tokens, templates)
 
