@@ -24,6 +24,7 @@ from dpo_lightning.cli.sample import write_lines
 from dpo_lightning.dpo.module import DPOModule
 from dpo_lightning.judging.sampling import JudgedReplies
 from dpo_lightning.judging.verified import HeldOut
+from vllm_stand_in import stand_in_command
 
 JUDGES = '''
 def parity(reply, pair):
@@ -173,6 +174,16 @@ def test_another_round_goes_on_from_the_last(args, in_process):
     in_process.clear()
     assert main(args) == 0
     assert in_process == [("sample", "rounds/round-2"), ("fit", "rounds/round-2"), ("sample", "rounds/round-2")]
+
+
+def test_vllm_samples_where_rounds_name_its_command(args, in_process, tmp_path):
+    args = [*args, "--rounds.count", "1", "--rounds.sft_epochs", "0", "--rounds.samples", "2"]
+    assert main([*args, "--rounds.vllm", stand_in_command(tmp_path)]) == 0
+    samples = lines("rounds/round-1/samples.jsonl")
+    assert len(samples) == 18 and all(len(line["replies"]) == 2 for line in samples)
+    assert all(one["text"] == other["text"] for one, other in (line["replies"] for line in samples)), "it is greedy"
+    assert "loading" in open("rounds/round-1/vllm.log").read()
+    assert all(reply["logp"] < 0 for line in samples for reply in line["replies"])
 
 
 def test_rounds_on_prompts_without_answers_learn_from_the_models_own_right_replies(args, in_process, write_rows):

@@ -22,74 +22,15 @@ from dpo_lightning.errors import UserError
 from dpo_lightning.judging.sampling import VLLM, JudgedReplies
 from dpo_lightning.models.policy import load_policy
 from dpo_lightning.models.vllm import Sampling, Server
+from vllm_stand_in import stand_in_command
 
 REAL = os.environ.get("DPO_VLLM", "vllm")
-SPEAKS_FOR_VLLM = """#!{python}
-import argparse, json, os, socketserver, sys, torch
-from http.server import BaseHTTPRequestHandler
-from transformers import AutoModelForCausalLM
-
-parser = argparse.ArgumentParser()
-for name in ("command", "model"):
-    parser.add_argument(name)
-for name in ("--served-model-name", "--uds", "--dtype", "--max-model-len", "--generation-config", "--trick"):
-    parser.add_argument(name)
-parser.add_argument("--no-enable-chunked-prefill", action="store_true")
-given = parser.parse_args()
-print("loading", given.model, flush=True)
-if given.trick == "fails":
-    sys.exit("ValueError: no such architecture")
-print("pid", os.getpid(), flush=True)
-model = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.answer(200, dict())
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if given.trick == "dies":
-            os._exit(3)
-        if len(asked["prompt"]) + asked["max_tokens"] > int(given.max_model_len):
-            self.answer(400, dict(error="the prompt is too long"))
-            return
-        ids, logps, end = list(asked["prompt"]), [], asked["stop_token_ids"]
-        start = len(ids)
-        while len(logps) < asked["max_tokens"] and ids[-1:] != end:
-            with torch.no_grad():
-                row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            ids.append(int(row.argmax()))
-            logps.append(float(row.max()))
-        made = dict(token_ids=ids[start:], logprobs=dict(token_logprobs=logps))
-        self.answer(200, dict(choices=[made | dict(index=n) for n in reversed(range(asked["n"]))]))
-
-    def answer(self, status, content):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def address_string(self):
-        return "socket"
-
-
-class Listening(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    daemon_threads = True
-
-
-Listening(given.uds, Handler).serve_forever()
-"""
 
 
 @pytest.fixture
 def stand_in(tmp_path):
     """The command of the small program."""
-    program = tmp_path / "speaks-for-vllm"
-    program.write_text(SPEAKS_FOR_VLLM.replace("{python}", sys.executable))
-    program.chmod(0o755)
-    return str(program)
+    return stand_in_command(tmp_path)
 
 
 @pytest.fixture
@@ -142,17 +83,17 @@ def pid_in(log):
     pytest.fail("the server did not start")
 
 
-@pytest.mark.parametrize("command", ["stand-in", pytest.param(REAL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["stand-in", pytest.param(REAL, marks=pytest.mark.slow)])
 def test_samples_and_log_probs_are_those_of_transformers(
-    command, stand_in, model, tokenizer, pairs, quiet_trainer, tmp_path
+    engine, stand_in, model, tokenizer, pairs, quiet_trainer, tmp_path
 ):
-    if command != "stand-in" and shutil.which(command) is None:
+    if engine != "stand-in" and shutil.which(engine) is None:
         pytest.skip("vLLM is not installed: DPO_VLLM can name its command")
-    engine = VLLM(stand_in if command == "stand-in" else f"{command} --enforce-eager", tmp_path / "logs")
+    served_by = VLLM(stand_in if engine == "stand-in" else f"{engine} --enforce-eager", tmp_path / "logs")
     greedy = Generation(model, top_p=1e-6, max_new_tokens=8)  # so that nothing hangs on random numbers
     results = [
         JudgedReplies(greedy, tokenizer, 100, 1, 3, "sql", True, vllm).make(pairs, "replies", 4, quiet_trainer())
-        for vllm in (None, engine)
+        for vllm in (None, served_by)
     ]
     for plain, served in zip(*results, strict=True):
         assert [reply["text"] for reply in served["replies"]] == [reply["text"] for reply in plain["replies"]]
@@ -194,7 +135,7 @@ def test_prompts_are_cut_so_that_the_reply_has_room(stand_in, model, tokenizer, 
 
 
 @pytest.mark.parametrize(
-    "command, said",
+    "given, said",
     [
         ("no-such-command", "rounds.vllm: there is no command 'no-such-command': install vLLM, in an environment"),
         ("{} --trick fails", "rounds.vllm: vLLM did not start: ValueError: no such architecture (all that it printed"),
@@ -202,14 +143,14 @@ def test_prompts_are_cut_so_that_the_reply_has_room(stand_in, model, tokenizer, 
     ],
 )
 def test_a_server_that_is_missing_fails_or_dies_is_one_line(
-    command, said, stand_in, model, tokenizer, pairs, quiet_trainer, tmp_path
+    given, said, stand_in, model, tokenizer, pairs, quiet_trainer, tmp_path
 ):
-    engine = VLLM(command.format(stand_in), tmp_path / "logs")
+    engine = VLLM(given.format(stand_in), tmp_path / "logs")
     maker = JudgedReplies(Generation(model, max_new_tokens=8), tokenizer, 100, 1, 2, "sql", vllm=engine)
     with pytest.raises(UserError) as error:
         maker.make(pairs, "replies", 4, quiet_trainer())
     assert str(error.value).startswith(said)
-    if "no-such" not in command:
+    if "no-such" not in given:
         assert str(tmp_path / "logs" / "vllm.log") in str(error.value)
 
 
