@@ -197,8 +197,7 @@ class PreferenceDataModule(LightningDataModule):
                     rank_zero_warn(f"{name}: {cut}")
         if stage in NEEDED:
             counts = {name: len(self.datasets[name]) for name in NEEDED[stage] if name in self.datasets}
-            sizes = [f"{count:,} {name} pair{'s' * (count != 1)}" for name, count in counts.items()]
-            rank_zero_info(f"data: {', '.join(sizes)}")
+            rank_zero_info(f"data: {', '.join(f'{n:,} {name} pair' + 's' * (n != 1) for name, n in counts.items())}")
 
     def _load_pairs(self, needed: Sequence[str]) -> None:
         held_out = {"val": self.hparams.val_dataset, "test": self.hparams.test_dataset}
