@@ -29,7 +29,7 @@ TOLERANCE = 0.02  # nats per token; bfloat16 kernels of different batch shapes d
 DISPLACED = 0.5  # share of pairs whose chosen log-prob fell below the reference's
 FIRST_DISPLACED = 0.3  # share of pairs whose first chosen token is `metrics.FIRST_FALL` less likely than then
 # The gradient weight, as a share of the first step's, under which a loss has ceased to teach, and for how many steps.
-LITTLE_PULL, QUIET_STEPS = 0.05, 10
+LITTLE_PULL, QUIET_STEPS = 0.01, 10
 STATE = {"first_pull": int | float | None, "last_pull": int, "learned": int | None}
 EOS_DROP = 0.3  # how far the share of replies that end may fall below its best
 REPETITION, REPETITION_RISE = 0.3, 0.2  # how high repetition may be, and how far above its lowest
