@@ -159,6 +159,10 @@ def test_other_settings_data_or_files_are_refused(args, in_process, capsys, writ
     )
     assert "error: model.beta was 0.1 and is 0.2" in error("--model.beta", "0.2")
     assert "rounds.chosen is 'mine': it must be one of data, own" in error("--rounds.chosen", "mine")
+    assert "rounds.vllm: there is no command 'vlm': install vLLM" in error("--rounds.vllm", "vlm")
+    assert "rounds.vllm: 'vllm \"' cannot be read: No closing quotation" in error("--rounds.vllm", 'vllm "')
+    adapter = error("--rounds.vllm", sys.executable, "--model.lora.r", "4")
+    assert "error: rounds.vllm takes complete models of 16 or 32 bits: leave out model.lora" in adapter
     with open("rounds/round-1/pairs.jsonl", "a") as file:
         file.write("\n")
     assert "error: 'rounds/round-1/pairs.jsonl' has changed since it was made" in error()

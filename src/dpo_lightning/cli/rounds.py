@@ -35,6 +35,7 @@ from dpo_lightning.data.generated import stored_weights
 from dpo_lightning.data.sources import open_source
 from dpo_lightning.data.splits import dataset_weights
 from dpo_lightning.errors import UserError
+from dpo_lightning.judging.sampling import COMPLETE
 from dpo_lightning.judging.verified import Judged, Pair, is_right, make_pair, mean_score
 from dpo_lightning.models.policy import base_model_name
 from dpo_lightning.parsing import with_location
@@ -106,6 +107,8 @@ class Loop:
             )
         if self.config["trainer"].get("fast_dev_run"):
             raise UserError("trainer.fast_dev_run leaves no model, which rounds need: leave it out")
+        if self.rounds.vllm and (self.config["model"]["lora"] or self.config["model"]["quantization"]):
+            raise UserError(COMPLETE)
         self._check_folder()
         model, held_out = self.config["model"]["name_or_path"], self.folder / "start"
         models = self._sft() if self.rounds.sft_epochs else [model]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dpo_lightning.judging.judge import JudgeSetting, find_score
 from dpo_lightning.judging.verified import Chosen, Rejected, Rule
+from dpo_lightning.models.vllm import installed
 from dpo_lightning.parsing import AtLeast1, Count, NotNegative, Positive, PositiveShare, check_settings
 
 
@@ -49,6 +50,8 @@ class Rounds:
 
     def __post_init__(self) -> None:
         check_settings(type(self), vars(self), "rounds.")
+        if self.vllm is not None:
+            installed(self.vllm)
         margin = find_score(self.judge, "rounds.judge").margin
         if self.margin is None and margin:
             object.__setattr__(self, "margin", margin)  # frozen

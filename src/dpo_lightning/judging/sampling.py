@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # raise it when the same key gets other results
 COLUMNS = pa.schema([("line", pa.string())])  # JSON
 ASKED_AT_ONCE = 128  # prompts; vLLM batches them as it likes
+COMPLETE = "rounds.vllm takes complete models of 16 or 32 bits: leave out model.lora and model.quantization"
 
 
 class VLLM(NamedTuple):
@@ -128,7 +129,7 @@ class JudgedReplies(ReplyGenerator):
     def _server(self, vllm: VLLM, length: int, trainer: "Trainer | None", device: torch.device) -> Server:
         name = self.generation.name_or_path
         if self.generation.quantization or base_model_name(name) != name:
-            raise UserError("rounds.vllm takes complete models of 16 or 32 bits: leave out model.lora and quantization")
+            raise UserError(COMPLETE)
         kind = str(trainer.precision).partition("-")[0] if trainer else "32"
         return Server(
             vllm.command,

@@ -43,6 +43,24 @@ sys.exit(server.wait())
 LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def installed(command: str) -> list[str]:
+    """The path of vLLM's command, and the options after it.
+
+    Raises:
+        UserError: it is not installed, or a quotation mark is left open.
+    """
+    try:
+        program, *options = shlex.split(command) or [""]
+    except ValueError as error:
+        raise UserError(f"rounds.vllm: {command!r} cannot be read: {error}") from error
+    if (found := shutil.which(os.path.expanduser(program))) is None:
+        raise UserError(
+            f"rounds.vllm: there is no command '{program}': install vLLM, in an environment of its own if it does not "
+            "go together with this one, and give the path of its command"
+        )
+    return [found, *options]
+
+
 class Sampling(NamedTuple):
     """How replies are sampled; the same names and meanings as in `data.generated.Generation`."""
 
@@ -76,17 +94,12 @@ class Server:
         gpu: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        program, *options = shlex.split(command) or [""]
-        if (found := shutil.which(os.path.expanduser(program))) is None:
-            raise UserError(
-                f"rounds.vllm: there is no command '{program}': install vLLM, in an environment of its own if it does "
-                "not go together with this one, and give the path of its command"
-            )
+        program, *options = installed(command)
         self._folder = tempfile.mkdtemp(prefix="vllm-")
         self._socket = str(Path(self._folder) / "socket")
         self._log = log
         self._command = [
-            *(found, "serve", model, "--served-model-name", "policy", "--uds", self._socket),
+            *(program, "serve", model, "--served-model-name", "policy", "--uds", self._socket),
             *("--dtype", dtype, "--max-model-len", str(max_length), "--generation-config", "vllm"),
             # On a CPU a request with a seed fails if its prompt is read in parts (vLLM 0.32).
             *(["--no-enable-chunked-prefill"] if gpu is None else []),
