@@ -91,6 +91,17 @@ def rows_file(write_rows: Callable[..., str]) -> str:
 
 
 @pytest.fixture
+def pairs(tokenizer, write_rows, tmp_path, monkeypatch):
+    """Pairs, and a cache of their own."""
+    from dpo_lightning import PreferenceDataModule
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    data = PreferenceDataModule(tokenizer, write_rows(ROWS[:6]), val_size=0, test_size=0, max_length=100)
+    data.setup("fit")
+    return data.datasets["train"]
+
+
+@pytest.fixture
 def quiet_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """A Trainer on the CPU in float32 that prints and writes nothing unless asked to."""
 

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from dpo_lightning.errors import UserError
 from dpo_lightning.worker import Worker, WorkerEnded, WorkerError
+from processes import gone
 
 HELPER = """
 import os, signal, subprocess, sys, time
@@ -104,15 +104,4 @@ def test_the_process_ends_with_the_one_that_asked(tmp_path):
     pid = int(asking.stdout.readline())
     asking.kill()
     asking.communicate()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and running(pid):
-        time.sleep(0.1)
-    assert not running(pid)
-
-
-def running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert gone(pid)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from processes import alive
+
 HERE = Path(__file__).parent
 TIMEOUT = 180  # seconds that one attempt may take
 
@@ -167,14 +169,6 @@ def kill(pids: Sequence[int]) -> None:
             os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is not yet waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def modified(path: Path) -> float:

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Moment, Run, Zygote, alive, differences, random_moment, same
+from harness import Moment, Run, Zygote, differences, random_moment, same
 
 from conftest import REPO, ROWS
 from dpo_lightning.callbacks.checkpoint_files import newest_undamaged
+from processes import alive
 
 LONG = os.environ.get("DPO_FAULTS") == "long"
 GPT2, LORA = str(REPO / "configs" / "gpt2.yaml"), str(REPO / "configs" / "lora.yaml")

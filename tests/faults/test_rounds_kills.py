@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import TIMEOUT, Run, Zygote, alive, kill
+from harness import TIMEOUT, Run, Zygote, kill
 from safetensors.torch import load_file
 
 from conftest import REPO, ROWS
+from processes import alive
 
 LONG = os.environ.get("DPO_FAULTS") == "long"
 SETTINGS = [

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from conftest import ROWS
-from dpo_lightning import PreferenceDataModule
 from dpo_lightning.data.batching import collate_prompts
 from dpo_lightning.data.generated import Generation, draw_seed
 from dpo_lightning.judging.judge import find_score
@@ -14,15 +13,6 @@ from dpo_lightning.judging.sampling import JudgedReplies, ScoredDraws
 from dpo_lightning.models.generate import generate
 from dpo_lightning.models.policy import load_policy
 from dpo_lightning.models.reply import Reply
-
-
-@pytest.fixture
-def pairs(tokenizer, write_rows, tmp_path, monkeypatch):
-    """Pairs, and a cache of their own."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    data = PreferenceDataModule(tokenizer, write_rows(ROWS[:6]), val_size=0, test_size=0, max_length=100)
-    data.setup("fit")
-    return data.datasets["train"]
 
 
 def test_a_log_prob_is_that_of_the_whole_reply_whatever_the_temperature(model_folder, tokenizer, pairs):

@@ -15,31 +15,22 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import ROWS
-from dpo_lightning import PreferenceDataModule
 from dpo_lightning.data.generated import Generation
 from dpo_lightning.errors import UserError
 from dpo_lightning.judging.sampling import VLLM, JudgedReplies
 from dpo_lightning.models.policy import load_policy
 from dpo_lightning.models.vllm import Sampling, Server
+from processes import alive, gone
 from vllm_stand_in import stand_in_command
 
 REAL = os.environ.get("DPO_VLLM", "vllm")
+needs_vllm = pytest.mark.skipif(shutil.which(REAL) is None, reason="no vLLM is installed; DPO_VLLM names its command")
 
 
 @pytest.fixture
 def stand_in(tmp_path):
     """The command of the small program."""
     return stand_in_command(tmp_path)
-
-
-@pytest.fixture
-def pairs(tokenizer, write_rows, tmp_path, monkeypatch):
-    """Pairs, and a cache of their own."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    data = PreferenceDataModule(tokenizer, write_rows(ROWS[:6]), val_size=0, test_size=0, max_length=100)
-    data.setup("fit")
-    return data.datasets["train"]
 
 
 @pytest.fixture
@@ -59,20 +50,6 @@ def model(tokenizer, tmp_path):
     return str(tmp_path / "model")
 
 
-def running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-    except OSError:
-        return False
-
-
-def gone(pid):
-    limit = time.monotonic() + 30
-    while running(pid) and time.monotonic() < limit:
-        time.sleep(0.05)
-    return not running(pid)
-
-
 def pid_in(log):
     limit = time.monotonic() + 60
     while time.monotonic() < limit:
@@ -83,12 +60,10 @@ def pid_in(log):
     pytest.fail("the server did not start")
 
 
-@pytest.mark.parametrize("engine", ["stand-in", pytest.param(REAL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["stand-in", pytest.param(REAL, marks=[pytest.mark.slow, needs_vllm])])
 def test_samples_and_log_probs_are_those_of_transformers(
     engine, stand_in, model, tokenizer, pairs, quiet_trainer, tmp_path
 ):
-    if engine != "stand-in" and shutil.which(engine) is None:
-        pytest.skip("vLLM is not installed: DPO_VLLM can name its command")
     served_by = VLLM(stand_in if engine == "stand-in" else f"{engine} --enforce-eager", tmp_path / "logs")
     greedy = Generation(model, top_p=1e-6, max_new_tokens=8)  # so that nothing hangs on random numbers
     results = [
@@ -106,9 +81,8 @@ def test_samples_and_log_probs_are_those_of_transformers(
 
 
 @pytest.mark.slow
+@needs_vllm
 def test_vllm_samples_with_the_seed_and_the_temperature(model, tokenizer, tmp_path):
-    if shutil.which(REAL) is None:
-        pytest.skip("vLLM is not installed: DPO_VLLM can name its command")
     options = {"dtype": "float32", "max_length": 64, "log": tmp_path / "log"}
     with Server(f"{REAL} --enforce-eager", model, **options) as server:
 
@@ -164,7 +138,7 @@ def test_a_quantized_model_is_refused(stand_in, model, tokenizer, pairs, quiet_t
 def test_the_server_ends_with_the_context(stand_in, model, tmp_path):
     with Server(stand_in, model, dtype="float32", max_length=64, log=tmp_path / "log") as server:
         pid, folder = pid_in(tmp_path / "log"), Path(server._folder)
-        assert running(pid) and folder.stat().st_mode & 0o777 == 0o700, "nobody else can ask it"
+        assert alive(pid) and folder.stat().st_mode & 0o777 == 0o700, "nobody else can ask it"
     assert gone(pid) and not folder.exists()
 
 
@@ -176,7 +150,7 @@ def test_a_killed_run_leaves_no_server(stand_in, model, tmp_path):
     run = subprocess.Popen([sys.executable, "-c", code, stand_in, model, str(tmp_path / "log")])
     try:
         pid = pid_in(tmp_path / "log")
-        assert running(pid)
+        assert alive(pid)
     finally:
         run.kill()
         run.wait()
