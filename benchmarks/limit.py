@@ -4,9 +4,9 @@
 
 Counts the matrix products that a step needs at least: every real token once through policy and reference (a pair's
 prompt counts once, padding not at all), attention only between tokens that see each other, the LM head only where a
-completion token is predicted, a backward pass of two products for each product forward. Measures how fast this
-machine computes each of them, at that very shape and in that precision, in the same run. The sum of the times is the
-floor; printed is what share of a measured step it makes, and where the rest of the step goes.
+completion token is predicted, a backward pass of two products for each product forward. After each step it measures how
+fast this machine computes each of them now, at that very shape and in that precision. The sum of these times is the
+step's floor; printed is what share of the step it makes (the median over the steps), and where the rest goes.
 """
 
 import argparse
@@ -107,11 +107,12 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 class Steps(Callback):
-    """Times every optimizer step of a fit, and profiles those after the first `timed` of them."""
+    """Times optimizer steps of a fit, each beside its own floor, and profiles those after the first `timed` of them."""
 
-    def __init__(self, timed_steps: int, device: torch.device) -> None:
-        self.timed_steps, self.device = timed_steps, device
+    def __init__(self, timed_steps: int, device: torch.device, dtype: torch.dtype, online: bool) -> None:
+        self.timed_steps, self.device, self.dtype, self.online = timed_steps, device, dtype, online
         self.seconds: list[float] = []
+        self.floors: list[float] = []
         self.batches: list[PairBatch] = []
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         self.profiler = profile(activities=activities, record_shapes=True)
@@ -123,15 +124,18 @@ class Steps(Callback):
             torch.cuda.synchronize()
         now = time.perf_counter()
         if len(self.seconds) <= self.timed_steps:
-            self.seconds.append(
-                now - self.last
-            )  # from the end of one step to the end of the next: data and logging too
+            # From the end of one step to the end of the next: data and logging too.
+            self.seconds.append(now - self.last)
             self.batches.append(batch)
+            self.floors.append(self._floor(floor_products(module.causal_lm, batch, self.online)))
             if len(self.seconds) == self.timed_steps + 1:
                 self.profiler.start()
         else:
             self.profiled += 1
         self.last = time.perf_counter()
+
+    def _floor(self, products: Counter[Product]) -> float:
+        return sum(seconds_of(product, self.dtype, self.device) * count for product, count in products.items())
 
     def on_train_end(self, *args: Any) -> None:
         self.profiler.stop()
@@ -188,25 +192,24 @@ def main() -> None:
         pairs = Path(temporary) / "pairs.jsonl"
         workloads.write_workload(options.workload, options.rows, model, options.batch_size, options.steps + 4, pairs)
         spec = vars(options) | {"model": model, "pairs": str(pairs), "folder": temporary}
-        steps, profiler = Steps(options.steps, device), SimpleProfiler(dirpath=temporary, filename="profile")
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        steps = Steps(options.steps, device, dtype, options.reference == "online")
+        profiler = SimpleProfiler(dirpath=temporary, filename="profile")
         module = contenders.fit_ours(spec, device, [steps], profiler=profiler)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    step = statistics.median(steps.seconds[1:])
-    known: dict[Product, float] = {}
-    floors = []
-    for batch in steps.batches[1:]:
-        needed = floor_products(module.causal_lm, batch, options.reference == "online")
-        for product in needed:
-            known.setdefault(product, seconds_of(product, dtype, device))
-        floors.append(sum(known[product] * count for product, count in needed.items()))
-    floor = statistics.median(floors)
-    operations = sum(product.operations * count for product, count in needed.items())
+    seconds, floors = steps.seconds[1:], steps.floors[1:]
+    shares = [floor / step for floor, step in zip(floors, seconds, strict=True)]
+    step, floor, share = (statistics.median(values) for values in (seconds, floors, shares))
+    last = floor_products(module.causal_lm, steps.batches[-1], options.reference == "online")
+    operations = sum(product.operations * count for product, count in last.items())
     padding = 0.0 if module.scoring.packed else padding_of(steps.batches)
     print(
         f"{options.workload}, batch {options.batch_size}, {options.precision}, reference {options.reference}, {device}"
     )
     print(f"a step needs {operations / 1e9:.1f} GFLOP (the last batch); padding {padding:.1%} of the positions")
-    print(f"floor {floor:.3f} s, measured {step:.3f} s: {floor / step:.1%} of what the matrix products allow")
+    print(
+        f"floor {floor:.3f} s, measured {step:.3f} s: {share:.1%} of what the matrix products allow "
+        f"({min(shares):.1%} to {max(shares):.1%})"
+    )
     parts = breakdown(steps, module.causal_lm.config.vocab_size)
     for kind, seconds in sorted(parts.items(), key=lambda part: -part[1]):
         print(f"  {kind:24}{seconds:8.3f} s  {seconds / sum(parts.values()):6.1%} of the profiled time")

@@ -217,19 +217,62 @@ def test_in_16_bits_a_head_in_parts_is_closer_to_float32(monkeypatch):
     assert in_parts[1] < 1.1 * whole[1] and in_parts[2] < 1.1 * whole[2]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_embeddings_gradient_is_that_of_full_logits(tied):
+def gradients(model, scoring, value=lambda logps: logps.square().sum()):
+    """Gradients of all parameters, with two backward passes added up."""
+    model.zero_grad()
+    for batch in (make_batch(), make_batch(4)):
+        value(pair_logps(model, batch, scoring).token_logps).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def untie(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def pad_with_a_token(model):
+    model.transformer.wte.padding_idx = int(make_batch().input_ids[0, 0])  # its row gets no gradient from the embedding
+
+
+def scale_in_a_hook(model):
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def freeze_the_embedding(model):
+    model.transformer.wte.weight.requires_grad_(False)
+
+
+CHANGES = [lambda model: None, untie, pad_with_a_token, scale_in_a_hook, freeze_the_embedding]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_embeddings_gradient_is_that_of_full_logits(change):
     model = make_model("gpt2")
-    if not tied:
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    grads = []
-    for scoring in (Scoring(), BY_FULL_LOGITS):
+    change(model)
+    found, expected = (gradients(model, scoring) for scoring in (Scoring(), BY_FULL_LOGITS))
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_of_a_tied_embedding_and_head_no_second_gradient_is_made():
+    model, batch = make_model("gpt2"), make_batch()
+    loss = pair_logps(model, batch, Scoring()).token_logps.sum()
+    shape = list(model.transformer.wte.weight.shape)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        loss.backward()
+    sums = ("aten::add", "aten::add_", "aten::zeros_like", "aten::embedding_dense_backward")
+    assert not [event.key for event in profiler.events() if event.key in sums and shape in event.input_shapes]
+
+
+def test_a_tied_heads_gradient_is_whole_where_the_embedding_has_none():
+    model, hidden, targets = make_model("gpt2"), torch.randn(5, 32), torch.arange(5)
+    with head.tied_embedding(model) as tied:
+        pass  # nothing was embedded
+    results = []
+    for given in (tied, None):
         model.zero_grad()
-        pair_logps(model, make_batch(), scoring).token_logps.square().sum().backward()
-        grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert not model.transformer.wte.sparse
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-3, msg=name)
+        head_logps(model, hidden, targets, given).sum().backward()
+        results.append(model.lm_head.weight.grad)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("name", ["cohere", "granite", "gemma2", "phi"])

@@ -1,10 +1,10 @@
 """A callback that gives freed memory back to the system before each batch."""
 
-import ctypes
-import sys
 from typing import Any
 
 from lightning.pytorch import Callback
+
+from dpo_lightning.internals.libc import trim
 
 
 class TrimMemory(Callback):
@@ -17,7 +17,6 @@ class TrimMemory(Callback):
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Gives back what no tensor uses."""
-        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            trim(0)
+        trim()
 
     on_validation_batch_start = on_validation_end = on_train_end = on_train_batch_start

@@ -24,16 +24,16 @@ LOGITS_IN_CACHE, LOGITS_AT_ONCE = 2**21, 2**26  # elements that a CPU and that a
 LEAST_PART = 512  # tokens of the vocabulary in one product, at least
 
 
-def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor) -> Tensor:
+def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor, tied: "TiedGradient | None" = None) -> Tensor:
     """Log-probabilities [N] float32 of `targets` [N] from hidden states [N, H].
 
     If the logits [N, V] take more than `LOGITS_KEPT`, they never exist all at once, and the backward pass computes them
-    again.
+    again. `tied` is what `tied_embedding` gave for the forward pass that computed the hidden states.
     """
     if (weight := plain_head(model)) is not None:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return _HeadLogps.apply(hidden, weight, targets, dtype)
+        return _HeadLogps.apply(hidden, weight, targets, dtype, tied or TiedGradient())
 
     def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
         return target_logps(_logits(model, hidden), targets)
@@ -57,21 +57,19 @@ def plain_head(model: "PreTrainedModel") -> Tensor | None:
 
 
 @contextmanager
-def sparse_embedding(model: "PreTrainedModel") -> Iterator[None]:
-    """For a forward pass: of weights tied to a plain head, the embedding's gradient has only the rows of its tokens.
-
-    It is added to the head's, so that the sum is dense. DistributedDataParallel would not allow it.
-    """
-    embedding, weight = model.get_input_embeddings(), plain_head(model)
-    tied = type(embedding) is nn.Embedding and embedding.weight is weight and weight.requires_grad
-    if not tied or embedding.sparse or torch.distributed.is_initialized():
-        yield
+def tied_embedding(model: "PreTrainedModel") -> Iterator["TiedGradient"]:
+    """For a forward pass: `head_logps` will add the gradients of a plain head and of an embedding tied to it."""
+    tied, embedding = TiedGradient(), model.get_input_embeddings()
+    plain = type(embedding) is nn.Embedding and not embedding.scale_grad_by_freq and not has_hooks(embedding)
+    weight = plain_head(model)
+    if not plain or weight is None or embedding.weight is not weight or not weight.requires_grad:
+        yield tied
         return
-    embedding.sparse = True
+    hook = embedding.register_forward_hook(tied.embed)
     try:
-        yield
+        yield tied
     finally:
-        embedding.sparse = False
+        hook.remove()
 
 
 @torch.no_grad()
@@ -102,47 +100,110 @@ class _HeadLogps(torch.autograd.Function):
 
     Products are in `dtype`, all else in float32. Each part of the weights is converted just before its product, and its
     gradient just after it, so that the only passes over [V, H] that leave the cache read the weights and write their
-    gradient. The target's own logit, whose rounding is the largest error of a log-prob in 16 bits, is in float32.
+    gradient. Kept for the backward pass are the probabilities within each part, without the target's. Its products
+    take them as they are, for what they lack is a factor of each row. The target's own logit, whose rounding is the
+    largest error of a log-prob in 16 bits, is in float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, tied: "TiedGradient"
+    ) -> Tensor:
         """Returns the log-probabilities."""
         states, kept = hidden.to(dtype), []
         parts = _parts(targets, len(weight))
         keep = any(ctx.needs_input_grad) and len(states) * len(weight) * states.element_size() <= LOGITS_KEPT
         totals, rounded = torch.full((2, len(states)), -torch.inf, dtype=torch.float32)
         for part, rows, columns in parts:
-            logits = states @ weight[part].to(dtype).t()
-            totals = torch.logaddexp(totals, logits.float().logsumexp(-1))
-            rounded[rows] = logits[rows, columns].float()
+            logits = (states @ weight[part].to(dtype).t()).float()
+            rounded[rows] = logits[rows, columns]
+            greatest, shares = logits.amax(-1), logits.softmax(-1)
+            total = greatest - shares.amax(-1).log()  # log-sum-exp: the greatest logit's share is 1 / sum(exp(l - max))
+            totals = torch.logaddexp(totals, total)
             if keep:
-                kept.append(logits)
+                shares[rows, columns] = 0
+                kept += [shares.to(dtype), total]
         own = (states.float() * weight.index_select(0, targets).to(dtype).float()).sum(-1)
         totals += torch.log1p((own - totals).exp() - (rounded - totals).exp())
-        ctx.save_for_backward(states, weight, own, totals, *kept)
-        ctx.parts, ctx.hidden_dtype = parts, hidden.dtype
+        ctx.save_for_backward(states, weight, targets, own, totals, *kept)
+        ctx.parts, ctx.hidden_dtype, ctx.tied = parts, hidden.dtype, tied
         return own - totals
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of hidden states and weights; a logit's is 1 at the target minus its probability."""
-        states, weight, own, totals, *kept = ctx.saved_tensors
-        at_target = grad * -torch.expm1(own - totals)
-        totals, factor = totals[:, None], -grad[:, None]
+        states, weight, targets, own, totals, *kept = ctx.saved_tensors
+        at_target = (grad * -torch.expm1(own - totals))[:, None]
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        of_states = torch.zeros(states.shape, dtype=torch.float32)
+        of_states = at_target * weight.index_select(0, targets).to(states.dtype)
         for i, (part, rows, columns) in enumerate(ctx.parts):
             some = weight[part].to(states.dtype)
-            logits = kept[i] if kept else states @ some.t()
-            of_logits = (logits.float() - totals).exp_().mul_(factor)
-            of_logits[rows, columns] = at_target[rows]
-            of_logits = of_logits.to(states.dtype)
-            of_states += of_logits @ some
+            if kept:
+                shares, total = kept[2 * i : 2 * i + 2]
+            else:
+                shares, total = ((states @ some.t()).float() - totals[:, None]).exp_().to(states.dtype), totals
+                shares[rows, columns] = 0
+            factor = ((total - totals).exp() * -grad)[:, None]
+            of_states += factor * (shares @ some)
             if of_weight is not None:
-                of_weight[part] = of_logits.t() @ states
-        return of_states.to(ctx.hidden_dtype), of_weight, None, None
+                of_weight[part] = shares.t() @ (factor * states).to(states.dtype)
+        if of_weight is not None:
+            of_weight.index_add_(0, targets, (at_target * states).to(of_weight.dtype))
+        return of_states.to(ctx.hidden_dtype), ctx.tied.of_head(of_weight), None, None, None
+
+
+class TiedGradient:
+    """The gradient of weights that embedding and head share, as one sum of theirs.
+
+    Autograd would make a second tensor of that size for the embedding, and add it: of a vocabulary of 50,000 a batch
+    touches a few hundred rows. Here the head's backward pass, which comes first, leaves its gradient to the
+    embedding's, which adds those rows to it.
+    """
+
+    def __init__(self) -> None:
+        self.shared = False  # the embedding has run, with gradients
+        self.gradient: Tensor | None = None
+
+    def of_head(self, gradient: Tensor | None) -> Tensor | None:
+        """What the head's backward pass returns for the weights: nothing, if the embedding's is still to come."""
+        if not self.shared:
+            return gradient
+        self.gradient = gradient
+        return None
+
+    def embed(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """A forward hook of the embedding."""
+        if not torch.is_grad_enabled():
+            return None
+        self.shared = True
+        return _TiedRows.apply(output.detach(), embedding.weight, *inputs, embedding.padding_idx, self)
+
+
+class _TiedRows(torch.autograd.Function):
+    """Rows [..., H] of the embedding's weights [V, H], already looked up by `tokens` [...]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, tokens: Tensor, padding: int | None, tied: TiedGradient
+    ) -> Tensor:
+        """Returns the rows."""
+        ctx.save_for_backward(weight, tokens)
+        ctx.padding, ctx.tied = padding, tied
+        return rows.view_as(rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradient of the weights, of embedding and head."""
+        weight, tokens = ctx.saved_tensors
+        gradient, ctx.tied.gradient = ctx.tied.gradient, None
+        if gradient is None:
+            gradient = torch.zeros_like(weight)
+        grad = grad.to(gradient.dtype)
+        if ctx.padding is not None:
+            grad = grad.masked_fill((tokens == ctx.padding)[..., None], 0)
+        return None, gradient.index_add_(0, tokens.flatten(), grad.flatten(0, -2)), None, None, None
 
 
 def _parts(targets: Tensor, vocabulary: int) -> list[tuple[slice, Tensor, Tensor]]:

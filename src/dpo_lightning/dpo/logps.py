@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpo_lightning.data.batching import PADDING, PROMPT, PairBatch, to_packed, to_separate
 from dpo_lightning.dpo import packing
-from dpo_lightning.dpo.head import head_log_sum_squares, head_logps, log_sum_squares, sparse_embedding, target_logps
+from dpo_lightning.dpo.head import head_log_sum_squares, head_logps, log_sum_squares, target_logps, tied_embedding
 from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.routing import router_loss
 
@@ -87,10 +87,10 @@ def compute_pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scor
         batch = batch if scoring.shared else to_separate(batch)
         inputs = _inputs(model, batch, scoring.window)
     if scoring.gathered:
-        with sparse_embedding(model):
+        with tied_embedding(model) as tied:
             output = model.base_model(**inputs, use_cache=False)
         hidden = output[0].flatten(0, 1).index_select(0, batch.predict_index)
-        token_logps = head_logps(model, hidden, batch.targets)
+        token_logps = head_logps(model, hidden, batch.targets, tied)
         squares = head_log_sum_squares(model, hidden) if sum_squares else None
     else:
         output = model(**inputs, use_cache=False)

@@ -21,6 +21,7 @@ from dpo_lightning.data.prompt_format import prompt_format_of
 from dpo_lightning.dpo.cached_reference import add_reference_logps
 from dpo_lightning.dpo.gradient_scaler import SkippedSteps, gradient_scaler, unscale_before_clipping
 from dpo_lightning.dpo.half_precision import CONVERTED, check_trained_dtype, keep_inputs
+from dpo_lightning.dpo.kept_memory import KeepMemory
 from dpo_lightning.dpo.logps import pair_logps
 from dpo_lightning.dpo.metrics import PairMetrics
 from dpo_lightning.dpo.optimization import PlateauSchedule, clip_to_norm, make_optimizer, make_scheduler
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 IN_PROGRESS_BAR = {"loss", "rewards/margins", "rewards/accuracies"}
 NOT_SAVED = ("optimizer", "lr_scheduler")  # settings that are functions, which no checkpoint may name
-OWN_CALLBACKS = (Resume, PlateauSchedule)  # every run of the module has them
+OWN_CALLBACKS = (Resume, PlateauSchedule, KeepMemory)  # every run of the module has them
 
 
 class DPOModule(PolicyModule):
