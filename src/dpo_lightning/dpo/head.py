@@ -101,8 +101,8 @@ class _HeadLogps(torch.autograd.Function):
     Products are in `dtype`, all else in float32. Each part of the weights is converted just before its product, and its
     gradient just after it, so that the only passes over [V, H] that leave the cache read the weights and write their
     gradient. Kept for the backward pass are the probabilities within each part, without the target's. Its products
-    take them as they are, for what they lack is a factor of each row. The target's own logit, whose rounding is the
-    largest error of a log-prob in 16 bits, is in float32.
+    take them as they are: what turns them into the gradient of the logits is one factor for each row. The target's own
+    logit, whose rounding is the largest error of a log-prob in 16 bits, is in float32.
     """
 
     @staticmethod
@@ -174,10 +174,10 @@ class TiedGradient:
 
     def embed(self, embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """A forward hook of the embedding."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or len(inputs) != 1:  # the tokens were given by name
             return None
         self.shared = True
-        return _TiedRows.apply(output.detach(), embedding.weight, *inputs, embedding.padding_idx, self)
+        return _TiedRows.apply(output.detach(), embedding.weight, inputs[0], embedding.padding_idx, self)
 
 
 class _TiedRows(torch.autograd.Function):
