@@ -275,6 +275,18 @@ def test_a_tied_heads_gradient_is_whole_where_the_embedding_has_none():
     torch.testing.assert_close(*results)
 
 
+def test_in_float16_the_loss_scale_keeps_the_gradients_of_unlikely_tokens():
+    model, hidden, targets = make_model("gpt2"), torch.ones(1, 32), torch.tensor([0])
+    with torch.no_grad():
+        model.lm_head.weight.zero_()[0] = 18 / 32  # so that each other token has a probability of 1.5e-8
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            gradients.append(head_results(model, hidden, targets, torch.tensor([2.0**16]))[2][1:])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=0)
+    assert (gradients[0] < 0).all()
+
+
 @pytest.mark.parametrize("name", ["cohere", "granite", "gemma2", "phi"])
 def test_a_head_that_is_more_than_a_product_is_called(name):
     assert head.plain_head(make_model(name)) is None

@@ -33,7 +33,8 @@ def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor, tied: 
     if (weight := plain_head(model)) is not None:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return _HeadLogps.apply(hidden, weight, targets, dtype, tied or TiedGradient())
+        if dtype != torch.float16:  # in which probabilities without the loss scale are too small
+            return _HeadLogps.apply(hidden, weight, targets, dtype, tied or TiedGradient())
 
     def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
         return target_logps(_logits(model, hidden), targets)
