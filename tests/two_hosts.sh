@@ -15,6 +15,7 @@ cleanup() {
     done
 }
 trap cleanup EXIT
+trap 'exit 143' TERM
 ip netns add $name-1
 ip netns add $name-2
 ip link add ${name}a netns $name-1 type veth peer name ${name}b netns $name-2

@@ -109,7 +109,21 @@ def run(args: Sequence[str]) -> None:
     if not verbose:
         keep_imported_quiet()
     show_only_visible()
-    getattr(module, command.function)(args)
+    try:
+        getattr(module, command.function)(args)
+    finally:
+        leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Ends gloo's threads, which could otherwise abort a process that is about to end.
+
+    A thread may be the last to hold the tensor of a broadcast, and frees it with Python's lock. Where it gets there
+    when Python is already being finalized, C++ terminates the process. Lightning leaves groups of NCCL alone, at exit.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def main(args: Sequence[str] | None = None) -> int:
