@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_lightning.data.batching import PADDING, PairBatch
 from dpo_lightning.dpo.logps import shared_prefix_mask
+from dpo_lightning.dpo.products import padding_for
 
 TRIALS = 5  # of a matrix product; the median counts
 
@@ -141,10 +142,15 @@ class Steps(Callback):
         self.profiler.stop()
 
 
-def padding_of(batches: list[PairBatch]) -> float:
-    """Share of padding among the positions of batches in the shared layout."""
-    real = sum(int((batch.segment_ids != PADDING).sum()) for batch in batches)
-    return 1 - real / sum(batch.segment_ids.numel() for batch in batches)
+def padding_of(batches: list[PairBatch], module: Any) -> float:
+    """Share of padding among the positions of batches in the shared layout, or packed if the module packs them."""
+    real = [int((batch.segment_ids != PADDING).sum()) for batch in batches]
+    if module.scoring.packed:
+        with module.trainer.precision_plugin.forward_context():
+            positions = sum(tokens + padding_for(module.causal_lm, tokens) for tokens in real)
+    else:
+        positions = sum(batch.segment_ids.numel() for batch in batches)
+    return 1 - sum(real) / positions
 
 
 KINDS = (  # in order: the first whose words are in an operation's name
@@ -201,7 +207,7 @@ def main() -> None:
     step, floor, share = (statistics.median(values) for values in (seconds, floors, shares))
     last = floor_products(module.causal_lm, steps.batches[-1], options.reference == "online")
     operations = sum(product.operations * count for product, count in last.items())
-    padding = 0.0 if module.scoring.packed else padding_of(steps.batches)
+    padding = padding_of(steps.batches, module)
     print(
         f"{options.workload}, batch {options.batch_size}, {options.precision}, reference {options.reference}, {device}"
     )

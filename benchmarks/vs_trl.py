@@ -41,14 +41,15 @@ class Contender:
         self.losses: list[float] = []
         self.peak_bytes = 0
         with self.log.open("w") as log:
-            # Passive: a thread that waits for its turn in a loop would slow the other contender down.
+            # Threads wait for work as they do for every user: in a loop for a few milliseconds, then asleep. So who
+            # rests does not slow the other one down.
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("contenders.py")), name, str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"OMP_WAIT_POLICY": "passive", "HF_DATASETS_CACHE": str(folder / "cache")},
+                env=os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")},
             )
 
     def turn(self, steps: int, timed: bool = True) -> None:

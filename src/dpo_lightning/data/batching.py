@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_lightning.data.encoding import EncodedPair
@@ -183,10 +184,10 @@ def to_separate(batch: PairBatch) -> PairBatch:
     )
 
 
-def to_packed(batch: PairBatch) -> PairBatch:
+def to_packed(batch: PairBatch, padding: int = 0) -> PairBatch:
     """The same pairs as one row [1, T] of real tokens: every pair's prompt and chosen part, then all rejected parts.
 
-    In this order prompt and chosen part of each pair are one contiguous sequence.
+    In this order prompt and chosen part of each pair are one contiguous sequence. `padding` more tokens end the row.
     """
     assert batch.shared
     width, device = batch.input_ids.shape[1], batch.input_ids.device
@@ -198,10 +199,16 @@ def to_packed(batch: PairBatch) -> PairBatch:
     )  # index into the flattened [rows * width]
     packed_index = token.new_empty(batch.input_ids.numel())
     packed_index[token] = torch.arange(len(token), device=device)
-    fields = {
-        name: getattr(batch, name).flatten()[token][None] for name in ("input_ids", "position_ids", "segment_ids")
-    }
-    return batch._replace(**fields, predict_index=packed_index[batch.predict_index])
+
+    def packed(field: Tensor, filler: int = 0) -> Tensor:
+        return F.pad(field.flatten()[token], (0, padding), value=filler)[None]
+
+    return batch._replace(
+        input_ids=packed(batch.input_ids),
+        position_ids=packed(batch.position_ids),
+        segment_ids=packed(batch.segment_ids, PADDING),
+        predict_index=packed_index[batch.predict_index],
+    )
 
 
 def consecutive(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -90,7 +90,10 @@ class PairRows:
 def attend_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, rows: PairRows, scale: float, window: int | None
 ) -> Tensor:
-    """Attention [T, H, D] of a packed row's query [T, H, D] to its key and value [T, KV heads, D]."""
+    """Attention [T, H, D] of a packed row's query [T, H, D] to its key and value [T, KV heads, D].
+
+    Tokens after those of the pairs are padding: their attention is 0.
+    """
     return _BlockAttention.apply(query, key, value, rows, scale, window)
 
 
@@ -100,7 +103,7 @@ class _BlockAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: PairRows, scale: float, window: int | None
     ) -> Tensor:
         """Attention, as `attend_in_blocks` describes it."""
-        ctx.pairs, ctx.scale = pairs, scale
+        ctx.pairs, ctx.scale, ctx.count = pairs, scale, len(query)
         with torch.autocast("cpu", enabled=False):
             token = pairs.token.clamp_max(len(query) - 1)
             key, value = _rows(key, token, pairs), _rows(value, token, pairs)
@@ -114,7 +117,7 @@ class _BlockAttention(torch.autograd.Function):
                 target.copy_(torch.bmm(p, block.of_keys(value).flatten(0, 1)).view(target.shape))
                 kept += [p] if keep else []
             ctx.save_for_backward(query, key, value, *kept)
-            return _tokens(output.transpose(1, 2).flatten(0, 1), pairs)
+            return _tokens(output.transpose(1, 2).flatten(0, 1), pairs, ctx.count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -139,8 +142,8 @@ class _BlockAttention(torch.autograd.Function):
             target.copy_(_product(slopes, block.of_keys(key).flatten(0, 1), ctx.scale).view(target.shape))
             target, q = block.of_keys(grad_key), _batched(block.of_queries(query))
             add(target, _product(slopes.transpose(1, 2), q, ctx.scale).view(target.shape))
-        grad_query = _tokens(grad_query.transpose(1, 2).flatten(0, 1), pairs)
-        grad_key, grad_value = (_tokens(rows, pairs).to(key.dtype) for rows in (grad_key, grad_value))
+        grad_query = _tokens(grad_query.transpose(1, 2).flatten(0, 1), pairs, ctx.count)
+        grad_key, grad_value = (_tokens(rows, pairs, ctx.count).to(key.dtype) for rows in (grad_key, grad_value))
         return grad_query, grad_key, grad_value, None, None, None
 
 
@@ -149,9 +152,10 @@ def _rows(tokens: Tensor, index: Tensor, pairs: PairRows) -> Tensor:
     return tokens.transpose(0, 1).index_select(1, index).unflatten(1, (-1, pairs.columns))
 
 
-def _tokens(rows: Tensor, pairs: PairRows) -> Tensor:
-    """[heads, n, m, D] as tokens [T, heads, D]."""
-    return rows.flatten(1, 2).index_select(1, pairs.slot).transpose(0, 1)
+def _tokens(rows: Tensor, pairs: PairRows, count: int) -> Tensor:
+    """[heads, n, m, D] as `count` tokens [count, heads, D], of which those after the pairs' are 0."""
+    tokens = rows.flatten(1, 2).index_select(1, pairs.slot).transpose(0, 1)
+    return F.pad(tokens, (0, 0, 0, 0, 0, count - len(tokens))) if count > len(tokens) else tokens
 
 
 def _shared(rows: Tensor, key: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dpo_lightning.dpo.products import computes_in_bfloat16, rows_to_add
 from dpo_lightning.internals.torch import has_hooks
 from dpo_lightning.models.sharding import is_sharded
 
@@ -34,7 +36,9 @@ def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor, tied: 
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if dtype != torch.float16:  # in which probabilities without the loss scale are too small
-            return _HeadLogps.apply(hidden, weight, targets, dtype, tied or TiedGradient())
+            more = rows_to_add(len(targets)) if computes_in_bfloat16(device, weight.dtype) else 0
+            hidden, padded = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
+            return _HeadLogps.apply(hidden, weight, padded, dtype, tied or TiedGradient())[: len(targets)]
 
     def chunk_logps(hidden: Tensor, targets: Tensor) -> Tensor:
         return target_logps(_logits(model, hidden), targets)
@@ -209,7 +213,7 @@ class _TiedRows(torch.autograd.Function):
 
 def _parts(targets: Tensor, vocabulary: int) -> list[tuple[slice, Tensor, Tensor]]:
     """Parts of the vocabulary, each with the rows whose targets are in it, and their columns in it."""
-    width = max(LEAST_PART, LOGITS_IN_CACHE // len(targets))
+    width = max(LEAST_PART, 1 << (LOGITS_IN_CACHE // len(targets)).bit_length() - 1)  # few widths need few kernels
     starts = range(0, vocabulary, width)
     ordered, rows = targets.sort()
     bounds = torch.searchsorted(ordered, torch.tensor([*starts, vocabulary])).tolist()

@@ -9,6 +9,7 @@ from torch import Tensor
 from dpo_lightning.data.batching import PADDING, PROMPT, PairBatch, to_packed, to_separate
 from dpo_lightning.dpo import packing
 from dpo_lightning.dpo.head import head_log_sum_squares, head_logps, log_sum_squares, target_logps, tied_embedding
+from dpo_lightning.dpo.products import fast_linear_layers, padding_for
 from dpo_lightning.internals.transformers import attention_in_use
 from dpo_lightning.models.routing import router_loss
 
@@ -81,19 +82,20 @@ def pair_logps(
 def compute_pair_logps(model: "PreTrainedModel", batch: PairBatch, scoring: Scoring, sum_squares: bool) -> PairLogps:
     """`pair_logps` of a model whose weights are all there."""
     if scoring.packed:
-        batch = to_packed(batch)
+        batch = to_packed(batch, padding_for(model, sum(map(sum, batch.lengths))))
         inputs = packing.inputs(model, batch)
     else:
         batch = batch if scoring.shared else to_separate(batch)
         inputs = _inputs(model, batch, scoring.window)
     if scoring.gathered:
-        with tied_embedding(model) as tied:
+        with tied_embedding(model) as tied, fast_linear_layers(model):
             output = model.base_model(**inputs, use_cache=False)
         hidden = output[0].flatten(0, 1).index_select(0, batch.predict_index)
         token_logps = head_logps(model, hidden, batch.targets, tied)
         squares = head_log_sum_squares(model, hidden) if sum_squares else None
     else:
-        output = model(**inputs, use_cache=False)
+        with fast_linear_layers(model):
+            output = model(**inputs, use_cache=False)
         logits = output.logits.flatten(0, 1)[batch.predict_index]
         token_logps = target_logps(logits, batch.targets)
         squares = log_sum_squares(logits) if sum_squares else None
