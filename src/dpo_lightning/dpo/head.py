@@ -213,7 +213,8 @@ class _TiedRows(torch.autograd.Function):
 
 def _parts(targets: Tensor, vocabulary: int) -> list[tuple[slice, Tensor, Tensor]]:
     """Parts of the vocabulary, each with the rows whose targets are in it, and their columns in it."""
-    width = max(LEAST_PART, 1 << (LOGITS_IN_CACHE // len(targets)).bit_length() - 1)  # few widths need few kernels
+    fitting = max(1, LOGITS_IN_CACHE // len(targets))
+    width = max(LEAST_PART, 1 << fitting.bit_length() - 1)  # a power of two: few widths need few kernels
     starts = range(0, vocabulary, width)
     ordered, rows = targets.sort()
     bounds = torch.searchsorted(ordered, torch.tensor([*starts, vocabulary])).tolist()
