@@ -119,7 +119,7 @@ def leave_process_group() -> None:
     """Ends gloo's threads, which could otherwise abort a process that is about to end.
 
     A thread may be the last to hold the tensor of a broadcast, and frees it with Python's lock. Where it gets there
-    when Python is already being finalized, C++ terminates the process. Lightning leaves groups of NCCL alone, at exit.
+    when Python is already being finalized, C++ terminates the process. Groups of NCCL are ended by Lightning.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_initialized() and distributed.get_backend() == "gloo":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpo_lightning.dpo.products import computes_in_bfloat16, rows_to_add
+from dpo_lightning.dpo.products import padding_for
 from dpo_lightning.internals.torch import has_hooks
 from dpo_lightning.models.sharding import is_sharded
 
@@ -36,7 +36,7 @@ def head_logps(model: "PreTrainedModel", hidden: Tensor, targets: Tensor, tied: 
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if dtype != torch.float16:  # in which probabilities without the loss scale are too small
-            more = rows_to_add(len(targets)) if computes_in_bfloat16(device, weight.dtype) else 0
+            more = padding_for(model, len(targets))
             hidden, padded = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
             return _HeadLogps.apply(hidden, weight, padded, dtype, tied or TiedGradient())[: len(targets)]
 

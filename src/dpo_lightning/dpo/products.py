@@ -1,12 +1,14 @@
-"""Linear layers in bfloat16 on a CPU with AMX, whose matrix units wait for much else in products as they come.
+"""Linear layers in bfloat16 on a CPU with AMX, in shapes that keep its matrix units busy.
 
 oneDNN generates a kernel for each number of rows, which batches of real tokens hardly ever have in common: a twelfth of
 a step (benchmarks/NOTES.md). It leaves some products to a single thread, and is slow to transpose.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,21 +27,21 @@ ROWS_AT_ONCE = 512  # then
 
 
 def padding_for(model: "PreTrainedModel", rows: int) -> int:
-    """How many rows to add to a packed batch."""
-    return rows_to_add(rows) if computes_in_bfloat16(model.device.type, model.dtype) else 0
+    """How many rows to add to the hidden states of a packed batch, or to those that the head gets."""
+    return rows_to_add(rows) if computes_in_bfloat16(model) else 0
 
 
-def computes_in_bfloat16(device: str, dtype: torch.dtype) -> bool:
-    """Whether products of tensors of `dtype` are in bfloat16 here, on a CPU with AMX."""
-    if device != "cpu" or not has_matrix_units():
+def computes_in_bfloat16(model: "PreTrainedModel") -> bool:
+    """Whether a model's products are in bfloat16 here, on a CPU with AMX."""
+    if model.device.type != "cpu" or not has_matrix_units():
         return False
-    return torch.bfloat16 == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype)
+    return torch.bfloat16 == (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype)
 
 
 @contextmanager
 def fast_linear_layers(model: "PreTrainedModel") -> Iterator[None]:
     """For a forward pass: linear layers are computed by `linear`, where that is faster."""
-    fast = computes_in_bfloat16(model.device.type, model.dtype)
+    fast = computes_in_bfloat16(model)
     # Gradient checkpoints run the layers once more in the backward pass, and need them to keep the same tensors.
     if fast and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         with _LinearLayers():
@@ -123,15 +125,12 @@ class _Linear(torch.autograd.Function):
 
 def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """[M, K] by [K, N] plus [N], all but the bias in bfloat16."""
-    bias = None if bias is None else bias.to(left.dtype)
+    multiply_rows = torch.mm if bias is None else partial(torch.addmm, bias.to(left.dtype))
     if right.shape[1] >= 2 * right.shape[0] or not ONE_THREAD[0] < len(left) < ONE_THREAD[1]:
-        return left @ right if bias is None else torch.addmm(bias, left, right)
+        return multiply_rows(left, right)
     product = left.new_empty(len(left), right.shape[1])
     for span in spans(len(left)):
-        if bias is None:
-            torch.mm(left[span], right, out=product[span])
-        else:
-            torch.addmm(bias, left[span], right, out=product[span])
+        multiply_rows(left[span], right, out=product[span])
     return product
 
 
@@ -144,11 +143,9 @@ def multiply_transposed(left: Tensor, right: Tensor) -> Tensor:
 
 def spans(rows: int) -> list[slice]:
     """Spans of at most `ROWS_AT_ONCE` rows, of a multiple of `MULTIPLE`. The last two may overlap."""
-    count = -(-rows // ROWS_AT_ONCE)
-    width = -(-rows // count) + rows_to_add(-(-rows // count))
-    starts = range(0, rows, width)
-    ends = [min(start + width, rows) for start in starts]
-    return [slice(end - (end - start) - rows_to_add(end - start), end) for start, end in zip(starts, ends, strict=True)]
+    width = math.ceil(rows / math.ceil(rows / ROWS_AT_ONCE))
+    bounds = [*range(0, rows, width + rows_to_add(width)), rows]
+    return [slice(start - rows_to_add(end - start), end) for start, end in pairwise(bounds)]
 
 
 def rows_to_add(rows: int) -> int:
